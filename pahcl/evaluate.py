@@ -7,19 +7,19 @@ __all__ = ['INTERVALS', 'class_names', 'match_classes', 'check_cycles', 'task_fo
            'floor_scores', 'score_predictions', 'prediction_table', 'score_tables', 'official_lines', 'all_notes',
            'write_evaluation', 'open_split', 'predict_split', 'evaluate', 'needed', 'summary_text', 'pahcl_evaluate']
 
-# %% ../nbs/06_eval.ipynb #0abb1f09
+# %% ../nbs/06_eval.ipynb #a2c9416b
 from pathlib import Path
 
 from .basics import PahclError, existing, logger, progress, read_json, script, write_json, write_text
 
-# %% ../nbs/06_eval.ipynb #8a662f7f
+# %% ../nbs/06_eval.ipynb #041a4fbc
 def class_names(
     label_map: dict,  # name -> number from 0
 ) -> list:            # names in the order of their numbers
     "The names of the classes in the order of the model's outputs."
     return sorted(label_map, key=label_map.get)
 
-# %% ../nbs/06_eval.ipynb #90eb5aa7
+# %% ../nbs/06_eval.ipynb #fe3940b4
 def match_classes(
     trained: dict,  # the checkpoint's label map
     wanted: dict,   # the task's label map
@@ -34,7 +34,7 @@ def match_classes(
     columns = [names[k] for k in keys]
     return columns, [f'{class_names(trained)[i]} ({trained_on}) is {name} ({task})' for i, name in zip(columns, class_names(wanted))]
 
-# %% ../nbs/06_eval.ipynb #862ec456
+# %% ../nbs/06_eval.ipynb #930f30b8
 def check_cycles(
     trained: dict,  # the section `data` of the checkpoint's configuration
     task: dict,     # the task's `task_config.json`
@@ -44,7 +44,7 @@ def check_cycles(
         if key in trained and key in task and trained[key] != task[key]:
             raise PahclError(f'{key} is {trained[key]} in the checkpoint but {task[key]} in the task {task.get("task_name", "")}. Preprocess and prepare again with {key} {trained[key]}.')
 
-# %% ../nbs/06_eval.ipynb #1c524e37
+# %% ../nbs/06_eval.ipynb #f145a9c7
 def task_folder(
     task: str,                    # e.g. `circor_murmur`
     data_dir='data/downstream',   # the folder of all tasks
@@ -56,7 +56,7 @@ def task_folder(
     existing(folder/f'{split}.csv', f'split {split} of {task}', 'The splits are train, val and test.')
     return folder, read_json(folder/'task_config.json', 'task configuration', 'Make it again with pahcl_prepare.')
 
-# %% ../nbs/06_eval.ipynb #f4125c2c
+# %% ../nbs/06_eval.ipynb #836e81c4
 def missing_units(
     table,           # the cycles that were found: `subject_id, recording_id`
     subjects=(),     # subject ids the split should have
@@ -66,10 +66,10 @@ def missing_units(
     return dict(subjects=sorted({str(s) for s in subjects} - set(table['subject_id'].astype(str))),
                 recordings=sorted({str(r) for r in recordings} - set(table['recording_id'].astype(str))))
 
-# %% ../nbs/06_eval.ipynb #ec4ee3b4
+# %% ../nbs/06_eval.ipynb #07c3ade5
 INTERVALS = ['accuracy', 'f1', 'f1_macro', 'f1_weighted', 'auroc', 'auprc', 'precision', 'recall', 'specificity', 'uar', 'mcc']
 
-# %% ../nbs/06_eval.ipynb #b4193562
+# %% ../nbs/06_eval.ipynb #f570eb04
 def score_level(
     rows,              # a row a unit: `label`, `subject_id`, and `person_id` where known
     probabilities,     # [n, classes]
@@ -89,7 +89,7 @@ def score_level(
     intervals = {k: percentile_interval([d[k] for d in drawn]) if scores[k] is not None else (None, None) for k in names}
     return scores | dict(intervals=intervals)
 
-# %% ../nbs/06_eval.ipynb #197db0b8
+# %% ../nbs/06_eval.ipynb #9e74f053
 def floor_scores(
     y_true,            # true classes [n]
     names: list,       # of the classes
@@ -105,7 +105,7 @@ def floor_scores(
     return dict(majority=dict(class_name=names[majority], **{k: scores[k] for k in INTERVALS}),
                 official={f'all {n}': official(y_true, constant[c].argmax(1)) for c, n in enumerate(names)} if official else {})
 
-# %% ../nbs/06_eval.ipynb #467ff217
+# %% ../nbs/06_eval.ipynb #5b88ed3c
 def score_predictions(
     table,             # a row a cycle: `subject_id, recording_id, label`, `person_id` where known
     probabilities,     # of the cycles [n, classes], columns in the order of `label_map`
@@ -117,9 +117,9 @@ def score_predictions(
     seed=0,
 ):                     # (results: dict of plain values, levels: {level: (table, probabilities)})
     "Scores of cycles, recordings and subjects, intervals over subjects, floors, and the official score."
-    from pahcl.metrics import OFFICIAL, at_levels, metrics_at_levels
+    from pahcl.metrics import OFFICIAL, at_levels, mixed_notes
     names, official = class_names(label_map), OFFICIAL.get(task)
-    levels, notes = at_levels(table, probabilities, rule, subject_rule), metrics_at_levels(table, probabilities, len(names), rule, subject_rule)
+    levels = at_levels(table, probabilities, rule, subject_rule)
     results = dict(task=task, label_map=label_map, rule=rule, subject_rule=subject_rule or rule, n={}, levels={}, floors={}, official=None)
     for level, (rows, values) in levels.items():
         function = official['function'] if official and official['level'] == level else None
@@ -127,10 +127,10 @@ def score_predictions(
         low, high = scores['intervals'].pop('official', (None, None))
         floor = floor_scores(rows['label'], names, function)
         if function: results['official'] = dict(name=official['name'], level=level, higher_is_better=official['higher_is_better'], value=scores.pop('official'), low=low, high=high, floors=floor['official'])
-        results['n'][level], results['levels'][level], results['floors'][level] = len(rows), scores | dict(notes=notes[level]['notes']), floor['majority']
+        results['n'][level], results['levels'][level], results['floors'][level] = len(rows), scores | dict(notes=scores['notes'] + mixed_notes(rows, level)), floor['majority']
     return results, levels
 
-# %% ../nbs/06_eval.ipynb #1bf52888
+# %% ../nbs/06_eval.ipynb #47e65a12
 def prediction_table(
     rows,           # a level's table
     probabilities,  # [n, classes]
@@ -144,7 +144,7 @@ def prediction_table(
     answers = dict(label=rows['label'].astype(int), label_name=[names[i] for i in rows['label']], predicted=decided, predicted_name=[names[i] for i in decided])
     return who.assign(**answers, **{f'probability_{n}': probabilities[:, c] for c, n in enumerate(names)}).reset_index(drop=True)
 
-# %% ../nbs/06_eval.ipynb #8c135baf
+# %% ../nbs/06_eval.ipynb #1e89bd49
 def score_tables(
     results: dict,  # of `score_predictions`
 ):                  # (scores of the levels and the floor, scores a class of subjects)
@@ -159,7 +159,7 @@ def score_tables(
     classes.insert(0, 'subjects', subject['support'])
     return main, classes
 
-# %% ../nbs/06_eval.ipynb #d8ce553e
+# %% ../nbs/06_eval.ipynb #d12e3897
 def official_lines(
     results: dict,  # of `score_predictions`
 ) -> list:          # sentences
@@ -170,7 +170,7 @@ def official_lines(
     better = 'higher' if official['higher_is_better'] else 'lower'
     return [f'{official["name"]} of {official["level"]}s: {with_interval(official["value"], (official["low"], official["high"]))} ({better} is better; {floors}).']
 
-# %% ../nbs/06_eval.ipynb #330ea558
+# %% ../nbs/06_eval.ipynb #8d455872
 def all_notes(
     results: dict,  # of `evaluate` or `score_predictions`
 ) -> list:          # sentences
@@ -179,7 +179,7 @@ def all_notes(
     lost = [f'{len(ids)} {unit} of the split without a cycle, and so without a prediction: {", ".join(ids[:10])}{" …" if len(ids) > 10 else ""}.' for unit, ids in missing.items() if ids]
     return [*results.get('notes', []), *lost, *(f'{level}s: {note}.' for level, s in results['levels'].items() for note in s['notes'])]
 
-# %% ../nbs/06_eval.ipynb #403c2c41
+# %% ../nbs/06_eval.ipynb #9bbcf389
 def write_evaluation(
     folder,         # where the files go; made when it is not there
     results: dict,  # of `score_predictions`, with whatever else is to be kept
@@ -204,7 +204,7 @@ def write_evaluation(
     write_json(folder/'metrics.json', results)
     return folder
 
-# %% ../nbs/06_eval.ipynb #cdbb7ce4
+# %% ../nbs/06_eval.ipynb #4281a2cb
 def open_split(
     task: str, data_dir, split,  # as in `task_folder`
 ):                               # (cycles, task_config, missing units)
@@ -214,14 +214,14 @@ def open_split(
     from pahcl.loader import Cycles
     cycles = Cycles.from_task(folder, split)
     subjects = [str(s) for s in config.get('split_subjects', {}).get(split, [])]
-    recordings = []
+    recordings = [f'{p.parent.name}/{p.name}' for p in (folder/split).glob('subject_*/rec_*')]
     if (folder/'recordings.csv').exists():
         known = pd.read_csv(folder/'recordings.csv', dtype=str)
-        recordings = known.loc[known['subject_id'].isin(subjects), 'folder'].dropna()
+        recordings += list(known.loc[known['subject_id'].isin(subjects), 'folder'].dropna())
     if not len(cycles): raise PahclError(f'split {split} of {task} in {data_dir} has no cycles. Preprocess and prepare again.')
     return cycles, config, missing_units(cycles.table, subjects, recordings)
 
-# %% ../nbs/06_eval.ipynb #0b36349f
+# %% ../nbs/06_eval.ipynb #4e6e1675
 def predict_split(
     checkpoint,       # path of a fine-tuned checkpoint
     cycles,           # a `pahcl.loader.Cycles`
@@ -229,13 +229,13 @@ def predict_split(
     batch_size=64,    # only speed and memory depend on it
 ):                    # (probabilities [n, classes] in the task's order, the checkpoint's dict, what was matched)
     "What the model of a checkpoint says about each cycle."
-    from pahcl.finetune import load_model, predict
+    from pahcl.classifier import load_model, predict
     model, saved = load_model(checkpoint)
     columns, matched = match_classes(saved['label_map'], task_config['label_map'], saved['task'], task_config['task_name'])
     check_cycles((saved.get('config') or {}).get('data', {}), task_config)
     return predict(model, cycles, batch_size)[:, columns], saved, matched
 
-# %% ../nbs/06_eval.ipynb #a51f71ab
+# %% ../nbs/06_eval.ipynb #8f7bffa3
 def evaluate(
     checkpoint,                  # a checkpoint of pahcl_finetune; the model is built from it alone
     task: str,                   # a prepared task, e.g. `circor_murmur`
@@ -261,13 +261,13 @@ def evaluate(
     write_evaluation(folder, results, levels, f'{task}, {split}: {Path(checkpoint).parent.name}/{Path(checkpoint).name}', dict(evaluation=asked, checkpoint=saved.get('config') or {}))
     return results | dict(output_dir=str(folder))
 
-# %% ../nbs/06_eval.ipynb #87faaa7a
+# %% ../nbs/06_eval.ipynb #93a1042c
 def needed(**flags):
     "Raise `PahclError` for the first flag that was not given."
     for name, value in flags.items():
         if value is None: raise PahclError(f'--{name.replace("_", "-")} is needed. --help lists all flags.')
 
-# %% ../nbs/06_eval.ipynb #40d75a1a
+# %% ../nbs/06_eval.ipynb #c8dc7441
 def summary_text(
     results: dict,  # of `evaluate`
 ) -> str:
@@ -275,7 +275,7 @@ def summary_text(
     main, _ = score_tables(results)
     return '\n'.join([main.to_string(), *official_lines(results), *([f'Report: {results["output_dir"]}/report.html'] if 'output_dir' in results else [])])
 
-# %% ../nbs/06_eval.ipynb #17b5eb51
+# %% ../nbs/06_eval.ipynb #bc882cb5
 @script
 def pahcl_evaluate(
     checkpoint: str = None,             # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt

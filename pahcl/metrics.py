@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'confusion_matrix', 'ratio', 'class_scores', 'matthews', 'auroc', 'auprc', 'checked', 'macro',
            'metric_notes', 'classification_metrics', 'murmur_weighted_accuracy', 'outcome_cost',
-           'sensitivity_specificity_mean', 'precision_sum', 'any_present', 'aggregate', 'at_levels',
+           'sensitivity_specificity_mean', 'precision_sum', 'any_present', 'aggregate', 'at_levels', 'mixed_notes',
            'metrics_at_levels', 'made_cycles', 'bootstrap_draws', 'percentile_interval', 'bootstrap']
 
-# %% ../nbs/02b_metrics.ipynb #1eff3b58
+# %% ../nbs/02b_metrics.ipynb #67cbee95
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
 from .basics import PahclError, generator
 
-# %% ../nbs/02b_metrics.ipynb #e6ffad9f
+# %% ../nbs/02b_metrics.ipynb #fd8e8a0f
 def confusion_matrix(
     y_true,            # true classes, integers [n]
     y_pred,            # decided classes, integers [n]
@@ -25,12 +25,12 @@ def confusion_matrix(
     cells = np.asarray(y_true, int)*num_classes + np.asarray(y_pred, int)
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
-# %% ../nbs/02b_metrics.ipynb #c583cf38
+# %% ../nbs/02b_metrics.ipynb #b4784dc5
 def ratio(above, below):
     "`above/below` as a float, or None where `below` is 0."
     return float(above)/float(below) if below else None
 
-# %% ../nbs/02b_metrics.ipynb #f35d4beb
+# %% ../nbs/02b_metrics.ipynb #bc7765ad
 def class_scores(
     matrix,  # a confusion matrix [classes, classes], rows are the truth
 ) -> dict:   # precision, recall, specificity and f1, each a list with an entry a class; None: not defined
@@ -43,7 +43,7 @@ def class_scores(
         specificity=[ratio(matrix.sum()-s-d+h, matrix.sum()-s) for h, s, d in zip(hit, support, decided)],
         f1=[ratio(2*h, s+d) if k else None for h, s, d, k in zip(hit, support, decided, known)])
 
-# %% ../nbs/02b_metrics.ipynb #784c019b
+# %% ../nbs/02b_metrics.ipynb #9dc5b1bd
 def matthews(
     matrix,  # a confusion matrix [classes, classes]
 ):           # -1 to 1; 0 for constant decisions; None where the truth has one class only
@@ -54,7 +54,7 @@ def matthews(
     if not spread_truth: return None
     return (hit*total-support@decided)/np.sqrt(spread_truth*spread_decided) if spread_decided else 0.
 
-# %% ../nbs/02b_metrics.ipynb #a6940eda
+# %% ../nbs/02b_metrics.ipynb #99ae0a6c
 def auroc(
     positive,  # truth, booleans [n]
     score,     # the higher, the more positive [n]
@@ -65,7 +65,7 @@ def auroc(
     if not n or not m: return None
     return float((rankdata(score)[positive].sum() - n*(n+1)/2)/(n*m))
 
-# %% ../nbs/02b_metrics.ipynb #c9bf0879
+# %% ../nbs/02b_metrics.ipynb #529727c2
 def auprc(
     positive,  # truth, booleans [n]
     score,     # the higher, the more positive [n]
@@ -79,7 +79,7 @@ def auprc(
     gained = np.diff(hits[last], prepend=0)
     return float((gained*hits[last]/(last+1)).sum()/hits[-1])
 
-# %% ../nbs/02b_metrics.ipynb #2b299c2f
+# %% ../nbs/02b_metrics.ipynb #b3be91f5
 def checked(
     y_true,            # true classes [n]
     probabilities,     # [n, num_classes]
@@ -95,7 +95,7 @@ def checked(
     if len(wrong): raise PahclError(f'y_true holds {wrong[0]}, which is no class of 0 … {num_classes-1}. Leave unlabelled rows out.')
     return y_true.astype(int), probabilities
 
-# %% ../nbs/02b_metrics.ipynb #26843146
+# %% ../nbs/02b_metrics.ipynb #0e8b9f3f
 def macro(
     values,         # a value a class, None where it is not defined
     absent='none',  # 'none': one undefined class makes the mean undefined; 'skip': mean of the defined ones
@@ -104,7 +104,7 @@ def macro(
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known and (absent == 'skip' or len(known) == len(values)) else None
 
-# %% ../nbs/02b_metrics.ipynb #f0247234
+# %% ../nbs/02b_metrics.ipynb #dde1fc59
 def metric_notes(
     matrix,       # confusion matrix [classes, classes]
     absent: str,  # as in `classification_metrics`
@@ -118,7 +118,7 @@ def metric_notes(
     if (matrix.sum(1) > 0).sum() == 1: notes.append('the truth has one class only: auroc, auprc and mcc are undefined')
     return notes
 
-# %% ../nbs/02b_metrics.ipynb #e6855874
+# %% ../nbs/02b_metrics.ipynb #ea20520a
 def classification_metrics(
     y_true,            # true classes, integers [n]
     probabilities,     # [n, num_classes]; the decision is the most probable class
@@ -139,7 +139,7 @@ def classification_metrics(
                 precision=one['precision'], recall=one['recall'], specificity=one['specificity'], uar=mean['recall'], mcc=matthews(matrix),
                 confusion_matrix=matrix.tolist(), support=support.tolist(), per_class=per_class, n=len(y_true), notes=metric_notes(matrix, absent))
 
-# %% ../nbs/02b_metrics.ipynb #58e035a5
+# %% ../nbs/02b_metrics.ipynb #3ad33082
 def murmur_weighted_accuracy(
     y_true,  # true classes of subjects [n]: 0 Present, 1 Absent, 2 Unknown
     y_pred,  # decided classes of subjects [n]
@@ -148,7 +148,7 @@ def murmur_weighted_accuracy(
     weight = np.array([5, 1, 3])[np.asarray(y_true)]
     return float(weight[np.asarray(y_true) == np.asarray(y_pred)].sum()/weight.sum())
 
-# %% ../nbs/02b_metrics.ipynb #caaba107
+# %% ../nbs/02b_metrics.ipynb #68e24c57
 def outcome_cost(
     y_true,  # true classes of subjects [n]: 1 Abnormal
     y_pred,  # decided classes of subjects [n]: 1 is referred
@@ -159,7 +159,7 @@ def outcome_cost(
     expert = 25 + 397*r - 1718*r**2 + 11296*r**4
     return float(10 + expert + 10_000*(ill & referred).mean() + 50_000*(ill & ~referred).mean())
 
-# %% ../nbs/02b_metrics.ipynb #e00b14ff
+# %% ../nbs/02b_metrics.ipynb #12f014be
 def sensitivity_specificity_mean(
     y_true,  # true classes of recordings [n]: 1 abnormal
     y_pred,  # decided classes [n]
@@ -169,7 +169,7 @@ def sensitivity_specificity_mean(
     if ill.all() or not ill.any(): return None
     return float((called[ill].mean() + (~called[~ill]).mean())/2)
 
-# %% ../nbs/02b_metrics.ipynb #3bb7ed48
+# %% ../nbs/02b_metrics.ipynb #4aa20932
 def precision_sum(
     y_true,            # true classes of recordings [n]
     y_pred,            # decided classes [n]
@@ -179,14 +179,14 @@ def precision_sum(
     values = class_scores(confusion_matrix(y_true, y_pred, num_classes))['precision']
     return None if None in values else float(sum(values))
 
-# %% ../nbs/02b_metrics.ipynb #989bc35c
+# %% ../nbs/02b_metrics.ipynb #a46e2f17
 OFFICIAL = dict(
     circor_murmur=dict(name='murmur_weighted_accuracy', function=murmur_weighted_accuracy, level='subject', higher_is_better=True),
     circor_outcome=dict(name='outcome_cost', function=outcome_cost, level='subject', higher_is_better=False),
     physionet2016=dict(name='sensitivity_specificity_mean', function=sensitivity_specificity_mean, level='recording', higher_is_better=True),
     pascal=dict(name='precision_sum', function=precision_sum, level='recording', higher_is_better=True))
 
-# %% ../nbs/02b_metrics.ipynb #d109143c
+# %% ../nbs/02b_metrics.ipynb #c9e55a7e
 def any_present(
     probabilities,  # of one subject's recordings [n, 3]: Present, Absent, Unknown
 ):                  # [3]
@@ -196,7 +196,7 @@ def any_present(
     speaking = probabilities[decided == first]
     return speaking[speaking[:, 0].argmax()]
 
-# %% ../nbs/02b_metrics.ipynb #909f5ee5
+# %% ../nbs/02b_metrics.ipynb #ab9e25aa
 def aggregate(
     probabilities,  # [n, classes], rows sum to 1
     groups,         # the id of the recording or subject that each row belongs to [n]
@@ -217,7 +217,7 @@ def aggregate(
     means = np.exp(means - means.max(1, keepdims=True))
     return means/means.sum(1, keepdims=True), ids
 
-# %% ../nbs/02b_metrics.ipynb #08b70f53
+# %% ../nbs/02b_metrics.ipynb #8834e14f
 def at_levels(
     table,             # a row a cycle: `subject_id, recording_id, label`, and `person_id` where it is known
     probabilities,     # of the cycles [n, classes]
@@ -237,7 +237,16 @@ def at_levels(
         levels[level] = (rows_up.loc[ids].reset_index(drop=True), up)
     return levels
 
-# %% ../nbs/02b_metrics.ipynb #3b26c041
+# %% ../nbs/02b_metrics.ipynb #ea16160c
+def mixed_notes(
+    rows,   # a level's table, of `at_levels`
+    level,  # its name
+) -> list:  # no or one sentence
+    "How many recordings or subjects had more than one label."
+    mixed = int(rows['mixed_labels'].sum()) if 'mixed_labels' in rows else 0
+    return [f'{mixed} of {len(rows)} {level}s have rows with different labels: the largest label counts'] if mixed else []
+
+# %% ../nbs/02b_metrics.ipynb #ab9e105f
 def metrics_at_levels(
     table,             # a row a cycle: `subject_id, recording_id, label`
     probabilities,     # of the cycles [n, classes]
@@ -250,11 +259,10 @@ def metrics_at_levels(
     scores = {}
     for level, (rows, values) in at_levels(table, probabilities, rule, subject_rule).items():
         scores[level] = classification_metrics(rows['label'], values, num_classes, absent)
-        if mixed := int(rows.get('mixed_labels', pd.Series(dtype=bool)).sum()):
-            scores[level]['notes'].append(f'{mixed} {level}s have rows with different labels: the largest label counts')
+        scores[level]['notes'] += mixed_notes(rows, level)
     return scores
 
-# %% ../nbs/02b_metrics.ipynb #3f75d991
+# %% ../nbs/02b_metrics.ipynb #7b026866
 def made_cycles(
     separation=2.,     # distance between the classes in standard deviations of a cycle's logits; 0: pure chance
     subjects=30,       # as many
@@ -271,7 +279,7 @@ def made_cycles(
     logits = separation*np.eye(num_classes)[table['label']] + (own + random.normal(size=own.shape))/np.sqrt(2)
     return table, np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
 
-# %% ../nbs/02b_metrics.ipynb #ba3c6efa
+# %% ../nbs/02b_metrics.ipynb #24674781
 def bootstrap_draws(
     groups,      # the person each row belongs to [n]
     draws=2000,  # as many resamplings
@@ -283,7 +291,7 @@ def bootstrap_draws(
     random = generator(seed, 'bootstrap')
     for _ in range(draws): yield np.concatenate([members[g] for g in random.integers(len(ids), size=len(ids))])
 
-# %% ../nbs/02b_metrics.ipynb #02b3da0f
+# %% ../nbs/02b_metrics.ipynb #9f9602d5
 def percentile_interval(
     values,      # a metric's values in the draws; None where it is undefined
     level=0.95,  # the share of draws inside
@@ -294,7 +302,7 @@ def percentile_interval(
     low, high = np.quantile(known, [(1-level)/2, (1+level)/2])
     return float(low), float(high)
 
-# %% ../nbs/02b_metrics.ipynb #9243d5ee
+# %% ../nbs/02b_metrics.ipynb #ac68fed5
 def bootstrap(
     metric,         # a function of (`y_true`, `probabilities`) that gives a number or None
     y_true,         # true classes [n]

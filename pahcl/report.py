@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'DASHES', 'STYLE', 'PAGE', 'png_bytes', 'save_figure', 'confusion_figure', 'roc_points', 'roc_figure',
            'number', 'with_interval', 'as_html', 'flat', 'report_page', 'write_report']
 
-# %% ../nbs/06b_report.ipynb #9fe72b72
+# %% ../nbs/06b_report.ipynb #0e932fb3
 import base64
 import html
 import io
@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 from .basics import atomic_path, write_text
 from .metrics import auroc
 
-# %% ../nbs/06b_report.ipynb #e1561e42
+# %% ../nbs/06b_report.ipynb #f145f8cf
 COLOURS = ['#0072B2', '#E69F00', '#009E73', '#56B4E9', '#D55E00', '#CC79A7']  # Okabe & Ito 2008, jfly.uni-koeln.de/color
 DASHES = ['-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
 STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.8,
          'legend.frameon': False, 'figure.dpi': 100, 'savefig.facecolor': 'white'}
 
-# %% ../nbs/06b_report.ipynb #7336ff5f
+# %% ../nbs/06b_report.ipynb #f5c7b307
 def png_bytes(
     figure,   # a matplotlib figure
     dpi=120,  # sharp on a phone, about 25 kB a figure
@@ -35,7 +35,7 @@ def png_bytes(
         figure.savefig(buffer, format='png', dpi=dpi, metadata={'Software': None})
         return buffer.getvalue()
 
-# %% ../nbs/06b_report.ipynb #ce26a170
+# %% ../nbs/06b_report.ipynb #9f7b25cf
 def save_figure(
     figure,  # a matplotlib figure
     path,    # the png file to write
@@ -43,7 +43,7 @@ def save_figure(
     "Write a figure as PNG, atomically."
     with atomic_path(path) as temporary: temporary.write_bytes(png_bytes(figure))
 
-# %% ../nbs/06b_report.ipynb #c294062c
+# %% ../nbs/06b_report.ipynb #3a5731cd
 def confusion_figure(
     matrix,    # counts [classes, classes], rows are the truth
     names,     # of the classes, in order
@@ -64,7 +64,7 @@ def confusion_figure(
         ax.spines[:].set_visible(False)
     return figure
 
-# %% ../nbs/06b_report.ipynb #08aec3fa
+# %% ../nbs/06b_report.ipynb #2b0fdae1
 def roc_points(
     positive,  # truth, booleans [n], of both kinds
     score,     # the higher, the more positive [n]
@@ -76,7 +76,7 @@ def roc_points(
     hits, alarms = positive[order].cumsum()[last], (~positive[order]).cumsum()[last]
     return np.append(0, alarms)/alarms[-1], np.append(0, hits)/hits[-1]
 
-# %% ../nbs/06b_report.ipynb #2d7235dd
+# %% ../nbs/06b_report.ipynb #f58a5c6c
 def roc_figure(
     y_true,         # true classes [n]
     probabilities,  # [n, classes]
@@ -97,7 +97,7 @@ def roc_figure(
         ax.legend(title='AUROC', loc='lower right')
     return figure
 
-# %% ../nbs/06b_report.ipynb #069ea61e
+# %% ../nbs/06b_report.ipynb #2605fd0e
 def number(
     value,      # float, int or None
     digits=3,   # after the point
@@ -106,7 +106,7 @@ def number(
     if value is None or value != value: return '–'
     return f'{value:,.0f}' if isinstance(value, (int, np.integer)) or abs(value) >= 1000 else f'{value:.{digits}f}'
 
-# %% ../nbs/06b_report.ipynb #344eb9df
+# %% ../nbs/06b_report.ipynb #0d47d505
 def with_interval(
     value,       # float or None
     interval,    # (low, high); either may be None
@@ -116,7 +116,7 @@ def with_interval(
     if value is None or interval is None or None in tuple(interval): return number(value, digits)
     return f'{number(value, digits)} [{number(interval[0], digits)}, {number(interval[1], digits)}]'
 
-# %% ../nbs/06b_report.ipynb #b1f46bbe
+# %% ../nbs/06b_report.ipynb #3ad8e384
 def as_html(
     thing,  # str: a paragraph; list of str: notes; DataFrame: a table (a named index is its first column); Figure; dict: settings, nested ones as `section.key`
 ) -> str:
@@ -131,7 +131,7 @@ def as_html(
     if isinstance(thing, (list, tuple)): return '<ul>' + ''.join(f'<li>{html.escape(str(t))}</li>' for t in thing) + '</ul>' if thing else ''
     return f'<p>{html.escape(str(thing))}</p>'
 
-# %% ../nbs/06b_report.ipynb #a871db51
+# %% ../nbs/06b_report.ipynb #9ba9915e
 def flat(
     settings: dict,  # nested
     prefix='',       # of the names
@@ -139,7 +139,7 @@ def flat(
     "Nested settings as `section.key: value`."
     return {k: v for key, value in settings.items() for k, v in (flat(value, f'{prefix}{key}.') if isinstance(value, dict) and value else {f'{prefix}{key}': value}).items()}
 
-# %% ../nbs/06b_report.ipynb #ad38e511
+# %% ../nbs/06b_report.ipynb #87745db0
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -154,7 +154,7 @@ th, td {{ text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd
 </body></html>
 '''
 
-# %% ../nbs/06b_report.ipynb #cf31ff03
+# %% ../nbs/06b_report.ipynb #212b608c
 def report_page(
     title: str,      # of the page
     sections: dict,  # heading -> list of things, see `as_html`
@@ -163,7 +163,7 @@ def report_page(
     body = '\n'.join(f'<section><h2>{html.escape(str(heading))}</h2>\n' + '\n'.join(as_html(t) for t in things) + '\n</section>' for heading, things in sections.items())
     return PAGE.format(title=html.escape(str(title)), body=body)
 
-# %% ../nbs/06b_report.ipynb #9ee48790
+# %% ../nbs/06b_report.ipynb #a2401d80
 def write_report(
     path,            # the html file to write
     title: str,      # of the page

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GOLDEN', 'DRAWS', 'RESPIRATION_HZ', 'valid_length', 'phase_masks', 'valid_mask', 'standardise', 'mix', 'hash_words',
-           'sample_keys', 'uniforms', 'to_uniform', 'warp', 'wrap', 'coloured_noise', 'add_noise', 'respire',
-           'band_gain', 'notch_gain', 'apply_gain', 'time_mask', 'Views', 'between', 'change_rows']
+           'sample_keys', 'uniforms', 'to_uniform', 'warp', 'coloured_noise', 'add_noise', 'respire', 'band_gain',
+           'notch_gain', 'apply_gain', 'time_mask', 'Views', 'between', 'change_rows']
 
-# %% ../nbs/04a_views.ipynb #cff594e0
+# %% ../nbs/04a_views.ipynb #a5be3968
 import math
 
 import torch
@@ -15,14 +15,14 @@ from fastcore.basics import patch
 
 from .basics import PahclError
 
-# %% ../nbs/04a_views.ipynb #a0f6024d
+# %% ../nbs/04a_views.ipynb #3fe9da89
 def valid_length(
     phases,  # [B, T] uint8, 0 padding
 ):           # [B] int64: samples up to and including the last labelled one
     "How many samples of each cycle are not padding."
     return ((phases > 0)*torch.arange(1, phases.shape[-1]+1, device=phases.device)).amax(-1)
 
-# %% ../nbs/04a_views.ipynb #03cc9dfe
+# %% ../nbs/04a_views.ipynb #6f649594
 def phase_masks(
     phases,  # [B, T] uint8, 0 padding, 1 … K
     K=4,     # number of sub-structures: S1, systole, S2, diastole
@@ -30,7 +30,7 @@ def phase_masks(
     "One mask a sub-structure."
     return phases[:, None, :] == torch.arange(1, K+1, dtype=phases.dtype, device=phases.device)[None, :, None]
 
-# %% ../nbs/04a_views.ipynb #6212ab9f
+# %% ../nbs/04a_views.ipynb #d9e9655e
 def valid_mask(
     length,  # [B] valid lengths
     T: int,  # samples
@@ -38,7 +38,7 @@ def valid_mask(
     "True on the first `length` samples."
     return torch.arange(T, device=length.device) < length[:, None]
 
-# %% ../nbs/04a_views.ipynb #ae5ffdcc
+# %% ../nbs/04a_views.ipynb #79d7d8c7
 def standardise(
     x,       # [B, T]
     length,  # [B] valid lengths
@@ -50,7 +50,7 @@ def standardise(
     scale = ((x*x).sum(-1, keepdim=True)/count).sqrt()
     return torch.where(scale > 1e-6, x/scale.clamp(min=1e-6), 0)
 
-# %% ../nbs/04a_views.ipynb #c9672813
+# %% ../nbs/04a_views.ipynb #8e85b5e2
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, 2^64 divided by the golden ratio, as a signed integer
 
 def mix(
@@ -61,7 +61,7 @@ def mix(
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
-# %% ../nbs/04a_views.ipynb #d73bbdba
+# %% ../nbs/04a_views.ipynb #04fd0a70
 def hash_words(
     *words,  # integers or int64 tensors that broadcast against each other; the order matters
 ):           # int64 tensor
@@ -70,7 +70,7 @@ def hash_words(
     for w in words: h = mix((h.to(w.device) if isinstance(w, torch.Tensor) else h) + GOLDEN ^ w)
     return h
 
-# %% ../nbs/04a_views.ipynb #0b0ac25d
+# %% ../nbs/04a_views.ipynb #2d075059
 def sample_keys(
     index,     # [B] int64: which cycle
     epoch=0,   # which pass over the data
@@ -79,7 +79,7 @@ def sample_keys(
     "The identity of each view, from which all its random numbers come."
     return hash_words(epoch, view, index)
 
-# %% ../nbs/04a_views.ipynb #db7c95ac
+# %% ../nbs/04a_views.ipynb #123aa876
 def uniforms(
     seed: int,  # the program's seed
     keys,       # [B] int64
@@ -95,35 +95,30 @@ def to_uniform(
     "24 bits of each word as a number: all that a float32 holds, so that 1 never comes out."
     return ((words >> shift) & 0xFFFFFF).to(torch.float32)*2**-24
 
-# %% ../nbs/04a_views.ipynb #aa6d2bf0
+# %% ../nbs/04a_views.ipynb #1feff943
 def warp(
     x,        # [B, T] cycles
     phases,   # [B, T] uint8
-    shift,    # [B] share of the valid length to roll later (earlier where negative), within ±1
+    shift,    # [B] share of the valid length to roll later (earlier where negative)
     stretch,  # [B] relative change of the length, e.g. 0.1: 10 % longer
 ):            # x [B, T], phases [B, T]; zeros after the new valid length
     "Roll and stretch each cycle within its valid part; sound and labels through one map of positions."
     T, n = x.shape[-1], valid_length(phases)[:, None]
     m = torch.where(n > 0, (n*(1+stretch[:, None])).round().long().clamp(min=1), 0)
     t = torch.arange(T, device=x.device)
+    cycle = n.clamp(min=1)
     p = t*(n/m.clamp(min=1)) - shift[:, None]*n
-    before = p.floor()
+    p = (p-cycle*(p/cycle).floor()).clamp(min=0)  # clamp: rounding can leave a tiny negative number
+    before = p.long()
     weight = (p-before).to(x.dtype)
-    before = wrap(before.long(), n)
-    after = wrap(before+1, n)
+    before = torch.where(before < cycle, before, 0)
+    after = torch.where(before+1 < cycle, before+1, 0)
     inside = t < m
     y = torch.lerp(x.gather(1, before), x.gather(1, after), weight)
     labels = phases.gather(1, torch.where(weight < 0.5, before, after))
     return y*inside, labels*inside
 
-def wrap(
-    i,  # [B, T] integer positions
-    n,  # [B, 1] valid lengths
-):      # the same within 0 … n-1 (0 where n is 0)
-    "Positions modulo the valid length."
-    return torch.where(n > 0, torch.remainder(i, n.clamp(min=1)), 0)
-
-# %% ../nbs/04a_views.ipynb #208f7c91
+# %% ../nbs/04a_views.ipynb #fa82c891
 def coloured_noise(
     words_of,                # function: counters [F] int64 -> random words [B, F] int64
     T: int,                  # samples
@@ -135,13 +130,13 @@ def coloured_noise(
     low, high = max(1, math.ceil(band[0]*T/sample_rate)), min(T//2, math.floor(band[1]*T/sample_rate))
     bins = torch.arange(low, high+1, device=colour.device)
     words = words_of(bins)
-    size = (-2*torch.log1p(-to_uniform(words))).sqrt()*(bins/low)**(-colour[:, None]/2)
+    size = (-2*torch.log1p(-to_uniform(words))).sqrt()*torch.exp(-colour[:, None]/2*(bins/low).log())
     angle = 2*math.pi*to_uniform(words, 16)
     spectrum = torch.zeros(len(colour), T//2+1, dtype=torch.complex64, device=colour.device)
     spectrum[:, low:high+1] = torch.polar(size, angle)
     return torch.fft.irfft(spectrum, n=T)
 
-# %% ../nbs/04a_views.ipynb #226cf60a
+# %% ../nbs/04a_views.ipynb #d5204f2b
 def add_noise(
     x,       # [B, T]
     length,  # [B] valid lengths
@@ -152,9 +147,9 @@ def add_noise(
     valid = valid_mask(length, x.shape[-1])
     noise = noise*valid
     sound, floor = (x*valid).square().sum(-1), noise.square().sum(-1).clamp(min=1e-12)
-    return x + noise*(sound/floor*10**(-snr_db/10)).sqrt()[:, None]
+    return x + noise*(sound/floor*torch.exp(-snr_db*math.log(10)/10)).sqrt()[:, None]
 
-# %% ../nbs/04a_views.ipynb #360a1a4a
+# %% ../nbs/04a_views.ipynb #bb0d634d
 def respire(
     x,            # [B, T]
     sample_rate,  # Hz
@@ -166,14 +161,15 @@ def respire(
     t = torch.arange(x.shape[-1], device=x.device)/sample_rate
     return x*(1+depth[:, None]*torch.sin(2*math.pi*rate_hz[:, None]*t+angle[:, None]))
 
-# %% ../nbs/04a_views.ipynb #a53c9fd9
+# %% ../nbs/04a_views.ipynb #30b08ecc
 def band_gain(
     frequency,  # [F] Hz
     low,        # [B] Hz, half of the amplitude passes here
     high,       # [B] Hz, likewise
 ):              # [B, F] between 0 and 1
     "Gain of a second-order Butterworth band filter applied forwards and backwards."
-    return 1/(1+(frequency/high[:, None])**4) * frequency**4/(frequency**4+low[:, None]**4)
+    fourth = lambda f: f.square().square()
+    return 1/(1+fourth(frequency/high[:, None])) * fourth(frequency)/(fourth(frequency)+fourth(low[:, None]))
 
 def notch_gain(
     frequency,  # [F] Hz
@@ -191,7 +187,7 @@ def apply_gain(
     "Filter in the frequency domain."
     return torch.fft.irfft(torch.fft.rfft(x)*gain, n=x.shape[-1])*valid_mask(length, x.shape[-1])
 
-# %% ../nbs/04a_views.ipynb #71e37617
+# %% ../nbs/04a_views.ipynb #9259e5d5
 def time_mask(
     x,      # [B, T]
     start,  # [B] samples
@@ -201,7 +197,7 @@ def time_mask(
     t = torch.arange(x.shape[-1], device=x.device)
     return x*~((t >= start[:, None]) & (t < (start+width)[:, None]))
 
-# %% ../nbs/04a_views.ipynb #b604d318
+# %% ../nbs/04a_views.ipynb #fc8c1d87
 DRAWS = ('time_shift', 'time_stretch', 'amplitude', 'polarity', 'noise', 'noise_snr_db', 'noise_colour', 'respiration', 'respiration_rate',
          'respiration_angle', 'respiration_depth', 'time_mask', 'time_mask_width', 'time_mask_start', 'frequency_mask', 'frequency_mask_width',
          'frequency_mask_start', 'band_filter', 'band_filter_low_hz', 'band_filter_high_hz')
@@ -217,10 +213,12 @@ class Views:
             pair = getattr(config, name)
             if len(pair) != 2 or pair[0] > pair[1]: raise PahclError(f'augmentation.{name} must be [smallest, largest], not {pair}.')
         self.config, self.band = config, tuple(band)
+        steps = ('noise', 'respiration', 'time_mask', 'frequency_mask', 'band_filter')
+        self.changes_sound = bool(config.time_shift or config.time_stretch or any(getattr(config, f'{s}_probability') for s in steps))
 
     def __repr__(self): return f'Views({self.config!r})'
 
-# %% ../nbs/04a_views.ipynb #842c5f0b
+# %% ../nbs/04a_views.ipynb #ac49282e
 @patch
 def draws(self: Views,
     seed: int,  # the program's seed
@@ -242,7 +240,7 @@ def between(
     "Stretch [0, 1) to `limits`."
     return limits[0]+(limits[1]-limits[0])*u
 
-# %% ../nbs/04a_views.ipynb #0960cd82
+# %% ../nbs/04a_views.ipynb #df371227
 def change_rows(
     x,      # [B, T]
     drawn,  # [B] bool: which rows
@@ -270,7 +268,7 @@ def disturb(self: Views,
         return add_noise(x, length[r], noise, d['noise_snr_db'][r])
     return change_rows(x, d['noise'], noisy)
 
-# %% ../nbs/04a_views.ipynb #d9898ebc
+# %% ../nbs/04a_views.ipynb #3fb82e15
 @patch
 def sense(self: Views,
     x,            # [B, T]
@@ -293,7 +291,7 @@ def sense(self: Views,
         return time_mask(x, d['time_mask_start'][r]*(length[r]-width), width)
     return change_rows(x, d['time_mask'], masked)
 
-# %% ../nbs/04a_views.ipynb #f09714c7
+# %% ../nbs/04a_views.ipynb #c7de12fa
 @patch
 @torch.no_grad()
 def __call__(self: Views,
@@ -309,5 +307,6 @@ def __call__(self: Views,
     length = valid_length(phases)
     y = self.disturb(y, length, sample_rate, draw, seed, keys)
     y = self.sense(y, length, sample_rate, draw)
-    if y.data_ptr() != x.data_ptr(): y = standardise(y, length)
-    return (y*torch.where(draw['polarity'], -1, 1)[:, None]*(1+draw['amplitude'])[:, None])[:, None], phases
+    if self.changes_sound: y = standardise(y, length)
+    factor = torch.where(draw['polarity'], -1, 1)*(1+draw['amplitude'])
+    return (y*factor[:, None])[:, None], phases

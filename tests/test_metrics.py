@@ -1,0 +1,175 @@
+"Oracles and properties of pahcl.metrics"
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from pahcl.basics import PahclError
+from pahcl.metrics import (OFFICIAL, aggregate, any_present, at_levels, auprc, auroc, bootstrap, bootstrap_draws, classification_metrics, confusion_matrix,
+                           made_cycles, metrics_at_levels, murmur_weighted_accuracy, outcome_cost, precision_sum, sensitivity_specificity_mean)
+from sklearn import metrics as sk
+
+
+@st.composite
+def answers(draw, classes=None, all_there=True):
+    "Truth and probabilities on a coarse grid, so that ties are common."
+    k = classes or draw(st.integers(2, 4))
+    n = draw(st.integers(k, 40))
+    y = draw(st.lists(st.integers(0, k-1), min_size=n, max_size=n))
+    if all_there: y[:k] = range(k)
+    p = np.array(draw(st.lists(st.lists(st.integers(1, 5), min_size=k, max_size=k), min_size=n, max_size=n)), float)
+    return np.array(y), p/p.sum(1, keepdims=True), k
+
+
+def same(got, wanted): assert got == pytest.approx(wanted, abs=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(answers())
+def test_against_sklearn(case):
+    y, p, k = case
+    got, z = classification_metrics(y, p, k), p.argmax(1)
+    binary = dict(average='binary') if k == 2 else dict(average='macro')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        same(got['accuracy'], sk.accuracy_score(y, z))
+        same(got['f1'], sk.f1_score(y, z, zero_division=0, **binary))
+        same(got['f1_macro'], sk.f1_score(y, z, average='macro', zero_division=0))
+        same(got['f1_weighted'], sk.f1_score(y, z, average='weighted', zero_division=0))
+        same(got['precision'], sk.precision_score(y, z, zero_division=0, **binary))
+        same(got['recall'], sk.recall_score(y, z, **binary))
+        same(got['uar'], sk.balanced_accuracy_score(y, z))
+        same(got['mcc'], sk.matthews_corrcoef(y, z))
+    score = p[:, 1] if k == 2 else p
+    same(got['auroc'], sk.roc_auc_score(y, p[:, 1]) if k == 2 else np.mean([sk.roc_auc_score(y == c, p[:, c]) for c in range(k)]))
+    same(got['auprc'], sk.average_precision_score(y, score) if k == 2 else sk.average_precision_score(np.eye(k)[y], p, average='macro'))
+    specificity = [sk.recall_score(y != c, z != c) for c in range(k)]
+    same(got['specificity'], specificity[1] if k == 2 else np.mean(specificity))
+    assert got['confusion_matrix'] == sk.confusion_matrix(y, z, labels=range(k)).tolist() and got['support'] == np.bincount(y, minlength=k).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(answers(all_there=False))
+def test_absent_classes_are_none_with_a_reason(case):
+    y, p, k = case
+    got = classification_metrics(y, p, k)
+    for c in range(k):
+        gone = c not in y
+        assert all((got['per_class'][m][c] is None) == gone for m in ('precision', 'recall', 'f1'))
+        assert any(f'class {c} is absent' in n for n in got['notes']) == gone
+        assert (got['per_class']['auroc'][c] is None) == (gone or set(y) == {c})
+    assert (got['uar'] is None) == (len(set(y)) < k)
+    assert classification_metrics(y, p, k, absent='skip')['uar'] == pytest.approx(np.mean([(p.argmax(1)[y == c] == c).mean() for c in set(y)]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(answers(classes=2), st.randoms())
+def test_order_of_rows_and_monotone_scores_change_nothing(case, random):
+    y, p, _ = case
+    order = list(range(len(y)))
+    random.shuffle(order)
+    for area in (auroc, auprc):
+        same(area(y[order] == 1, p[order, 1]), area(y == 1, p[:, 1]))
+        same(area(y == 1, np.log(p[:, 1])), area(y == 1, p[:, 1]))
+    same(auroc(y == 0, p[:, 0]), auroc(y == 1, p[:, 1]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(answers(classes=3))
+def test_murmur_weighted_accuracy_is_the_published_formula(case):
+    y, p, _ = case
+    m = confusion_matrix(y, p.argmax(1), 3).T  # the paper's matrix: rows are the classifier
+    (pp, pa, pu), (ap, aa, au), (up, ua, uu) = m
+    formula = (5*pp + 3*uu + aa)/(5*(pp+ap+up) + 3*(pu+au+uu) + (pa+aa+ua))
+    same(murmur_weighted_accuracy(y, p.argmax(1)), formula)
+
+
+def test_trivial_predictors_on_the_public_labels():
+    murmur = np.repeat([0, 2, 1], [179, 68, 695])
+    outcome = np.concatenate([np.repeat([1, 0], c) for c in [(150, 29), (43, 25), (263, 432)]])
+    assert [round(murmur_weighted_accuracy(murmur, np.full(942, c)), 3) for c in (0, 1, 2)] == [0.499, 0.387, 0.114]
+    assert [round(outcome_cost(outcome, z)) for z in (np.ones(942), outcome)] == [14851, 5286]
+    assert sensitivity_specificity_mean(outcome, np.ones(942)) == 0.5
+    same(sensitivity_specificity_mean(outcome, (murmur != 1).astype(int)), (193/456 + 432/486)/2)
+
+
+def test_outcome_cost_by_hand():
+    # four subjects, two ill; one ill and one healthy referred: r = 1/2
+    expert = 25 + 397/2 - 1718/4 + 11296/16
+    same(outcome_cost([1, 1, 0, 0], [1, 0, 1, 0]), 10 + expert + (10_000 + 50_000)/4)
+
+
+def test_undefined_official_scores():
+    assert sensitivity_specificity_mean([1, 1], [1, 0]) is None and precision_sum([0, 1], [0, 1]) is None
+    assert set(OFFICIAL) == {'circor_murmur', 'circor_outcome', 'physionet2016', 'pascal'}
+
+
+@settings(max_examples=60, deadline=None)
+@given(answers(classes=3))
+def test_any_present_decides_as_the_rule_says(case):
+    _, p, _ = case
+    p = p + np.array([0, 1e-6, 2e-6])  # no ties
+    z = p.argmax(1)
+    assert any_present(p).argmax() == (0 if 0 in z else 2 if 2 in z else 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(answers(), st.randoms())
+def test_aggregate(case, random):
+    y, p, k = case
+    groups = [random.choice('abc') for _ in y]
+    order = random.sample(range(len(y)), len(y))
+    for rule in ('mean', 'logmean'):
+        q, ids = aggregate(p, groups, rule)
+        assert ids.tolist() == sorted(set(groups)) and np.allclose(q.sum(1), 1)
+        same(q, aggregate(p[order], [groups[i] for i in order], rule)[0])
+    same(aggregate(p, range(100, 100+len(y)))[0], p)
+    for i, g in enumerate(ids): same(aggregate(p, groups)[0][i], p[[h == g for h in groups]].mean(0))
+
+
+def test_levels_weigh_recordings_alike_and_survive_any_order():
+    table, p = made_cycles(1, subjects=9)
+    keep = np.random.default_rng(0).permutation(len(table))[:150]
+    a, b = at_levels(table, p)['subject'], at_levels(table.iloc[np.arange(len(table))[::-1]], p[::-1])['subject']
+    same(a[1], b[1])
+    assert a[0]['subject_id'].tolist() == b[0]['subject_id'].tolist()
+    some = at_levels(table.iloc[keep], p[keep])
+    for _, row in some['recording'][0].iterrows(): assert row['rows'] == (table.iloc[keep]['recording_id'] == row['recording_id']).sum()
+    long = table.assign(copy=0)
+    first = table['recording_id'] == table['recording_id'].iloc[0]
+    twice = np.concatenate([np.arange(len(table)), np.flatnonzero(first)])  # one location recorded twice as long
+    same(at_levels(long.iloc[twice], p[twice])['subject'][1], a[1])
+    numbers = metrics_at_levels(table, p, 3)
+    assert [numbers[k]['n'] for k in ('cycle', 'recording', 'subject')] == [len(table), table['recording_id'].nunique(), 9]
+
+
+def test_bootstrap_resamples_whole_groups():
+    groups = np.repeat(['a', 'b', 'c'], [1, 2, 3])
+    for rows in bootstrap_draws(groups, draws=20):
+        drawn = [(groups[rows] == g).sum()/n for g, n in zip('abc', (1, 2, 3))]
+        assert sum(drawn) == 3 and all(d == int(d) for d in drawn)
+
+
+def test_bootstrap_interval_covers():
+    "About 95 % of the intervals hold the true mean; binomial limits for 200 trials."
+    random, inside = np.random.default_rng(1), 0
+    for trial in range(200):
+        own = random.normal(size=40)
+        values = np.repeat(own, 5) + random.normal(size=200)/2  # 40 subjects, 5 cycles each, true mean 0
+        low, high = bootstrap(lambda _, v: v.mean(), values, values, np.repeat(np.arange(40), 5), draws=200, seed=trial)
+        inside += low <= 0 <= high
+    assert 176 <= inside <= 199
+
+
+def test_bootstrap_leaves_undefined_draws_out():
+    y, p, g = [0, 0, 0, 1], np.array([.1, .2, .3, .9]), 'abcd'
+    low, high = bootstrap(lambda y, p: auroc(y == 1, p), y, p, list(g), draws=400)
+    assert (low, high) == (1., 1.)
+    assert bootstrap(lambda y, p: None, y, p, list(g), draws=10) == (None, None)
+    with pytest.raises(PahclError, match='differ in length'): bootstrap(lambda y, p: 0., y, p, ['a'])
+
+
+@pytest.mark.parametrize('y, p, message', [([], np.zeros((0, 2)), 'at least one'), ([0, 1], np.zeros((2, 3)), 'need'), ([0, 2], np.ones((2, 2)), 'holds 2'),
+                                           ([0, -1], np.ones((2, 2)), 'holds -1'), ([0, 1], np.array([[.5, .5], [np.nan, 1]]), 'row 1')])
+def test_wrong_input_is_named(y, p, message):
+    with pytest.raises(PahclError, match=message): classification_metrics(y, p, 2)

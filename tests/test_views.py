@@ -1,0 +1,96 @@
+"Properties of the views: draws belong to samples, labels follow the sound, every key has an effect"
+from types import SimpleNamespace
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from pahcl.config import AugmentationSection
+from pahcl.views import Views, hash_words, sample_keys, uniforms, valid_length, warp
+
+OFF = dict(time_shift=0.0, time_stretch=0.0, amplitude=0.0, polarity_probability=0.0, noise_probability=0.0, respiration_probability=0.0,
+           time_mask_probability=0.0, frequency_mask_probability=0.0, band_filter_probability=0.0)
+# the step's keys that switch it on, then for each key another value that must be seen
+KEYS = [(dict(time_shift=0.1), dict(time_shift=0.3)), (dict(time_stretch=0.1), dict(time_stretch=0.3)), (dict(amplitude=0.2), dict(amplitude=0.5)),
+        (dict(polarity_probability=1.0), dict(polarity_probability=0.0)),
+        (dict(noise_probability=1.0), dict(noise_probability=0.0)), (dict(noise_probability=1.0), dict(noise_snr_db=[0.0, 5.0])),
+        (dict(noise_probability=1.0), dict(noise_colour=2.0)),
+        (dict(respiration_probability=1.0), dict(respiration_probability=0.0)), (dict(respiration_probability=1.0), dict(respiration_depth=0.6)),
+        (dict(time_mask_probability=1.0), dict(time_mask_probability=0.0)), (dict(time_mask_probability=1.0), dict(time_mask_fraction=0.4)),
+        (dict(frequency_mask_probability=1.0), dict(frequency_mask_probability=0.0)), (dict(frequency_mask_probability=1.0), dict(frequency_mask_width_hz=150.0)),
+        (dict(band_filter_probability=1.0), dict(band_filter_probability=0.0)), (dict(band_filter_probability=1.0), dict(band_filter_low_hz=[80.0, 90.0])),
+        (dict(band_filter_probability=1.0), dict(band_filter_high_hz=[100.0, 150.0]))]
+
+def batch(B=12, T=1000, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    n = torch.randint(300, T+1, (B,), generator=g)
+    t = torch.arange(T)
+    phases = ((t*4//n[:, None]+1)*(t < n[:, None])).to(torch.uint8)
+    x = torch.randn(B, T, generator=g)*(phases > 0)
+    return x[:, None], phases
+
+@pytest.mark.parametrize('on,other', KEYS, ids=lambda d: next(iter(d)))
+def test_every_key_has_an_effect(on, other):
+    x, phases = batch()
+    look = lambda keys: Views(AugmentationSection(**{**OFF, **keys}))(x, phases, 5000, 0, torch.arange(12))
+    (y, p), (z, _) = look(on), look({**on, **other})
+    assert all(not torch.equal(a, b) for a, b in zip(y, x))
+    assert all(not torch.equal(a, b) for a, b in zip(y, z))
+    assert torch.equal(p, phases) == (not on.keys() & {'time_shift', 'time_stretch'})
+
+def test_no_key_is_forgotten():
+    assert {k for on, other in KEYS for k in (*on, *other)} == set(AugmentationSection.model_fields)
+
+def test_all_off_is_the_identity_and_the_input_stays():
+    x, phases = batch()
+    before = x.clone(), phases.clone()
+    y, p = Views(AugmentationSection(**OFF))(x, phases, 5000, 0, torch.arange(12))
+    assert torch.equal(y, x) and torch.equal(p, phases)
+    Views(AugmentationSection())(x, phases, 5000, 0, torch.arange(12))
+    assert torch.equal(x, before[0]) and torch.equal(phases, before[1])
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(12)), st.integers(1, 12), st.integers(0, 2**31), st.sampled_from([999, 1000, 1003]), st.sets(st.sampled_from(sorted(OFF))))
+def test_views_do_not_depend_on_the_batch(order, size, seed, T, off):
+    x, phases = batch(T=T)
+    views, keys = Views(AugmentationSection(**{k: OFF[k] for k in off})), sample_keys(torch.arange(12), epoch=3)
+    y, p = views(x, phases, 5000, seed, keys)
+    for rows in torch.tensor(order).split(size):
+        a, b = views(x[rows], phases[rows], 5000, seed, keys[rows])
+        assert torch.equal(a, y[rows]) and torch.equal(b, p[rows])
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-1, 1), st.floats(-0.4, 0.4), st.integers(0, 40))
+def test_labels_follow_the_sound(shift, stretch, n):
+    T, t = 40, torch.arange(40)
+    phases = ((t*4//max(n, 1)+1)*(t < n)).to(torch.uint8)[None]
+    x, labels = warp(phases.float(), phases, torch.tensor([shift]), torch.tensor([stretch]))
+    m = int(valid_length(labels))
+    assert m == min(T, max(round(n*(1+float(torch.tensor(stretch)))), 1) if n else 0) or abs(n*(1+stretch) % 1-0.5) < 1e-4
+    assert (x[:, m:] == 0).all() and (labels[:, :m] > 0).all()
+    assert set(labels[labels > 0].tolist()) <= set(phases[phases > 0].tolist())
+    assert (x-labels).abs().max() <= 1.5001 and (x != labels).sum() <= 8  # the largest jump, 4 -> 1 at the seam, is halved by taking the nearer
+
+def test_silent_padding_and_empty_cycles_stay_finite():
+    x, phases = batch()
+    x[0], phases[1], x[1] = 0, 0, 0
+    y, p = Views(AugmentationSection(noise_probability=1.0, band_filter_probability=1.0))(x, phases, 5000, 0, torch.arange(12))
+    assert y.isfinite().all() and (y[:2] == 0).all() and (p[1] == 0).all() and (y[:, 0][p == 0] == 0).all()
+
+def test_views_are_standardised_up_to_amplitude():
+    x, phases = batch()
+    y, p = Views(AugmentationSection(amplitude=0.0))(x, phases, 5000, 0, torch.arange(12))
+    for row, label in zip(y[:, 0], p): assert abs(row[label > 0].mean()) < 1e-4 and abs(row[label > 0].std(correction=0)-1) < 1e-4
+
+def test_hash_against_python_integers():
+    def mix(z):
+        z = (z ^ z >> 30)*0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27)*0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+    h = 0
+    for w in (42, 7, 3): h = mix((h+0x9E3779B97F4A7C15) % 2**64 ^ w)
+    assert int(hash_words(42, torch.tensor([7]), 3)) % 2**64 == h
+    assert float(uniforms(42, torch.tensor([7]), 4)[0, 3]) == (h >> 40)/2**24
+
+def test_accepts_any_object_with_the_fields():
+    fields = AugmentationSection().model_dump()
+    x, phases = batch(2)
+    a, b = (Views(c)(x, phases, 5000, 0, torch.arange(2))[0] for c in (SimpleNamespace(**fields), AugmentationSection()))
+    assert torch.equal(a, b)
