@@ -1,0 +1,276 @@
+"Downloads that verify and resume; one table from every layout; annotations; the real data's published numbers where PAHCL_RAW_DIR names them"
+import functools
+import hashlib
+import http.server
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse
+import soundfile
+from hypothesis import given, settings, strategies as st
+from scipy.sparse.csgraph import connected_components
+
+from pahcl.basics import PahclError, logger
+from pahcl.download import COLUMNS, SOURCES, download, pahcl_download, parse_sums, pascal_name, persons, read_annotation, recordings
+from pahcl.simulate import simulate_dataset
+
+RAW = os.environ.get('PAHCL_RAW_DIR')
+
+
+# --- names and identities ---
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=25, unique_by=lambda p: p[0]))
+@settings(deadline=None)
+def test_persons_are_connected_components(pairs):
+    "against scipy's connected components; 0 stands for no second id"
+    ids, others = [str(a) for a, _ in pairs], [str(b) if b else '' for _, b in pairs]
+    graph = scipy.sparse.coo_matrix((np.ones(len(pairs)), ([a for a, _ in pairs], [b or a for a, b in pairs])), (31, 31))
+    group = connected_components(graph, directed=False)[1]
+    for i, person in persons(ids, others).items(): assert int(person) == np.flatnonzero(group == group[int(i)]).min()
+
+
+@given(st.text(max_size=60))
+def test_no_name_leads_out_of_the_folder(name):
+    try: sums = parse_sums(f'{"0"*64}  {name}')
+    except PahclError: return
+    assert all('..' not in Path(n).parts and not Path(n).is_absolute() for n in sums)
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('murmur_noisymurmur_162_1307101835989_B_1.wav', ('murmur', '162', '1307101835989', 'B_1')), ('__201101220549.wav', ('', '', '201101220549', '')),
+    ('set_b/Btraining_murmur_Btraining_noisymurmur_162_1307101835989_B_1.wav', ('murmur', '162', '1307101835989', 'B_1')),
+    ('Aunlabelledtest__201012172012.wav', ('', '', '201012172012', '')), ('extrastole__127_1306764300147_C2.wav', ('extrastole', '127', '1306764300147', 'C2')),
+    ('Btraining_extrastole_127_1306764300147_C2.wav', ('extrastole', '127', '1306764300147', 'C2')), ('odd.wav', ('', '', 'odd', ''))])
+def test_pascal_names(name, expected): assert tuple(pascal_name(name).values()) == expected
+
+
+# --- download ---
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        if self.path.endswith(self.server.cut) and self.server.cut:      # promises more than it sends, as a broken line does
+            self.send_response(200)
+            self.send_header('Content-Length', '1000000')
+            self.end_headers()
+            self.wfile.write(b'RIFF')
+        else: super().do_GET()
+
+
+@pytest.fixture
+def published(tmp_path):
+    "a small CirCor on a server; `server.asked` lists what was asked for"
+    folder = tmp_path/'published'
+    for name in ('training_data/1_AV.wav', 'training_data/1_AV.tsv', 'training_data/2 MV.wav', 'training_data.csv', 'RECORDS'):
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_bytes(name.encode()*50)
+    (folder/'SHA256SUMS.txt').write_text(''.join(f'{hashlib.sha256(p.read_bytes()).hexdigest()} {p.relative_to(folder)}\n' for p in folder.rglob('*') if p.is_file()))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=folder))
+    server.asked, server.cut, server.url = [], '', f'http://127.0.0.1:{server.server_port}/'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_what_is_wanted_comes_and_only_once(published, tmp_path):
+    server, folder = published
+    assert download('circor', tmp_path/'raw', base_url=server.url) == {'circor': 4}
+    assert not (tmp_path/'raw/circor/RECORDS').exists() and (tmp_path/'raw/circor/training_data/2 MV.wav').read_bytes() == (folder/'training_data/2 MV.wav').read_bytes()
+    server.asked.clear()
+    server.shutdown()                                                    # a complete data set needs no network
+    assert download('circor', tmp_path/'raw', base_url=server.url) == {'circor': 4} and not server.asked
+
+
+def test_a_cut_file_is_never_taken_for_a_whole_one(published, tmp_path):
+    server, folder = published
+    server.cut = '1_AV.wav'
+    with pytest.raises(PahclError, match='The same command goes on where it stopped'): download('circor', tmp_path/'raw', base_url=server.url, retries=0, workers=1)
+    assert not (tmp_path/'raw/circor/training_data/1_AV.wav').exists()
+    server.cut = ''
+    server.asked.clear()
+    download('circor', tmp_path/'raw', base_url=server.url)
+    assert (tmp_path/'raw/circor/training_data/1_AV.wav').read_bytes() == (folder/'training_data/1_AV.wav').read_bytes()
+    assert '/SHA256SUMS.txt' not in server.asked
+
+
+def test_a_list_that_makes_no_sense_is_not_kept(published, tmp_path):
+    server, folder = published
+    good = (folder/'SHA256SUMS.txt').read_text()
+    for bad, says in (('<html>maintenance</html>', 'line 1 is no checksum'), (f'{"0"*64} ../../evil', 'outside the folder'), (f'{"0"*64} nothing_needed', 'lists none of the files')):
+        (folder/'SHA256SUMS.txt').write_text(bad)
+        with pytest.raises(PahclError, match=says): download('circor', tmp_path/'raw', base_url=server.url)
+    (folder/'SHA256SUMS.txt').write_text(good)
+    assert download('circor', tmp_path/'raw', base_url=server.url) == {'circor': 4}
+
+
+def test_simulated_data_are_not_mixed_with_real_ones(tmp_path):
+    simulate_dataset(tmp_path, 'circor', subjects=9, seconds=0.6)
+    with pytest.raises(PahclError, match='holds simulated recordings'): download('circor', tmp_path)
+
+
+def test_script_without_a_network_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SOURCES, 'circor', SOURCES['circor'].__class__(**{**vars(SOURCES['circor']), 'url': 'http://127.0.0.1:9/'}))
+    assert pahcl_download(['--dataset', 'circor', '--output-dir', str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert 'could not be reached' in error and error.count('\n') == 1 and 'Traceback' not in error
+    assert pahcl_download(['--dataset', 'pascal', '--output_dir', str(tmp_path)]) == 0
+    assert 'heartchallenge' in capsys.readouterr().out
+
+
+# --- the table ---
+
+@pytest.fixture(scope='module')
+def simulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('raw')
+    simulate_dataset(folder, subjects=9, seconds=1)
+    return folder
+
+
+@pytest.fixture
+def raw(simulated, tmp_path): return Path(shutil.copytree(simulated, tmp_path/'raw'))
+
+
+def test_table_is_as_promised(simulated):
+    table = recordings(simulated)
+    assert list(table.columns) == COLUMNS and (table.dtypes[['sample_rate', 'seconds']] == [int, float]).all()
+    assert table[['dataset', 'subject_id', 'person_id', 'recording_id', 'path', 'folder', 'source']].notna().all().all()
+    assert not table.duplicated(['dataset', 'recording_id']).any() and not table.duplicated('folder').any()
+    assert (table[['dataset', 'subject_id', 'recording_id']].apply(tuple, axis=1).is_monotonic_increasing)
+    for row in table.itertuples():
+        info = soundfile.info(row.path)
+        assert (row.sample_rate, row.seconds) == (info.samplerate, info.frames/info.samplerate) and row.folder.startswith(f'subject_{row.subject_id}/rec_')
+    assert table[table.dataset == 'circor'].folder.str.fullmatch(r'subject_\d+/rec_(AV|PV|TV|MV|Phc)(_\d)?').all()
+    pd.testing.assert_frame_equal(recordings(simulated, ['pascal', 'circor']), table[table.dataset != 'physionet2016'].reset_index(drop=True))
+
+
+def test_2016_layouts_and_files_that_are_no_labels(raw):
+    folder = raw/'physionet2016'
+    before = recordings(raw, 'physionet2016').drop(columns='path')
+    top = ''.join((p/'REFERENCE.csv').read_text() for p in sorted(folder.glob('training-*')))
+    for place in folder.glob('training-*'):
+        (place/'REFERENCE.csv').unlink()
+        (place/'REFERENCE-SQI.csv').write_text('a0001,1,0\n')
+    (folder/'REFERENCE.csv').write_text(top)                                             # one on top
+    shutil.copytree(folder/'training-a', folder/'validation')                            # repeats what is in training-a
+    pd.testing.assert_frame_equal(recordings(raw, 'physionet2016').drop(columns='path'), before)
+    (folder/'training').mkdir()
+    for place in list(folder.glob('training-*')): place.rename(folder/'training'/place.name)
+    pd.testing.assert_frame_equal(recordings(raw, 'physionet2016').drop(columns='path'), before)
+    (folder/'REFERENCE.csv').write_text('a0001,2\n')
+    with pytest.raises(PahclError, match=r"REFERENCE.csv line 1, the label of 'a0001', is '2'; expected one of -1, 1"): recordings(raw, 'physionet2016')
+    (folder/'REFERENCE.csv').unlink()
+    with pytest.raises(PahclError, match='no labels found for physionet2016'): recordings(raw)
+
+
+def test_without_the_appendix_a_record_stands_for_its_subject(raw):
+    next((raw/'physionet2016/annotations').glob('Online*')).unlink()
+    table = recordings(raw, 'physionet2016')
+    assert (table.subject_id == table.recording_id).all()
+
+
+@pytest.fixture
+def logged():
+    "what the package logs"
+    class Keep(logging.Handler):
+        def emit(self, record): messages.append(record.getMessage())
+    messages, keep = [], Keep()
+    logger().addHandler(keep)
+    yield messages
+    logger().removeHandler(keep)
+
+
+def test_2016_missing_and_unlabelled(raw, logged):
+    place = raw/'physionet2016/training-a'
+    (place/'a0001.wav').rename(place/'a0999.wav')
+    table = recordings(raw, 'physionet2016').set_index('recording_id')
+    assert 'a0001' not in table.index and pd.isna(table.label['a0999'])
+    assert logged == [f'1 recordings that REFERENCE.csv lists are not in {raw/"physionet2016"} and are left out']
+
+
+def test_pascal_labels_come_from_the_files_names(raw):
+    table = recordings(raw, 'pascal')
+    assert set(table.raw_label.dropna()) == {'normal', 'murmur', 'extrastole', 'extrahls', 'artifact'}
+    assert set(table.label[table.raw_label.isin(['extrastole', 'extrahls'])]) == {'extrasystole'} and table.label[table.raw_label == 'artifact'].isna().all()
+    assert table.label[table.recording_id.str.contains('unlabelled')].isna().all()
+    assert table.subject_id[table.source == 'set_b'].str.fullmatch(r'pascal-b\d+').all() and table[table.source == 'set_b'].groupby('subject_id').size().eq(2).all()
+    first = sorted((raw/'pascal/set_b').glob('normal__*.wav'))[0]                       # one place heard twice: folders stay apart
+    shutil.copy(first, first.with_name(first.name.replace('normal__', 'normal_noisynormal_')))
+    assert not recordings(raw, 'pascal').folder.duplicated().any()
+    (raw/'pascal/set_b.csv').write_text('dataset,file,label\n')
+    with pytest.raises(PahclError, match="set_b.csv has no column 'fname'; it has dataset, file, label"): recordings(raw, 'pascal')
+
+
+def test_nothing_there_says_what_was_expected_and_seen(tmp_path):
+    (tmp_path/'heart sounds').mkdir()
+    with pytest.raises(PahclError, match=r'no labels found for circor, physionet2016, pascal.*Expected: circor/training_data.csv.*REFERENCE.csv.*set_a.*Seen: .* holds heart sounds/\.'): recordings(tmp_path)
+    (tmp_path/'circor').mkdir()                                                         # empty folders are as good as none
+    with pytest.raises(PahclError, match='circor/ holds nothing'): recordings(tmp_path, 'circor')
+    simulate_dataset(tmp_path, 'pascal', subjects=9, seconds=0.6)
+    assert set(recordings(tmp_path).dataset) == {'pascal'}
+    (tmp_path/'circor/readme.txt').write_text('')
+    with pytest.raises(PahclError, match='circor/ holds readme.txt'): recordings(tmp_path)
+
+
+def test_unreadable_files_are_named(raw):
+    wav = next((raw/'pascal/set_a').glob('*.wav'))
+    wav.write_bytes(b'')
+    with pytest.raises(PahclError, match=wav.name): recordings(raw, 'pascal')
+    (raw/'circor/training_data.csv').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(PahclError, match='training_data.csv'): recordings(raw, 'circor')
+
+
+# --- annotations ---
+
+def write_mat(path, rows):
+    cells = np.empty((len(rows), 2), object)
+    for i, (sample, name) in enumerate(rows): cells[i] = np.array([[sample]]), name
+    scipy.io.savemat(path, {'state_ans': cells})
+    return path
+
+
+def test_noisy_spans_and_the_end_of_a_mat(tmp_path):
+    path = write_mat(tmp_path/'x_StateAns.mat', [(1, 'diastole'), (2001, 'S1'), (2201, '(N'), (4001, 'N)'), (6001, 'S1'), (6201, 'systole')])
+    assert read_annotation(path, 4).values.tolist() == [[0, 1, 4], [1, 1.1, 1], [1.1, 2, 0], [2, 3, 0], [3, 3.1, 1], [3.1, 4, 2]]
+    assert read_annotation(path).end_s.iloc[-1] == 3.1                                  # where the last state ends is not in the file
+    assert read_annotation(path, 3.05).end_s.iloc[-1] == 3.05                           # nothing reaches beyond the recording
+    scipy.io.savemat(path, {'other': 1})
+    with pytest.raises(PahclError, match='x_StateAns.mat is no annotation'): read_annotation(path)
+    path.write_bytes(b'')
+    with pytest.raises(PahclError, match='x_StateAns.mat is no annotation'): read_annotation(path)
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.floats(0, 2), st.integers(-2, 30)), max_size=20))
+@settings(deadline=None)
+def test_any_tsv_comes_out_sorted_without_overlap(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp('tsv')/'x.tsv'
+    path.write_text(''.join(f'{a}\t{a+d}\t{s}\n' for a, d, s in rows))
+    table = read_annotation(path, 20)
+    assert table.start_s.is_monotonic_increasing and (table.end_s > table.start_s).all() and (table.end_s <= 20).all()
+    assert (table.start_s.values[1:] >= table.end_s.values[:-1]).all() and table.state.between(0, 4).all()
+
+
+# --- the real thing ---
+
+@pytest.mark.skipif(not RAW, reason='PAHCL_RAW_DIR names no real data')
+def test_real_data():
+    "whatever part of the real sets is there: identities, labels and annotations hold together"
+    table = recordings(RAW)
+    assert not table.duplicated('folder').any() and not table.duplicated(['dataset', 'recording_id']).any()
+    for row in table.dropna(subset='annotation_path').iloc[::10].itertuples():
+        states = read_annotation(row.annotation_path, row.seconds)
+        assert states.end_s.max() <= row.seconds+1e-9 and (states.start_s.values[1:] >= states.end_s.values[:-1]-1e-9).all()
+    circor = table[table.dataset == 'circor'].drop_duplicates('subject_id')
+    if len(circor) == 399:                                                              # the part described in shared/data/README.md
+        assert circor.murmur.value_counts().to_dict() == dict(Present=73, Absent=298, Unknown=28) and circor.outcome.value_counts().to_dict() == dict(Normal=212, Abnormal=187)
+        assert table.groupby('source').size().to_dict() == {'': 1353, 'training-a': 245, 'training-b': 300, 'training-e': 364, 'set_a': 74, 'set_b': 280}
+        assert table[table.dataset == 'pascal'].raw_label.value_counts().to_dict() == dict(normal=212, murmur=80, extrastole=27, artifact=24, extrahls=11)

@@ -1,0 +1,192 @@
+"pretraining end to end on a tiny made folder: flags, levels, MoCo, resume, leakage, several processes"
+import json
+import os
+import subprocess
+import sys
+import time
+import numpy as np, pytest, torch, yaml
+import pahcl.pretrain as P
+from pahcl.basics import PahclError
+from pahcl.config import ContrastSection, PretrainConfig, load_config, known_keys
+from pahcl.contrastive_model import ContrastiveModel
+from pahcl.encoder import build_encoder
+from pahcl.loader import Cycles
+from pahcl.splits import heldout_persons, prepare
+from pahcl.tables import made_processed, made_recordings
+from pahcl.training import load_checkpoint
+
+TINY = dict(model=dict(encoder_type='cnn', cnn_channels=[16, 16], cnn_kernel_sizes=[9, 5], cnn_strides=[8, 4], mamba_d_model=8, dropout=0.0),
+            contrast=dict(cycle_projector=[16, 8], substructure_projector=[16, 8], queue_size=32),
+            training=dict(num_epochs=2, warmup_epochs=1, batch_size=16, accumulation_steps=1, cycles_per_recording=2, num_workers=0, use_amp=False, learning_rate=5e-3))
+
+@pytest.fixture(scope='session')
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('pretrain')
+    made_processed(folder/'processed', made_recordings(['circor'], 24))
+    prepare('circor', folder/'raw', folder/'processed', folder/'downstream')
+    (folder/'tiny.yaml').write_text(yaml.safe_dump(TINY))
+    return folder
+
+def config_of(root, **flags): return load_config('pretrain', TINY, None, {'data.processed_dir': str(root/'processed'), 'data.base_dir': str(root/'downstream')} | flags)
+def run(root, out, **flags):
+    where = {'data.processed_dir': str(root/'processed'), 'data.base_dir': str(root/'downstream')}
+    return P.pretrain(root/'tiny.yaml', output_dir=out, **where | flags)
+def script(root, *flags): return P.pahcl_pretrain(['--config', str(root/'tiny.yaml'), '--processed-dir', str(root/'processed'), '--downstream-dir', str(root/'downstream'), *flags])
+def metrics(path): return json.loads((path.parent/'final_metrics.json').read_text())
+
+# ---- the console script ----
+def test_script_simclr(root, tmp_path):
+    assert script(root, '--output_dir', str(tmp_path), '--tensorboard') == 0
+    folder = tmp_path/'pahcl_pretrain'
+    assert {p.name for p in folder.iterdir()} == {'config.yaml', 'train.log', 'status.json', 'tensorboard', 'best_model.pt', 'final_model.pt', 'final_metrics.json'}
+    assert list((folder/'tensorboard').glob('events.out.tfevents.*'))
+    saved, out = load_checkpoint(folder/'best_model.pt', 'pretrain'), heldout_persons(root/'downstream')
+    assert saved['pretrain_persons'] and not set(saved['pretrain_persons']) & out and not saved['include_heldout_subjects']
+    assert saved['moco_metadata'] == dict(is_moco=False, momentum=None, queue_size=None)
+    assert {k.split('.')[0] for k in saved['model_state_dict']} == {'encoder', 'cycle_projector', 'substructure_projector'}
+    found = metrics(folder/'best_model.pt')
+    assert found['train_persons']+found['validation_persons'] == len(saved['pretrain_persons']) and found['heldout_persons'] == len(out)
+    assert {'validation_loss', 'validation_loss_cycle', 'validation_loss_substructure', 'validation_effective_rank', 'validation_alignment', 'validation_uniformity', 'validation_embedding_std'} <= found.keys()
+    assert 'left out: the' in (folder/'train.log').read_text()
+
+def test_script_moco_and_every_flag(root, tmp_path):
+    flags = ['--experiment-name', 'm', '--encoder-type', 'cnn', '--moco', '--epochs', '1', '--lr', '1e-3', '--batch-size', '8', '--seed', '7', '--include-heldout-subjects', '--output-dir', str(tmp_path)]
+    assert script(root, *flags) == 0
+    saved = load_checkpoint(tmp_path/'m'/'best_model.pt', 'pretrain')
+    c = saved['config']
+    assert (c['training']['num_epochs'], c['training']['learning_rate'], c['training']['batch_size'], c['seed'], c['contrast']['moco'], c['include_heldout_subjects']) == (1, 1e-3, 8, 7, True, True)
+    assert saved['moco_metadata'] == dict(is_moco=True, momentum=0.999, queue_size=32)
+    names = {k.split('.')[0] for k in saved['model_state_dict']}
+    assert names > {'encoder', 'encoder_momentum', 'cycle_projector_momentum', 'substructure_projector_momentum', 'queue', 'queue_ptr'}
+    assert set(saved['pretrain_persons']) & heldout_persons(root/'downstream') and 'WARNING: include_heldout' in (tmp_path/'m'/'train.log').read_text()
+    assert script(root, *flags[:-3], '--output-dir', str(tmp_path)) == 1                   # another experiment is there
+    assert script(root, *flags[:-3], '--output-dir', str(tmp_path), '--overwrite') == 0
+    assert not load_checkpoint(tmp_path/'m'/'best_model.pt')['include_heldout_subjects']
+    from pahcl.classifier import pretrained_encoder
+    encoder, _, found = pretrained_encoder(tmp_path/'m'/'best_model.pt')
+    assert found['moco'] and encoder.config['encoder_type'] == 'cnn'
+
+def test_wandb_offline(root, tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    for name, value in dict(WANDB_MODE='offline', WANDB_SILENT='true').items(): monkeypatch.setenv(name, value)
+    seen = {}
+    class Fake:
+        name = 'wandb'
+        def __init__(self, project, **rest): seen.update(project=project, **rest); self.tracker = self
+        def start(self): pass
+        def watch(self, *a, **k): pass
+        def log(self, values, step): seen.setdefault('logged', {}).update(values)
+        def finish(self): pass
+    monkeypatch.setattr('pahcl.training.WandBTracker', Fake)
+    assert script(root, '--output-dir', str(tmp_path), '--epochs', '1', '--wandb', '--wandb-project', 'hearts', '--wandb-entity', 'us') == 0
+    assert (seen['project'], seen['entity'], seen['group']) == ('hearts', 'us', 'pretrain') and {'train/loss', 'validation/effective_rank', 'learning_rate/encoder'} <= seen['logged'].keys()
+
+def test_help_is_fast(tmp_path):
+    start = time.time()
+    out = subprocess.run([sys.executable, '-c', 'import sys; from pahcl.pretrain import pahcl_pretrain; assert "torch" not in sys.modules; pahcl_pretrain(["--help"])'], capture_output=True, text=True)
+    assert out.returncode == 0 and '--include-heldout-subjects' in out.stdout, out.stderr
+    assert time.time()-start < 3  # one on a quiet machine
+
+# ---- levels ----
+@pytest.mark.parametrize('flags,there', [({'contrast.lambda_cycle': 0.0}, {'substructure'}), ({'contrast.lambda_substructure': 0.0}, {'cycle'}), ({'data.num_substructures': 3}, {'cycle', 'substructure'}),
+                                         ({'contrast.moco': True, 'contrast.lambda_cycle': 0.0, 'data.num_substructures': 1}, {'substructure'}), ({'contrast.moco': True, 'contrast.lambda_substructure': 0.0}, {'cycle'})])
+def test_levels(root, tmp_path, flags, there):
+    found = metrics(run(root, tmp_path, **flags | {'training.num_epochs': 1}))
+    assert {k.removeprefix('train_loss_') for k in found if k.startswith('train_loss_')} == there and np.isfinite(found['train_loss'])
+    config = config_of(root, **flags)
+    model = P.starting_model(config)
+    pair = P.pair_maker(Cycles.from_processed(root/'processed'), config, 'cpu')
+    for epoch in range(2): model(pair(np.arange(0, 48, 3), epoch))[0].backward()   # with MoCo the queue is filled the second time
+    learning = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert {n.split('.')[0].removesuffix('_projector') for n in learning} == {'encoder', *there}
+    assert [n for n in learning if (g := model.get_parameter(n).grad) is None or not g.any()] == []
+
+def test_small_mamba_is_trained_whole_by_substructures_alone(root):
+    config = config_of(root, **{'contrast.lambda_cycle': 0.0})
+    config.model = type(config.model)(encoder_type='cnn_mamba_small')
+    model = P.starting_model(config)
+    model(P.pair_maker(Cycles.from_processed(root/'processed'), config, 'cpu')(np.arange(0, 24, 3), 0))[0].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+CHANGED = dict(temperature=0.5, lambda_cycle=0.5, lambda_substructure=0.5, positives='subject', cycle_projector=[12, 8], substructure_projector=[12, 8], moco=True, moco_momentum=0.5, queue_size=8)
+def test_every_key_of_contrast_has_an_effect(root):
+    assert CHANGED.keys() == ContrastSection.model_fields.keys()
+    def loss(**changed):
+        config = config_of(root, **{f'contrast.{k}': v for k, v in changed.items()})
+        model, pair = P.starting_model(config), P.pair_maker(Cycles.from_processed(root/'processed'), config, 'cpu')
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        for epoch in range(4):
+            out = model(pair(np.arange(12), epoch))[0]
+            optimiser.zero_grad(); out.backward(); optimiser.step(); model.follow()
+        return out.item()
+    plain, moco = loss(), loss(moco=True)
+    for key, value in CHANGED.items(): assert loss(**{'moco': key in ('moco_momentum', 'queue_size', 'moco'), key: value}) != (moco if key in ('moco_momentum', 'queue_size') else plain), key
+
+# ---- data ----
+def test_views_do_not_depend_on_the_batch(root):
+    config = config_of(root)
+    pair = P.pair_maker(Cycles.from_processed(root/'processed'), config, 'cpu')
+    rows = np.random.default_rng(0).permutation(20)
+    whole, parts = pair(rows, 3), [pair(r, 3) for r in np.split(rows, [3, 11])]
+    for k in whole: assert torch.equal(whole[k], torch.cat([p[k] for p in parts])), k
+    assert not torch.equal(whole['x1'], whole['x2']) and not torch.equal(whole['x1'], pair(rows, 4)['x1'])
+
+def test_nobody_held_out_and_never_a_person_in_both(root):
+    data, facts, told = P.pretrain_data(config_of(root))
+    persons = {k: set(c.table['person_id']) | set(c.table['subject_id']) for k, c in data.items()}
+    assert not persons['train'] & persons['validation'] and not (persons['train'] | persons['validation']) & heldout_persons(root/'downstream')
+    none, facts, told = P.pretrain_data(config_of(root, **{'data.base_dir': str(root/'nothing')}))
+    assert 'nobody is left out' in told and len(facts['pretrain_persons']) == 24 and facts['heldout_persons'] == 0
+
+def test_without_validation_persons(root, tmp_path):
+    best = run(root, tmp_path, validation_fraction=0.0)
+    assert metrics(best)['best_epoch'] == 2 and metrics(best)['validation_persons'] == 0
+
+@pytest.mark.parametrize('flags,words', [({'data.sample_rate': 4000}, 'data.sample_rate is 4000, but the cycles'), ({'data.length_mode': 'phase'}, 'data.length_mode is phase'),
+                                         ({'training.loss_type': 'focal'}, 'training.loss_type is focal, but has no effect'), ({'data.processed_dir': 'nowhere'}, 'nowhere'),
+                                         ({'contrast.lambda_cycle': 0.0, 'contrast.lambda_substructure': 0.0}, 'both 0'), ({'validation_fraction': 0.97}, 'fewer than two'),
+                                         ({'contrast.cycle_projector': [16]}, 'contrast.cycle_projector'), ({'model.encoder_type': 'transformer9'}, 'transformer9')])
+def test_mistakes(root, tmp_path, flags, words):
+    with pytest.raises(PahclError, match=words): run(root, tmp_path, **flags)
+
+# ---- resume ----
+def test_a_killed_run_goes_on_to_the_same_end(root, tmp_path, monkeypatch):
+    flags = {'training.num_epochs': 4, 'contrast.moco': True}
+    whole = run(root, tmp_path/'a', **flags)
+    real = P.validator
+    def killed(*args):
+        validate = real(*args)
+        def wrapped(epoch):
+            if epoch == 2: raise KeyboardInterrupt
+            return validate(epoch)
+        return wrapped
+    monkeypatch.setattr(P, 'validator', killed)
+    with pytest.raises(KeyboardInterrupt): run(root, tmp_path/'b', **flags)
+    monkeypatch.setattr(P, 'validator', real)
+    again = run(root, tmp_path/'b', **flags)
+    assert 'goes on after epoch 2' in (again.parent/'train.log').read_text()
+    a, b = (load_checkpoint(p.parent/'final_model.pt')['model_state_dict'] for p in (whole, again))
+    assert all(torch.equal(a[k], b[k]) for k in a) and metrics(whole)['history'] == metrics(again)['history']
+    stamp = again.stat().st_mtime_ns
+    assert run(root, tmp_path/'b', **flags).stat().st_mtime_ns == stamp   # finished: nothing is done
+    with pytest.raises(PahclError, match='seed is 42 there and 1 here'): run(root, tmp_path/'b', seed=1, **flags)
+
+# ---- several processes ----
+START = """
+import sys
+from pahcl.pretrain import pahcl_pretrain
+for config in sys.argv[2:]: assert pahcl_pretrain(['--config', config, '--output-dir', sys.argv[1]]) == 0
+"""
+def test_two_processes_learn_the_same(root, tmp_path):
+    "SimCLR and MoCo, with a batch that cannot be shared equally"
+    one = {name: run(root, tmp_path/'one', **{'experiment.name': name, 'contrast.moco': name == 'moco', 'training.batch_size': 15, 'training.num_epochs': 1}) for name in ('simclr', 'moco')}
+    (tmp_path/'start.py').write_text(START)
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path/'start.py'), str(tmp_path/'two'), *(str(p.parent/'config.yaml') for p in one.values())]
+    out = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
+    assert out.returncode == 0, out.stderr[-3000:]
+    for name, path in one.items():
+        two = tmp_path/'two'/name/'best_model.pt'
+        assert '2 process(es)' in (two.parent/'train.log').read_text()
+        for k in ('validation_loss', 'validation_effective_rank'): assert metrics(path)[k] == pytest.approx(metrics(two)[k], rel=1e-3)
+        a, b = (load_checkpoint(p)['model_state_dict'] for p in (path, two))
+        for k in a: assert torch.allclose(a[k].float(), b[k].float(), atol=1e-4), (name, k)

@@ -1,0 +1,82 @@
+"Every console script: help in under a second, both spellings of every flag, python -m, usage errors, one clear sentence for bad input"
+import configparser
+import importlib
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = configparser.ConfigParser(delimiters=['='])
+SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
+SCRIPTS = dict(line.split('=') for line in SETTINGS['DEFAULT']['console_scripts'].split())
+GUIDE = dict(
+    pahcl_download='dataset output-dir', pahcl_preprocess='raw-dir output-dir num-workers', pahcl_prepare='dataset raw-dir processed-dir output-dir seed copy verbose',
+    pahcl_pretrain='config processed-dir downstream-dir output-dir experiment-name encoder-type moco epochs lr batch-size seed include-heldout-subjects tensorboard wandb wandb-project wandb-entity overwrite',
+    pahcl_finetune='task config pretrained data-dir output-dir experiment-name linear-eval few-shot shot-ratio epochs lr batch-size seed tensorboard wandb wandb-project wandb-entity',
+    pahcl_evaluate='checkpoint task data-dir split', pahcl_ensemble='checkpoints task', pahcl_summarize='', pahcl_downstream='demo epochs pretrain-epochs', pahcl_simulate='output-dir dataset subjects seed')
+
+
+def call(name, *arguments):
+    "Run a script as `python -m`, as torchrun does."
+    return subprocess.run([sys.executable, '-m', SCRIPTS[name].split(':')[0], *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_help(name):
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = call(name, '--help')
+        took.append(time.perf_counter()-start)
+    assert done.returncode == 0 and not done.stderr
+    assert min(took) < 1
+    for flag in GUIDE[name].split():
+        assert re.search(rf'--{flag}\b', done.stdout), flag
+        assert re.search(rf'--{flag.replace("-", "_")}\b', done.stdout), flag
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_unknown_flag_is_a_usage_error(name):
+    done = call(name, '--no-such-flag')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and '--no-such-flag' in done.stderr
+
+
+def test_one_script_a_module_and_all_are_installed():
+    modules = [target.split(':')[0] for target in SCRIPTS.values()]
+    assert len(set(modules)) == len(modules)
+    for name, target in SCRIPTS.items():
+        module, function = target.split(':')
+        assert function == name and callable(getattr(importlib.import_module(module), function))
+        assert (Path(sys.executable).parent/name).exists()
+
+
+BAD = [
+    ('pahcl_preprocess', '--raw_dir {0}/none --output_dir {0}/out', 'none'),
+    ('pahcl_preprocess', '--raw-dir {0}/empty --output-dir {0}/out', 'no labels found'),
+    ('pahcl_prepare', '--raw-dir {0}/empty --processed-dir {0}/none --output-dir {0}/out', 'none'),
+    ('pahcl_pretrain', '--processed-dir {0}/none --output-dir {0}/out', 'none'),
+    ('pahcl_finetune', '--task pascal --pretrained none --data-dir {0}/none --output-dir {0}/out', 'pahcl_prepare'),
+    ('pahcl_finetune', '--pretrained none --output-dir {0}/out', '--task'),
+    ('pahcl_finetune', '--task pascal --config {0}/typing_error.yaml --pretrained none', 'sa8e_interval.*save_interval'),
+    ('pahcl_evaluate', '--checkpoint {0}/none.pt --task pascal', 'none.pt'),
+    ('pahcl_evaluate', '--checkpoint {0}/text.pt --task pascal --data-dir {0}/none', 'pascal'),
+    ('pahcl_ensemble', '--checkpoints {0}/none_*/best_model.pt --task pascal', 'no checkpoint matches'),
+    ('pahcl_summarize', '--output-dir {0}/none', 'none'),
+    ('pahcl_downstream', 'train circor', 'circor_murmur'),
+    ('pahcl_downstream', 'train pascal --output-dir {0}/empty --data-dir {0}/none', 'checkpoint not found')]
+
+@pytest.mark.parametrize('name, arguments, told', BAD, ids=[f'{n}-{i}' for i, (n, *_) in enumerate(BAD)])
+def test_bad_input_is_one_sentence(tmp_path, name, arguments, told):
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'text.pt').write_text('not a checkpoint')
+    (tmp_path/'typing_error.yaml').write_text('training: {sa8e_interval: 10}')
+    before = sorted(tmp_path.rglob('*'))
+    done = call(name, *arguments.format(tmp_path).split())
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f'{name}: error: ') and re.search(told, last)
+    assert sorted(tmp_path.rglob('*')) == before  # nothing half-written
