@@ -6,7 +6,7 @@
 __all__ = ['PahclError', 'existing', 'atomic_path', 'write_text', 'plain', 'write_json', 'read_json', 'fingerprint',
            'file_fingerprint', 'generator', 'progress', 'logger', 'log_to', 'both_spellings', 'report_error', 'script']
 
-# %% ../nbs/00c_basics.ipynb #1738d1f1
+# %% ../nbs/00c_basics.ipynb #3019fa11
 import hashlib
 import importlib
 import inspect
@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
-# %% ../nbs/00c_basics.ipynb #6bea3618
+# %% ../nbs/00c_basics.ipynb #73ddb350
 class PahclError(Exception):
     "Something that was given is wrong; the message says what, where and what to do about it."
 
-# %% ../nbs/00c_basics.ipynb #b2bf4599
+# %% ../nbs/00c_basics.ipynb #6273ba3c
 def existing(
     path,          # file or folder that must be there
     what='file',   # what it is to the user, e.g. `'checkpoint'`
@@ -35,7 +35,7 @@ def existing(
     if not path.exists(): raise PahclError(f'{what} not found: {path}. {remedy}'.strip())
     return path
 
-# %% ../nbs/00c_basics.ipynb #444b8df7
+# %% ../nbs/00c_basics.ipynb #757d3ffc
 @contextmanager
 def atomic_path(
     path,  # the file to write
@@ -49,12 +49,12 @@ def atomic_path(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00c_basics.ipynb #32cdb360
+# %% ../nbs/00c_basics.ipynb #8b61f660
 def write_text(path, text: str):
     "Write `text` to `path` atomically."
     with atomic_path(path) as t: t.write_text(text, encoding='utf-8')
 
-# %% ../nbs/00c_basics.ipynb #256ea0e3
+# %% ../nbs/00c_basics.ipynb #2c9cb4f4
 def plain(value):
     "`value` with numpy scalars and arrays, paths, and NaN turned into what JSON can hold."
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
@@ -64,12 +64,12 @@ def plain(value):
     if isinstance(value, float) and (value != value or value in (float('inf'), float('-inf'))): return None
     return value
 
-# %% ../nbs/00c_basics.ipynb #eb1f2cab
+# %% ../nbs/00c_basics.ipynb #a151af91
 def write_json(path, value):
     "Write `value` to `path` as readable JSON, atomically."
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)+'\n')
 
-# %% ../nbs/00c_basics.ipynb #b9c6bd18
+# %% ../nbs/00c_basics.ipynb #869d80ea
 def read_json(
     path,                       # a JSON file
     what='JSON file',           # what it is to the user
@@ -79,14 +79,14 @@ def read_json(
     try: return json.loads(existing(path, what, remedy).read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise PahclError(f'{what} {path} is not valid JSON ({e}). {remedy}') from e
 
-# %% ../nbs/00c_basics.ipynb #cdcd05d6
+# %% ../nbs/00c_basics.ipynb #b522489a
 def fingerprint(
     value,  # anything `plain` can turn into JSON; the order of dictionary keys does not matter
 ) -> str:   # 16 hexadecimal digits
     "A short, stable hash of settings."
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/00c_basics.ipynb #30d802bc
+# %% ../nbs/00c_basics.ipynb #7a69c141
 def file_fingerprint(
     paths,       # files, in any order
     root=None,   # names are taken relative to it, so that a moved folder keeps its fingerprint
@@ -97,7 +97,7 @@ def file_fingerprint(
         return [os.path.relpath(p, root) if root else str(p), s.st_size, s.st_mtime_ns]
     return fingerprint(sorted(row(p) for p in paths))
 
-# %% ../nbs/00c_basics.ipynb #ef1e57c2
+# %% ../nbs/00c_basics.ipynb #40796c33
 def generator(
     seed: int,   # the program's seed
     *names,      # what the random numbers are for, e.g. `'split', 'circor_murmur'`
@@ -106,7 +106,7 @@ def generator(
     import numpy as np
     return np.random.default_rng([seed, *(zlib.crc32(str(n).encode()) for n in names)])
 
-# %% ../nbs/00c_basics.ipynb #11fe6d79
+# %% ../nbs/00c_basics.ipynb #c788e79e
 def progress(
     iterable,          # what to loop over
     description='',    # what the bar says
@@ -116,7 +116,7 @@ def progress(
     from tqdm import tqdm
     return tqdm(iterable, desc=description, total=total, disable=None, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/00c_basics.ipynb #f9d783d6
+# %% ../nbs/00c_basics.ipynb #d09ad270
 def logger():
     "The package's logger: messages go to standard error unless the application has set up its own handlers."
     log = logging.getLogger('pahcl')
@@ -128,7 +128,7 @@ def logger():
         log.propagate = False
     return log
 
-# %% ../nbs/00c_basics.ipynb #dd5cdad6
+# %% ../nbs/00c_basics.ipynb #4ca649fd
 @contextmanager
 def log_to(
     path,  # the log file; lines are appended, so that a resumed run keeps its history
@@ -144,7 +144,7 @@ def log_to(
         logger().removeHandler(handler)
         handler.close()
 
-# %% ../nbs/00c_basics.ipynb #efdfe942
+# %% ../nbs/00c_basics.ipynb #cc7f0099
 def both_spellings(
     parser,  # an `argparse.ArgumentParser`
 ):           # the same parser
@@ -157,7 +157,7 @@ def both_spellings(
                     action.option_strings = sorted({*action.option_strings, twin})
     return parser
 
-# %% ../nbs/00c_basics.ipynb #4b1aa598
+# %% ../nbs/00c_basics.ipynb #75772f6e
 def report_error(
     name,    # the script's name
     error,   # what was raised
@@ -167,14 +167,14 @@ def report_error(
     sys.stderr.write(f'{name}: error: {message}\n')
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
-# %% ../nbs/00c_basics.ipynb #3d6b6ce7
+# %% ../nbs/00c_basics.ipynb #34a1a968
 def script(
     function,  # its parameters are the flags, their docments the help; the last definition of its module
 ):             # a function `main(argv=None) -> int` that parses, calls and returns the exit code
     "Make `function` a console script."
-    module = inspect.getmodule(inspect.currentframe().f_back)
-    if getattr(module, '__name__', '') == '__main__' and getattr(module, '__spec__', None):  # python -m pahcl.<module>
-        sys.exit(getattr(importlib.import_module(module.__spec__.name), function.__name__)())
+    module = inspect.currentframe().f_back.f_globals
+    if module['__name__'] == '__main__' and module.get('__spec__'):  # python -m pahcl.<module>: run the one that others import
+        sys.exit(getattr(importlib.import_module(module['__spec__'].name), function.__name__)())
     @wraps(function)
     def main(argv=None):
         from fastcore.script import anno_parser

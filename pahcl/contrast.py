@@ -137,7 +137,7 @@ def mean_counted(
     if across and processes() > 1: dist.all_reduce(total)
     return losses.sum()*total[1]/(losses.shape[1]*total[0].clamp(min=1))
 
-# %% ../nbs/04b_contrast.ipynb #a524fa9a
+# %% ../nbs/04b_contrast.ipynb #78feba73
 def nt_xent(
     first,               # [B, D] features of one view, or [B, K, D] for sub-structures
     second,              # of the other view, same shape
@@ -149,7 +149,8 @@ def nt_xent(
     across=True,         # compare with the rows of all processes; False: with this process's only
 ):                       # a number
     "Normalised, temperature-scaled cross-entropy between two views."
-    if group is None and across and processes() > 1: raise PahclError('nt_xent needs `group` when several processes train together: row numbers are not unique over them.')
+    if group is None and across and processes() > 1:
+        raise PahclError('nt_xent needs `group` when several processes train together: row numbers are not unique over them.')
     rows = join(make_rows(first, person, group, present_first), make_rows(second, person, group, present_second))
     keys, start = gather(rows, across)
     return mean_counted(*info_nce(rows, keys, start+torch.arange(len(rows.z), device=rows.z.device), temperature), across)

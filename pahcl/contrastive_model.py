@@ -30,7 +30,7 @@ def pool_levels(
     cycle = encoder.pool(sequence, encoder.frame_mask(length, x.shape[-1]))
     return (cycle, *phase_pool(sequence, phase_masks(phases, K), encoder.stride)) if K else (cycle, None, None)
 
-# %% ../nbs/04d_contrastive_model.ipynb #529c8c69
+# %% ../nbs/04d_contrastive_model.ipynb #563152ae
 class ContrastiveModel(nn.Module):
     "Encoder and projectors; `model(batch) -> (loss, {name: number})`."
     def __init__(self,
@@ -41,7 +41,8 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         self.encoder, self.contrast, self.K = encoder, contrast, num_substructures
         self.weights = {level: w for level, w in dict(cycle=contrast.lambda_cycle, substructure=contrast.lambda_substructure).items() if w}
-        if not self.weights: raise PahclError('contrast.lambda_cycle and contrast.lambda_substructure are both 0: there is nothing to learn from. Set one of them.')
+        if not self.weights:
+            raise PahclError('contrast.lambda_cycle and contrast.lambda_substructure are both 0: there is nothing to learn from. Set one of them.')
         sizes = {level: getattr(contrast, f'{level}_projector') for level in self.weights}
         for level, size in sizes.items():
             if len(size) != 2: raise PahclError(f'contrast.{level}_projector must be [hidden width, output width], not {size}.')
@@ -129,7 +130,7 @@ def forward(self: ContrastiveModel,
     losses = (self.moco_losses if self.contrast.moco else self.simclr_losses)(first, second, batch['person'], batch['group'])
     return sum(self.weights[l]*v for l, v in losses.items()), {f'loss_{l}': v.detach() for l, v in losses.items()}
 
-# %% ../nbs/04d_contrastive_model.ipynb #c7c7bbc8
+# %% ../nbs/04d_contrastive_model.ipynb #8274b322
 MONITOR_ROWS = 2048  # pairs grow with the square of rows; two million of them are plenty for a mean
 
 @patch
@@ -138,8 +139,11 @@ def embed(self: ContrastiveModel,
     batch: dict,  # as `forward` takes it
 ) -> dict:        # '<view>/<name>' -> tensor on the CPU, and 'person', 'group'
     "Embeddings of both views, by the encoder that learns."
-    out = {f'{view}/{k}': (v if k == 'present' else v.float()).cpu() for view in (1, 2) for k, v in self.project(batch[f'x{view}'], batch[f'phases{view}']).items() if v is not None}
-    return out | {k: batch[k].cpu() for k in ('person', 'group')}
+    out = {k: batch[k].cpu() for k in ('person', 'group')}
+    for view in (1, 2):
+        found = self.project(batch[f'x{view}'], batch[f'phases{view}'])
+        out |= {f'{view}/{k}': (v if k == 'present' else v.float()).cpu() for k, v in found.items() if v is not None}
+    return out
 
 @patch
 @torch.no_grad()

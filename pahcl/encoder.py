@@ -289,7 +289,7 @@ class ClassifierHead(nn.Sequential):
         hidden = [nn.Linear(in_dim, hidden_dim), nn.ReLU()] if hidden_dim else []
         super().__init__(*hidden, Dropout(dropout), nn.Linear(hidden_dim or in_dim, num_classes))
 
-# %% ../nbs/03_encoder.ipynb #34bc5b0b
+# %% ../nbs/03_encoder.ipynb #44ef8567
 def load_weights(
     model: nn.Module,  # what is to be filled
     state: dict,       # name -> tensor
@@ -309,21 +309,22 @@ def save_pretrained(self: Encoder,
     folder,  # is made if need be; files of the same names are replaced
 ):
     "Write `model.safetensors` and `config.json`."
-    with atomic_path(Path(folder)/'model.safetensors') as t: save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, t, metadata={'format': 'pt'})
+    state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+    with atomic_path(Path(folder)/'model.safetensors') as t: save_file(state, t, metadata={'format': 'pt'})
     write_json(Path(folder)/'config.json', self.config)
 
-# %% ../nbs/03_encoder.ipynb #3c7bdbbc
+# %% ../nbs/03_encoder.ipynb #e2d9215d
 def from_pretrained(
     source,     # a folder, or the name of a repository on the Hub
 ) -> Encoder:   # in evaluation mode
     "The encoder that `save_pretrained` wrote. A missing or broken file, or weights of another encoder, are a `PahclError`."
-    folder = Path(source)
+    folder, remedy = Path(source), 'Give the folder that save_pretrained wrote.'
     if isinstance(source, str) and source.count('/') == 1 and not folder.parent.is_dir():
         try: folder = Path(snapshot_download(str(source), allow_patterns=['config.json', 'model.safetensors']))
-        except Exception as e: raise PahclError(f'{source} is no folder here, and the Hub did not give it ({type(e).__name__}). Give the folder that save_pretrained wrote.') from e
-    remedy = 'Give the folder that save_pretrained wrote.'
+        except Exception as e: raise PahclError(f'{source} is no folder here, and the Hub did not give it ({type(e).__name__}). {remedy}') from e
     config = read_json(existing(folder, 'encoder folder', remedy)/'config.json', 'encoder configuration', remedy)
-    if not isinstance(config, dict) or 'encoder_type' not in config: raise PahclError(f'{folder}/config.json has no encoder_type: it is not from save_pretrained. {remedy}')
+    if not isinstance(config, dict) or 'encoder_type' not in config:
+        raise PahclError(f'{folder}/config.json has no encoder_type: it is not from save_pretrained. {remedy}')
     weights = existing(folder/'model.safetensors', 'encoder weights', remedy)
     try: state, encoder = load_file(weights), build_encoder(config)
     except SafetensorError as e: raise PahclError(f'{weights} is not a readable safetensors file ({e}). Copy it again.') from e

@@ -7,19 +7,19 @@ __all__ = ['INTERVALS', 'class_names', 'match_classes', 'check_cycles', 'task_fo
            'floor_scores', 'score_predictions', 'prediction_table', 'score_tables', 'official_lines', 'all_notes',
            'write_evaluation', 'open_split', 'predict_split', 'evaluate', 'needed', 'summary_text', 'pahcl_evaluate']
 
-# %% ../nbs/06_eval.ipynb #a2c9416b
+# %% ../nbs/06_eval.ipynb #ef986ef8
 from pathlib import Path
 
 from .basics import PahclError, existing, logger, progress, read_json, script, write_json, write_text
 
-# %% ../nbs/06_eval.ipynb #041a4fbc
+# %% ../nbs/06_eval.ipynb #aad1bd2a
 def class_names(
     label_map: dict,  # name -> number from 0
 ) -> list:            # names in the order of their numbers
     "The names of the classes in the order of the model's outputs."
     return sorted(label_map, key=label_map.get)
 
-# %% ../nbs/06_eval.ipynb #fe3940b4
+# %% ../nbs/06_eval.ipynb #ddd1d679
 def match_classes(
     trained: dict,  # the checkpoint's label map
     wanted: dict,   # the task's label map
@@ -34,7 +34,7 @@ def match_classes(
     columns = [names[k] for k in keys]
     return columns, [f'{class_names(trained)[i]} ({trained_on}) is {name} ({task})' for i, name in zip(columns, class_names(wanted))]
 
-# %% ../nbs/06_eval.ipynb #930f30b8
+# %% ../nbs/06_eval.ipynb #5012526f
 def check_cycles(
     trained: dict,  # the section `data` of the checkpoint's configuration
     task: dict,     # the task's `task_config.json`
@@ -44,7 +44,7 @@ def check_cycles(
         if key in trained and key in task and trained[key] != task[key]:
             raise PahclError(f'{key} is {trained[key]} in the checkpoint but {task[key]} in the task {task.get("task_name", "")}. Preprocess and prepare again with {key} {trained[key]}.')
 
-# %% ../nbs/06_eval.ipynb #f145a9c7
+# %% ../nbs/06_eval.ipynb #12f3a5af
 def task_folder(
     task: str,                    # e.g. `circor_murmur`
     data_dir='data/downstream',   # the folder of all tasks
@@ -56,20 +56,20 @@ def task_folder(
     existing(folder/f'{split}.csv', f'split {split} of {task}', 'The splits are train, val and test.')
     return folder, read_json(folder/'task_config.json', 'task configuration', 'Make it again with pahcl_prepare.')
 
-# %% ../nbs/06_eval.ipynb #836e81c4
+# %% ../nbs/06_eval.ipynb #6cd76080
 def missing_units(
     table,           # the cycles that were found: `subject_id, recording_id`
     subjects=(),     # subject ids the split should have
-    recordings=(),   # recording folders the split should have, as `subject_2530/rec_AV`
+    recordings=(),   # recording ids the split should have
 ) -> dict:           # sorted ids of what has no cycle
     "The subjects and recordings of a split that have no cycle, and so no prediction."
     return dict(subjects=sorted({str(s) for s in subjects} - set(table['subject_id'].astype(str))),
                 recordings=sorted({str(r) for r in recordings} - set(table['recording_id'].astype(str))))
 
-# %% ../nbs/06_eval.ipynb #07c3ade5
+# %% ../nbs/06_eval.ipynb #33e01afd
 INTERVALS = ['accuracy', 'f1', 'f1_macro', 'f1_weighted', 'auroc', 'auprc', 'precision', 'recall', 'specificity', 'uar', 'mcc']
 
-# %% ../nbs/06_eval.ipynb #f570eb04
+# %% ../nbs/06_eval.ipynb #a48fd360
 def score_level(
     rows,              # a row a unit: `label`, `subject_id`, and `person_id` where known
     probabilities,     # [n, classes]
@@ -89,7 +89,7 @@ def score_level(
     intervals = {k: percentile_interval([d[k] for d in drawn]) if scores[k] is not None else (None, None) for k in names}
     return scores | dict(intervals=intervals)
 
-# %% ../nbs/06_eval.ipynb #9e74f053
+# %% ../nbs/06_eval.ipynb #aaa58bf4
 def floor_scores(
     y_true,            # true classes [n]
     names: list,       # of the classes
@@ -105,7 +105,7 @@ def floor_scores(
     return dict(majority=dict(class_name=names[majority], **{k: scores[k] for k in INTERVALS}),
                 official={f'all {n}': official(y_true, constant[c].argmax(1)) for c, n in enumerate(names)} if official else {})
 
-# %% ../nbs/06_eval.ipynb #5b88ed3c
+# %% ../nbs/06_eval.ipynb #70fffd7d
 def score_predictions(
     table,             # a row a cycle: `subject_id, recording_id, label`, `person_id` where known
     probabilities,     # of the cycles [n, classes], columns in the order of `label_map`
@@ -130,7 +130,7 @@ def score_predictions(
         results['n'][level], results['levels'][level], results['floors'][level] = len(rows), scores | dict(notes=scores['notes'] + mixed_notes(rows, level)), floor['majority']
     return results, levels
 
-# %% ../nbs/06_eval.ipynb #47e65a12
+# %% ../nbs/06_eval.ipynb #35d2f7d9
 def prediction_table(
     rows,           # a level's table
     probabilities,  # [n, classes]
@@ -144,7 +144,7 @@ def prediction_table(
     answers = dict(label=rows['label'].astype(int), label_name=[names[i] for i in rows['label']], predicted=decided, predicted_name=[names[i] for i in decided])
     return who.assign(**answers, **{f'probability_{n}': probabilities[:, c] for c, n in enumerate(names)}).reset_index(drop=True)
 
-# %% ../nbs/06_eval.ipynb #1e89bd49
+# %% ../nbs/06_eval.ipynb #9322b504
 def score_tables(
     results: dict,  # of `score_predictions`
 ):                  # (scores of the levels and the floor, scores a class of subjects)
@@ -159,7 +159,7 @@ def score_tables(
     classes.insert(0, 'subjects', subject['support'])
     return main, classes
 
-# %% ../nbs/06_eval.ipynb #d12e3897
+# %% ../nbs/06_eval.ipynb #3abcbdc1
 def official_lines(
     results: dict,  # of `score_predictions`
 ) -> list:          # sentences
@@ -170,7 +170,7 @@ def official_lines(
     better = 'higher' if official['higher_is_better'] else 'lower'
     return [f'{official["name"]} of {official["level"]}s: {with_interval(official["value"], (official["low"], official["high"]))} ({better} is better; {floors}).']
 
-# %% ../nbs/06_eval.ipynb #8d455872
+# %% ../nbs/06_eval.ipynb #3e92cbda
 def all_notes(
     results: dict,  # of `evaluate` or `score_predictions`
 ) -> list:          # sentences
@@ -179,7 +179,7 @@ def all_notes(
     lost = [f'{len(ids)} {unit} of the split without a cycle, and so without a prediction: {", ".join(ids[:10])}{" …" if len(ids) > 10 else ""}.' for unit, ids in missing.items() if ids]
     return [*results.get('notes', []), *lost, *(f'{level}s: {note}.' for level, s in results['levels'].items() for note in s['notes'])]
 
-# %% ../nbs/06_eval.ipynb #9bbcf389
+# %% ../nbs/06_eval.ipynb #4a8a5f04
 def write_evaluation(
     folder,         # where the files go; made when it is not there
     results: dict,  # of `score_predictions`, with whatever else is to be kept
@@ -204,24 +204,22 @@ def write_evaluation(
     write_json(folder/'metrics.json', results)
     return folder
 
-# %% ../nbs/06_eval.ipynb #4281a2cb
+# %% ../nbs/06_eval.ipynb #266debe8
 def open_split(
     task: str, data_dir, split,  # as in `task_folder`
 ):                               # (cycles, task_config, missing units)
     "The cycles of a split and what is missing from it."
     folder, config = task_folder(task, data_dir, split)
-    import pandas as pd
     from pahcl.loader import Cycles
+    from pahcl.tables import read_table
     cycles = Cycles.from_task(folder, split)
     subjects = [str(s) for s in config.get('split_subjects', {}).get(split, [])]
-    recordings = [f'{p.parent.name}/{p.name}' for p in (folder/split).glob('subject_*/rec_*')]
-    if (folder/'recordings.csv').exists():
-        known = pd.read_csv(folder/'recordings.csv', dtype=str)
-        recordings += list(known.loc[known['subject_id'].isin(subjects), 'folder'].dropna())
+    known = read_table(folder/'recordings.csv', ('recording_id', 'split'), 'table of the recordings', 'Make it again with pahcl_prepare.')
+    recordings = list(known.loc[known['split'] == split, 'recording_id'])
     if not len(cycles): raise PahclError(f'split {split} of {task} in {data_dir} has no cycles. Preprocess and prepare again.')
     return cycles, config, missing_units(cycles.table, subjects, recordings)
 
-# %% ../nbs/06_eval.ipynb #4e6e1675
+# %% ../nbs/06_eval.ipynb #4fc9beba
 def predict_split(
     checkpoint,       # path of a fine-tuned checkpoint
     cycles,           # a `pahcl.loader.Cycles`
@@ -235,7 +233,7 @@ def predict_split(
     check_cycles((saved.get('config') or {}).get('data', {}), task_config)
     return predict(model, cycles, batch_size)[:, columns], saved, matched
 
-# %% ../nbs/06_eval.ipynb #8f7bffa3
+# %% ../nbs/06_eval.ipynb #8e119d02
 def evaluate(
     checkpoint,                  # a checkpoint of pahcl_finetune; the model is built from it alone
     task: str,                   # a prepared task, e.g. `circor_murmur`
@@ -261,13 +259,13 @@ def evaluate(
     write_evaluation(folder, results, levels, f'{task}, {split}: {Path(checkpoint).parent.name}/{Path(checkpoint).name}', dict(evaluation=asked, checkpoint=saved.get('config') or {}))
     return results | dict(output_dir=str(folder))
 
-# %% ../nbs/06_eval.ipynb #93a1042c
+# %% ../nbs/06_eval.ipynb #7079f6cf
 def needed(**flags):
     "Raise `PahclError` for the first flag that was not given."
     for name, value in flags.items():
         if value is None: raise PahclError(f'--{name.replace("_", "-")} is needed. --help lists all flags.')
 
-# %% ../nbs/06_eval.ipynb #c8dc7441
+# %% ../nbs/06_eval.ipynb #368b17c7
 def summary_text(
     results: dict,  # of `evaluate`
 ) -> str:
@@ -275,7 +273,7 @@ def summary_text(
     main, _ = score_tables(results)
     return '\n'.join([main.to_string(), *official_lines(results), *([f'Report: {results["output_dir"]}/report.html'] if 'output_dir' in results else [])])
 
-# %% ../nbs/06_eval.ipynb #bc882cb5
+# %% ../nbs/06_eval.ipynb #3bbf15f6
 @script
 def pahcl_evaluate(
     checkpoint: str = None,             # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt

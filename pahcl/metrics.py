@@ -8,14 +8,14 @@ __all__ = ['OFFICIAL', 'confusion_matrix', 'ratio', 'class_scores', 'matthews', 
            'sensitivity_specificity_mean', 'precision_sum', 'any_present', 'aggregate', 'at_levels', 'mixed_notes',
            'metrics_at_levels', 'made_cycles', 'bootstrap_draws', 'percentile_interval', 'bootstrap']
 
-# %% ../nbs/02b_metrics.ipynb #67cbee95
+# %% ../nbs/02b_metrics.ipynb #f800fdd8
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
 from .basics import PahclError, generator
 
-# %% ../nbs/02b_metrics.ipynb #fd8e8a0f
+# %% ../nbs/02b_metrics.ipynb #b6cfc00f
 def confusion_matrix(
     y_true,            # true classes, integers [n]
     y_pred,            # decided classes, integers [n]
@@ -25,12 +25,12 @@ def confusion_matrix(
     cells = np.asarray(y_true, int)*num_classes + np.asarray(y_pred, int)
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
-# %% ../nbs/02b_metrics.ipynb #b4784dc5
+# %% ../nbs/02b_metrics.ipynb #ad2b39bb
 def ratio(above, below):
     "`above/below` as a float, or None where `below` is 0."
     return float(above)/float(below) if below else None
 
-# %% ../nbs/02b_metrics.ipynb #bc7765ad
+# %% ../nbs/02b_metrics.ipynb #6c861296
 def class_scores(
     matrix,  # a confusion matrix [classes, classes], rows are the truth
 ) -> dict:   # precision, recall, specificity and f1, each a list with an entry a class; None: not defined
@@ -43,7 +43,7 @@ def class_scores(
         specificity=[ratio(matrix.sum()-s-d+h, matrix.sum()-s) for h, s, d in zip(hit, support, decided)],
         f1=[ratio(2*h, s+d) if k else None for h, s, d, k in zip(hit, support, decided, known)])
 
-# %% ../nbs/02b_metrics.ipynb #9dc5b1bd
+# %% ../nbs/02b_metrics.ipynb #9ba6114e
 def matthews(
     matrix,  # a confusion matrix [classes, classes]
 ):           # -1 to 1; 0 for constant decisions; None where the truth has one class only
@@ -54,7 +54,7 @@ def matthews(
     if not spread_truth: return None
     return (hit*total-support@decided)/np.sqrt(spread_truth*spread_decided) if spread_decided else 0.
 
-# %% ../nbs/02b_metrics.ipynb #99ae0a6c
+# %% ../nbs/02b_metrics.ipynb #789788dd
 def auroc(
     positive,  # truth, booleans [n]
     score,     # the higher, the more positive [n]
@@ -65,7 +65,7 @@ def auroc(
     if not n or not m: return None
     return float((rankdata(score)[positive].sum() - n*(n+1)/2)/(n*m))
 
-# %% ../nbs/02b_metrics.ipynb #529727c2
+# %% ../nbs/02b_metrics.ipynb #09cb6f4d
 def auprc(
     positive,  # truth, booleans [n]
     score,     # the higher, the more positive [n]
@@ -79,7 +79,7 @@ def auprc(
     gained = np.diff(hits[last], prepend=0)
     return float((gained*hits[last]/(last+1)).sum()/hits[-1])
 
-# %% ../nbs/02b_metrics.ipynb #b3be91f5
+# %% ../nbs/02b_metrics.ipynb #287fe38c
 def checked(
     y_true,            # true classes [n]
     probabilities,     # [n, num_classes]
@@ -95,7 +95,7 @@ def checked(
     if len(wrong): raise PahclError(f'y_true holds {wrong[0]}, which is no class of 0 … {num_classes-1}. Leave unlabelled rows out.')
     return y_true.astype(int), probabilities
 
-# %% ../nbs/02b_metrics.ipynb #0e8b9f3f
+# %% ../nbs/02b_metrics.ipynb #3d2f2cb1
 def macro(
     values,         # a value a class, None where it is not defined
     absent='none',  # 'none': one undefined class makes the mean undefined; 'skip': mean of the defined ones
@@ -104,7 +104,7 @@ def macro(
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known and (absent == 'skip' or len(known) == len(values)) else None
 
-# %% ../nbs/02b_metrics.ipynb #dde1fc59
+# %% ../nbs/02b_metrics.ipynb #be6c633a
 def metric_notes(
     matrix,       # confusion matrix [classes, classes]
     absent: str,  # as in `classification_metrics`
@@ -118,7 +118,7 @@ def metric_notes(
     if (matrix.sum(1) > 0).sum() == 1: notes.append('the truth has one class only: auroc, auprc and mcc are undefined')
     return notes
 
-# %% ../nbs/02b_metrics.ipynb #ea20520a
+# %% ../nbs/02b_metrics.ipynb #c7b63ccb
 def classification_metrics(
     y_true,            # true classes, integers [n]
     probabilities,     # [n, num_classes]; the decision is the most probable class
@@ -139,7 +139,7 @@ def classification_metrics(
                 precision=one['precision'], recall=one['recall'], specificity=one['specificity'], uar=mean['recall'], mcc=matthews(matrix),
                 confusion_matrix=matrix.tolist(), support=support.tolist(), per_class=per_class, n=len(y_true), notes=metric_notes(matrix, absent))
 
-# %% ../nbs/02b_metrics.ipynb #3ad33082
+# %% ../nbs/02b_metrics.ipynb #04854837
 def murmur_weighted_accuracy(
     y_true,  # true classes of subjects [n]: 0 Present, 1 Absent, 2 Unknown
     y_pred,  # decided classes of subjects [n]
@@ -148,7 +148,7 @@ def murmur_weighted_accuracy(
     weight = np.array([5, 1, 3])[np.asarray(y_true)]
     return float(weight[np.asarray(y_true) == np.asarray(y_pred)].sum()/weight.sum())
 
-# %% ../nbs/02b_metrics.ipynb #68e24c57
+# %% ../nbs/02b_metrics.ipynb #ab9637aa
 def outcome_cost(
     y_true,  # true classes of subjects [n]: 1 Abnormal
     y_pred,  # decided classes of subjects [n]: 1 is referred
@@ -159,7 +159,7 @@ def outcome_cost(
     expert = 25 + 397*r - 1718*r**2 + 11296*r**4
     return float(10 + expert + 10_000*(ill & referred).mean() + 50_000*(ill & ~referred).mean())
 
-# %% ../nbs/02b_metrics.ipynb #12f014be
+# %% ../nbs/02b_metrics.ipynb #69844cc5
 def sensitivity_specificity_mean(
     y_true,  # true classes of recordings [n]: 1 abnormal
     y_pred,  # decided classes [n]
@@ -169,7 +169,7 @@ def sensitivity_specificity_mean(
     if ill.all() or not ill.any(): return None
     return float((called[ill].mean() + (~called[~ill]).mean())/2)
 
-# %% ../nbs/02b_metrics.ipynb #4aa20932
+# %% ../nbs/02b_metrics.ipynb #8f80322c
 def precision_sum(
     y_true,            # true classes of recordings [n]
     y_pred,            # decided classes [n]
@@ -179,14 +179,14 @@ def precision_sum(
     values = class_scores(confusion_matrix(y_true, y_pred, num_classes))['precision']
     return None if None in values else float(sum(values))
 
-# %% ../nbs/02b_metrics.ipynb #a46e2f17
+# %% ../nbs/02b_metrics.ipynb #c21b0e54
 OFFICIAL = dict(
     circor_murmur=dict(name='murmur_weighted_accuracy', function=murmur_weighted_accuracy, level='subject', higher_is_better=True),
     circor_outcome=dict(name='outcome_cost', function=outcome_cost, level='subject', higher_is_better=False),
     physionet2016=dict(name='sensitivity_specificity_mean', function=sensitivity_specificity_mean, level='recording', higher_is_better=True),
     pascal=dict(name='precision_sum', function=precision_sum, level='recording', higher_is_better=True))
 
-# %% ../nbs/02b_metrics.ipynb #c9e55a7e
+# %% ../nbs/02b_metrics.ipynb #f188b548
 def any_present(
     probabilities,  # of one subject's recordings [n, 3]: Present, Absent, Unknown
 ):                  # [3]
@@ -196,7 +196,7 @@ def any_present(
     speaking = probabilities[decided == first]
     return speaking[speaking[:, 0].argmax()]
 
-# %% ../nbs/02b_metrics.ipynb #ab9e25aa
+# %% ../nbs/02b_metrics.ipynb #d813d989
 def aggregate(
     probabilities,  # [n, classes], rows sum to 1
     groups,         # the id of the recording or subject that each row belongs to [n]
@@ -217,7 +217,7 @@ def aggregate(
     means = np.exp(means - means.max(1, keepdims=True))
     return means/means.sum(1, keepdims=True), ids
 
-# %% ../nbs/02b_metrics.ipynb #8834e14f
+# %% ../nbs/02b_metrics.ipynb #86b2ff06
 def at_levels(
     table,             # a row a cycle: `subject_id, recording_id, label`, and `person_id` where it is known
     probabilities,     # of the cycles [n, classes]
@@ -237,7 +237,7 @@ def at_levels(
         levels[level] = (rows_up.loc[ids].reset_index(drop=True), up)
     return levels
 
-# %% ../nbs/02b_metrics.ipynb #ea16160c
+# %% ../nbs/02b_metrics.ipynb #56940c9f
 def mixed_notes(
     rows,   # a level's table, of `at_levels`
     level,  # its name
@@ -246,7 +246,7 @@ def mixed_notes(
     mixed = int(rows['mixed_labels'].sum()) if 'mixed_labels' in rows else 0
     return [f'{mixed} of {len(rows)} {level}s have rows with different labels: the largest label counts'] if mixed else []
 
-# %% ../nbs/02b_metrics.ipynb #ab9e105f
+# %% ../nbs/02b_metrics.ipynb #5bcd3018
 def metrics_at_levels(
     table,             # a row a cycle: `subject_id, recording_id, label`
     probabilities,     # of the cycles [n, classes]
@@ -262,7 +262,7 @@ def metrics_at_levels(
         scores[level]['notes'] += mixed_notes(rows, level)
     return scores
 
-# %% ../nbs/02b_metrics.ipynb #7b026866
+# %% ../nbs/02b_metrics.ipynb #1ed7b4bb
 def made_cycles(
     separation=2.,     # distance between the classes in standard deviations of a cycle's logits; 0: pure chance
     subjects=30,       # as many
@@ -272,14 +272,14 @@ def made_cycles(
 ):                     # (table of cycles, probabilities [cycles, num_classes])
     "Made predictions of cycles of made subjects, for examples and tests; half of the noise belongs to the subject, half to the cycle."
     random = generator(seed, 'made cycles')
-    rows = [dict(subject_id=f'{s:03d}', person_id=f'{s:03d}', recording_id=f'subject_{s:03d}/rec_{place}', location=place, label=s % num_classes, file_path=f'subject_{s:03d}/rec_{place}/cycle_{c:03d}.npy')
+    rows = [dict(subject_id=f'{s:03d}', person_id=f'{s:03d}', recording_id=f'{s:03d}_{place}', location=place, label=s % num_classes, file_path=f'subject_{s:03d}/rec_{place}/cycle_{c:03d}.npy')
             for s in range(subjects) for place in ('AV', 'MV', 'PV', 'TV')[:2+s//num_classes % 3] for c in range(cycles)]
     table = pd.DataFrame(rows)
     own = random.normal(size=(subjects, num_classes))[table['subject_id'].astype(int)]
     logits = separation*np.eye(num_classes)[table['label']] + (own + random.normal(size=own.shape))/np.sqrt(2)
     return table, np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
 
-# %% ../nbs/02b_metrics.ipynb #24674781
+# %% ../nbs/02b_metrics.ipynb #c5072db0
 def bootstrap_draws(
     groups,      # the person each row belongs to [n]
     draws=2000,  # as many resamplings
@@ -291,7 +291,7 @@ def bootstrap_draws(
     random = generator(seed, 'bootstrap')
     for _ in range(draws): yield np.concatenate([members[g] for g in random.integers(len(ids), size=len(ids))])
 
-# %% ../nbs/02b_metrics.ipynb #9f9602d5
+# %% ../nbs/02b_metrics.ipynb #5c54d6db
 def percentile_interval(
     values,      # a metric's values in the draws; None where it is undefined
     level=0.95,  # the share of draws inside
@@ -302,7 +302,7 @@ def percentile_interval(
     low, high = np.quantile(known, [(1-level)/2, (1+level)/2])
     return float(low), float(high)
 
-# %% ../nbs/02b_metrics.ipynb #ac68fed5
+# %% ../nbs/02b_metrics.ipynb #62a7e8e9
 def bootstrap(
     metric,         # a function of (`y_true`, `probabilities`) that gives a number or None
     y_true,         # true classes [n]

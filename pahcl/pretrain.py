@@ -6,25 +6,28 @@
 __all__ = ['IDLE', 'left_out', 'split_persons', 'check_settings', 'pretrain_data', 'codes', 'pair_maker', 'validator',
            'starting_model', 'content_of', 'run_pretraining', 'pretrain', 'pahcl_pretrain']
 
-# %% ../nbs/04_pretrain.ipynb #c4e28cad
+# %% ../nbs/04_pretrain.ipynb #fe9dbf8e
 from pathlib import Path
 
-from .basics import PahclError, fingerprint, generator, read_json, script
+from .basics import PahclError, fingerprint, generator, script
 from .config import load_config
 
-# %% ../nbs/04_pretrain.ipynb #c6fbb0d3
+# %% ../nbs/04_pretrain.ipynb #2fb03b0e
 def left_out(
     config,   # a `PretrainConfig`
 ):            # (persons and subjects to leave out, a sentence about it for the log)
     "Who is held out by the downstream tasks."
     from pahcl.splits import heldout_persons
     folder = Path(config.data.base_dir)
-    if config.include_heldout_subjects: return set(), 'WARNING: include_heldout_subjects is on: validation and test persons of the downstream tasks are learnt from too. Do not report test scores of what is fine-tuned from this.'
-    if not folder.is_dir(): return set(), f'WARNING: no downstream tasks in {folder}: nobody is left out. Run pahcl_prepare first if you mean to test what comes of this.'
+    if config.include_heldout_subjects:
+        return set(), ('WARNING: include_heldout_subjects is on: validation and test persons of the downstream tasks are learnt from too. '
+                       'Do not report test scores of what is fine-tuned from this.')
+    if not folder.is_dir():
+        return set(), f'WARNING: no downstream tasks in {folder}: nobody is left out. Run pahcl_prepare first if you mean to test what comes of this.'
     persons = heldout_persons(folder)
     return persons, f'left out: the {len(persons)} persons and subjects in validation and test splits of {folder}'
 
-# %% ../nbs/04_pretrain.ipynb #48d4d824
+# %% ../nbs/04_pretrain.ipynb #4e5e03d8
 def split_persons(
     persons,             # ids
     fraction: float,     # share kept for validation
@@ -32,13 +35,15 @@ def split_persons(
 ):                       # (training persons, validation persons), sets; no validation persons when the fraction is 0 or there are fewer than 4 persons
     "Split persons for training and validation."
     persons = sorted(set(persons))
-    if len(persons) < 2: raise PahclError(f'pretraining needs cycles of two persons at least, to compare them; there are {len(persons)}. Preprocess more recordings, or look at who is left out.')
+    if len(persons) < 2:
+        raise PahclError(f'pretraining compares persons and needs two persons at least, not {len(persons)}. Preprocess more recordings or leave fewer persons out.')
     count = max(2, round(fraction*len(persons))) if fraction and len(persons) >= 4 else 0
     chosen = {persons[i] for i in generator(seed, 'pretrain', 'validation').permutation(len(persons))[:count]}
-    if len(persons)-len(chosen) < 2: raise PahclError(f'validation_fraction is {fraction}: of {len(persons)} persons fewer than two are left to train on. Give a smaller one.')
+    if len(persons)-len(chosen) < 2:
+        raise PahclError(f'validation_fraction is {fraction}: of {len(persons)} persons fewer than two are left to train on. Give a smaller one.')
     return set(persons)-chosen, chosen
 
-# %% ../nbs/04_pretrain.ipynb #ed13c532
+# %% ../nbs/04_pretrain.ipynb #31345f6b
 IDLE = ('encoder_lr_scale', 'label_smoothing', 'use_class_weights', 'use_balanced_sampling', 'loss_type')  # of `training:`; they need labels or a head
 
 def check_settings(
@@ -49,7 +54,8 @@ def check_settings(
     "Raise `PahclError` where the configuration does not fit the data, or sets what has no effect."
     for key in ('sample_rate', 'target_length', 'length_mode'):
         asked = getattr(config.data, key)
-        if key in found and found[key] != asked: raise PahclError(f'data.{key} is {asked}, but the cycles in {folder} were made with {found[key]}. Set it to {found[key]}, or preprocess again.')
+        if key in found and found[key] != asked:
+            raise PahclError(f'data.{key} is {asked}, but the cycles in {folder} were made with {found[key]}. Set it to {found[key]}, or preprocess again.')
     for key in IDLE:
         if (value := getattr(config.training, key)) != type(config.training).model_fields[key].default:
             raise PahclError(f'training.{key} is {value}, but has no effect in pretraining, which knows no labels. Leave it out.')
@@ -71,7 +77,7 @@ def pretrain_data(
                  heldout_fingerprint=fingerprint(sorted(exclude)), include_heldout_subjects=config.include_heldout_subjects)
     return {name: cycles.subset(r) if len(r) else None for name, r in rows.items()}, facts, told
 
-# %% ../nbs/04_pretrain.ipynb #17b13fdc
+# %% ../nbs/04_pretrain.ipynb #f788ca50
 def codes(
     table,       # `Cycles.table`
     positives,   # 'view', 'recording' or 'subject': what counts as the same
@@ -81,10 +87,10 @@ def codes(
     import torch
     number = lambda names: pd.factorize(names, sort=True)[0]
     person = number(table['person_id'].astype(str))
-    group = dict(view=lambda: range(len(table)), recording=lambda: number(table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str)), subject=lambda: person)[positives]()
-    return torch.tensor(person), torch.tensor(group)
+    groups = dict(view=range(len(table)), recording=number(table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str)), subject=person)
+    return torch.tensor(person), torch.tensor(groups[positives])
 
-# %% ../nbs/04_pretrain.ipynb #3b7b6390
+# %% ../nbs/04_pretrain.ipynb #acce5382
 def pair_maker(
     cycles,   # `Cycles`
     config,   # a `PretrainConfig`
@@ -100,7 +106,9 @@ def pair_maker(
         b = cycles.batch(rows, config.data.num_substructures, device)
         at = torch.as_tensor(rows, device=device)
         batch = dict(person=person[at], group=group[at])
-        for v in (1, 2): batch[f'x{v}'], batch[f'phases{v}'] = views(b['x'], b['phases'], config.data.sample_rate, config.seed, sample_keys(b['index'], epoch, v))
+        for v in (1, 2):
+            keys = sample_keys(b['index'], epoch, v)
+            batch[f'x{v}'], batch[f'phases{v}'] = views(b['x'], b['phases'], config.data.sample_rate, config.seed, keys)
         return batch
     return pair
 
@@ -138,19 +146,19 @@ def starting_model(
         torch.manual_seed(int(generator(config.seed, 'weights').integers(2**62)))
         return ContrastiveModel(build_encoder(config.model), config.contrast, config.data.num_substructures)
 
-# %% ../nbs/04_pretrain.ipynb #66c277cc
+# %% ../nbs/04_pretrain.ipynb #eeb6444b
 def content_of(
     model,         # a `ContrastiveModel`
     config,        # a `PretrainConfig`
     facts: dict,   # of `pretrain_data`
 ) -> dict:         # plain types and tensors
     "What a pretraining checkpoint holds."
-    moco = config.contrast.moco
+    c = config.contrast
     return dict(kind='pretrain', encoder_type=model.encoder.config['encoder_type'], encoder_config=model.encoder.config,
                 model_state_dict={k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, task=None, label_map=None, config=config.model_dump(),
-                moco_metadata=dict(is_moco=moco, momentum=config.contrast.moco_momentum if moco else None, queue_size=config.contrast.queue_size if moco else None), **facts)
+                moco_metadata=dict(is_moco=c.moco, momentum=c.moco_momentum if c.moco else None, queue_size=c.queue_size if c.moco else None), **facts)
 
-# %% ../nbs/04_pretrain.ipynb #9d7f2db5
+# %% ../nbs/04_pretrain.ipynb #5cc9ae7f
 def run_pretraining(
     run, config, data, facts,   # an entered `Run`, a `PretrainConfig`, of `pretrain_data`
 ) -> dict:                      # what stands in final_metrics.json
@@ -159,15 +167,18 @@ def run_pretraining(
     from pahcl.training import fit, parameter_groups
     train, settings, model = data['train'], config.training, starting_model(config)
     model.to(run.accelerator.device)
-    counts = {f'{name}_{what}': n for name, c in data.items() for what, n in zip(('persons', 'cycles'), (c.table['person_id'].nunique(), len(c)) if c else (0, 0))}
+    counts = {}
+    for name, c in data.items(): counts |= {f'{name}_persons': c.table['person_id'].nunique() if c else 0, f'{name}_cycles': len(c) if c else 0}
     run.say(f'{model.encoder.config["encoder_type"]}, {"MoCo" if config.contrast.moco else "SimCLR"}, levels {", ".join(model.weights)}: {counts}')
     if not data['validation']: run.say('WARNING: nobody is kept to watch the loss on: the last epoch counts as the best')
-    fitted = fit(run, model, parameter_groups(model.parts(), settings.weight_decay), lambda epoch: epoch_rows(train.table, config.seed, epoch, False, settings.cycles_per_recording),
-                 pair_maker(train, config, run.accelerator.device), validator(run, model, data['validation'], config), lambda: content_of(model, config, facts), settings,
+    rows_of = lambda epoch: epoch_rows(train.table, config.seed, epoch, False, settings.cycles_per_recording)
+    fitted = fit(run, model, parameter_groups(model.parts(), settings.weight_decay), rows_of, pair_maker(train, config, run.accelerator.device),
+                 validator(run, model, data['validation'], config), lambda: content_of(model, config, facts), settings,
                  after_step=model.follow, score_name='score (-loss)' if data['validation'] else 'epoch')
     best = fitted['history'][fitted['best_epoch']]
-    return dict(experiment=config.experiment.name, encoder_type=model.encoder.config['encoder_type'], moco=config.contrast.moco, positives=config.contrast.positives, seed=config.seed,
-                best_epoch=best['epoch'], epochs=len(fitted['history']), **{k.replace('/', '_'): v for k, v in best.items() if k.startswith(('train/', 'validation/'))}, **counts,
+    numbers = {k.replace('/', '_'): v for k, v in best.items() if k.startswith(('train/', 'validation/'))}
+    return dict(experiment=config.experiment.name, encoder_type=model.encoder.config['encoder_type'], moco=config.contrast.moco,
+                positives=config.contrast.positives, seed=config.seed, best_epoch=best['epoch'], epochs=len(fitted['history']), **numbers, **counts,
                 heldout_persons=facts['heldout_persons'], include_heldout_subjects=facts['include_heldout_subjects'], history=fitted['history'])
 
 # %% ../nbs/04_pretrain.ipynb #ae46b338
@@ -195,7 +206,7 @@ def pretrain(
             run.finish(run_pretraining(run, config, data, facts))
     return folder/'best_model.pt'
 
-# %% ../nbs/04_pretrain.ipynb #d6069dda
+# %% ../nbs/04_pretrain.ipynb #aef40ab1
 @script
 def pahcl_pretrain(
     config: str = 'pretrain',                # configuration: a path, or the name of a packaged one
@@ -217,6 +228,7 @@ def pahcl_pretrain(
     overwrite: bool = False,                 # start anew where the folder holds a run
 ):
     "Pretrain an encoder on cycles without labels."
-    flags = {'data.processed_dir': processed_dir, 'data.base_dir': downstream_dir, 'experiment.name': experiment_name, 'model.encoder_type': encoder_type, 'contrast.moco': moco or None,
-             'training.num_epochs': epochs, 'training.learning_rate': lr, 'training.batch_size': batch_size, 'seed': seed, 'include_heldout_subjects': include_heldout_subjects or None}
+    flags = {'data.processed_dir': processed_dir, 'data.base_dir': downstream_dir, 'experiment.name': experiment_name, 'model.encoder_type': encoder_type,
+             'contrast.moco': moco or None, 'training.num_epochs': epochs, 'training.learning_rate': lr, 'training.batch_size': batch_size, 'seed': seed,
+             'include_heldout_subjects': include_heldout_subjects or None}
     pretrain(config, tensorboard, wandb, wandb_project, wandb_entity, output_dir, overwrite, **flags)

@@ -153,7 +153,7 @@ def scan_torch(
     y, last = ChunkedScan.apply(u, step_sizes(delta, delta_bias, delta_softplus), A, B, C, torch.is_grad_enabled())
     return skip_and_gate(y, u, D, z), last
 
-# %% ../nbs/03a_selective_scan.ipynb #d9eabd81
+# %% ../nbs/03a_selective_scan.ipynb #ec726d4e
 @lru_cache
 def have_mamba_ssm() -> bool:
     "Whether the published CUDA kernels can be imported."
@@ -165,7 +165,8 @@ def scan_mamba_ssm(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,  # see `selective_scan`; on a CUDA device
 ):                                                                             # (y [B, D, L], last state [B, D, N])
     "The scan by mamba_ssm's kernels."
-    if not have_mamba_ssm(): raise PahclError("selective_scan: backend 'mamba_ssm' cannot be imported; pip install 'pahcl[cuda]' on a machine with CUDA, or use backend 'auto'.")
+    if not have_mamba_ssm():
+        raise PahclError("selective_scan: backend 'mamba_ssm' cannot be imported; pip install 'pahcl[cuda]' on a machine with CUDA, or use backend 'auto'.")
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     like = lambda v: v if v is None else v.to(u.dtype)
     exact = lambda v: v if v is None else v.float()
@@ -183,7 +184,7 @@ def choose_backend(
     if backend not in BACKENDS: raise PahclError(f'selective_scan: this version has no backend {backend!r}; use one of auto, {", ".join(BACKENDS)}.')
     return backend
 
-# %% ../nbs/03a_selective_scan.ipynb #9535ebbd
+# %% ../nbs/03a_selective_scan.ipynb #df6e92a4
 def check_shapes(
     u, delta, A, B, C, D=None, z=None, delta_bias=None,  # see `selective_scan`
 ):
@@ -193,7 +194,9 @@ def check_shapes(
     expected = dict(u=(b, d, length), delta=(b, d, length), A=(d, n), B=(b, n, length), C=(b, n, length), D=(d,), z=(b, d, length), delta_bias=(d,))
     for (name, shape), v in zip(expected.items(), (u, delta, A, B, C, D, z, delta_bias)):
         if v is None: continue
-        if v.shape != shape: raise PahclError(f'selective_scan: {name} has shape {list(v.shape)}, but for u {list(u.shape)} and A {list(A.shape)} it must be {list(shape)}.')
+        if v.shape != shape:
+            sizes = f'for u {list(u.shape)} and A {list(A.shape)} it must be {list(shape)}'
+            raise PahclError(f'selective_scan: {name} has shape {list(v.shape)}, but {sizes}.')
         if not v.is_floating_point(): raise PahclError(f'selective_scan: {name} is {v.dtype}; real floating-point numbers are needed.')
 
 # %% ../nbs/03a_selective_scan.ipynb #34c64d17
@@ -224,7 +227,7 @@ def inverse_softplus(
     "log(exp(y) - 1), without overflow."
     return y+torch.log(-torch.expm1(-y))
 
-# %% ../nbs/03a_selective_scan.ipynb #ac0e9f7d
+# %% ../nbs/03a_selective_scan.ipynb #6445b3c1
 class MambaBlock(nn.Module):
     "[B, L, d_model] → [B, L, d_model], causal; parameters named and shaped as in mamba_ssm's `Mamba`."
     def __init__(self,
@@ -256,8 +259,9 @@ class MambaBlock(nn.Module):
         self.dt_proj.bias._no_reinit = True
 
     def convolve(self, x):
-        "[B, L, d_inner] → same, causal. As a 2-D convolution, because on CPUs PyTorch runs that one, and not the 1-D one, with the channels last as they are."
-        x = F.conv2d(x.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None], self.conv1d.bias, padding=(0, self.conv1d.padding[0]), groups=self.d_inner)
+        "[B, L, d_inner] → [B, L + d_conv - 1, d_inner], the first L causal. In 2-D: on CPUs that one runs with the channels last, the 1-D one does not."
+        image, weight = x.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None]
+        x = F.conv2d(image, weight, self.conv1d.bias, padding=(0, self.conv1d.padding[0]), groups=self.d_inner)
         return x.squeeze(2).transpose(1, 2)
 
     def forward(self, x):

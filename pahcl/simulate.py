@@ -17,7 +17,7 @@ import numpy as np
 from .basics import PahclError, generator, logger, script
 from .heart_sounds import Murmur, add_at, coloured_noise, heart_of, heart_sounds, murmur_sound, simulate_states, states_table, touch
 
-# %% ../nbs/00a_simulate.ipynb #ee48bbc1
+# %% ../nbs/00a_simulate.ipynb #1d7bebb8
 def simulate_recording(
     seconds=20,              # how long
     sample_rate=4000,        # Hz
@@ -50,7 +50,7 @@ def simulate_recording(
     signal *= 0.5/max(np.abs(signal).max(), 1e-9)
     for start in rng.integers(0, length, rng.poisson(clicks*seconds)): add_at(signal, int(start), touch(sample_rate, rng))
     if clipping:
-        top = np.abs(signal).max()
+        top = max(np.abs(signal).max(), 1e-9)
         signal = np.clip(signal, -clipping*top, clipping*top)*0.5/(clipping*top)
     return np.clip(signal, -1, 1).astype(np.float32), states
 

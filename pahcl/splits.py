@@ -337,7 +337,7 @@ def tell_task(
         lacking, have = [s for s in SHARES if not counts[s][c]['cycles']], sum(counts[s][c]['persons'] for s in SHARES)
         if lacking: logger().warning(f'{name}: {have} persons have the class {c}; it is not in {" and ".join(lacking)}, where it cannot be scored')
 
-# %% ../nbs/02_downstream_splits.ipynb #ff146e83
+# %% ../nbs/02_downstream_splits.ipynb #0b2af079
 def prepare(
     dataset='all',                  # circor, physionet2016, pascal or all
     raw_dir='data/raw',             # labels are checked against it when it is there
@@ -350,7 +350,7 @@ def prepare(
     tasks, configs = chosen_tasks(dataset), {}
     recordings, settings = known_recordings(dataset, raw_dir, processed_dir)
     there = [d for d in dict.fromkeys(t['dataset'] for t in tasks.values()) if (recordings['dataset'] == d).any()]
-    if not there: raise PahclError(f'no labels found: {processed_dir}/recordings.csv holds nothing of {dataset}. Run pahcl_preprocess --dataset {dataset}.')
+    if not there: raise PahclError(f'no labels found for {dataset} in {processed_dir}/recordings.csv. Run pahcl_preprocess --dataset {dataset}.')
     with locked(output_dir):
         for d in there:
             split = split_dataset({n: t for n, t in tasks.items() if t['dataset'] == d}, recordings[recordings['dataset'] == d], seed)

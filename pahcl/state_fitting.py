@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'held_out', 'annotated', 'read_annotated', 'beats', 'fit_durations', 'training_frames', 'fit_emission',
-           'fit_parameters', 'score_recordings', 'score_table']
+           'fit_parameters', 'score_recordings', 'score_table', 'onset_confidence']
 
-# %% ../nbs/01c_state_fitting.ipynb #7edd5e14
+# %% ../nbs/01c_state_fitting.ipynb #e245fcf2
 import numpy as np
 import pandas as pd
 
 from .basics import PahclError, generator, progress
 from .download import read_annotation, recordings
 from .signal import read_recording
-from .states import FRAME_RATE, PERIODS, frame_features, pool_scores, score_states, segment, standardise, state_at, with_context
+from .states import FRAME_RATE, PERIODS, frame_features, match_onsets, pool_scores, score_states, segment, standardise, state_at, with_context
 
 # %% ../nbs/01c_state_fitting.ipynb #774224c4
 def held_out(
@@ -150,3 +150,20 @@ def score_table(
         figures = dict(s1_f1=s['s1']['f1'], s2_f1=s['s2']['f1'], f1=s['pooled']['f1'], sensitivity=s['pooled']['sensitivity'], ppv=s['pooled']['ppv'], frame_accuracy=s['frame_accuracy'])
         out[name] = dict(recordings=int(np.sum(rows)), onsets=s['pooled']['hits']+s['pooled']['missed'], **{k: round(float(v), 4) for k, v in figures.items()})
     return out
+
+# %% ../nbs/01c_state_fitting.ipynb #b9aaf225
+def onset_confidence(
+    predicted,           # from `segment`
+    truth,               # annotated
+    tolerance_s=0.06,    # s
+):                       # (confidence [n] of the predicted S1 and S2 that begin in annotated time, whether each was right [n] bool)
+    "What confidence is worth."
+    sure, right = [], []
+    for k in (1, 3):
+        p = predicted[(predicted.state == k) & (predicted.start_s > 0)]
+        hit = np.zeros(len(p), bool)
+        hit[match_onsets(p.start_s.to_numpy(), np.sort(truth.start_s[(truth.state == k) & (truth.start_s > 0)]), tolerance_s)[:, 0]] = True
+        known = state_at(truth, p.start_s.to_numpy()) > 0
+        sure.append(p.confidence.to_numpy()[known])
+        right.append(hit[known])
+    return np.concatenate(sure), np.concatenate(right)

@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from pahcl import encoder as module
 from pahcl.basics import PahclError
 from pahcl.config import ModelSection
-from pahcl.encoder import (PRESETS, ClassifierHead, ConvLayer, Dropout, Encoder, Projector, ValidGroupNorm, build_encoder, from_pretrained, load_weights, phase_pool,
-                           resolve_settings)
+from pahcl.encoder import (PRESETS, ClassifierHead, ConvLayer, Dropout, Encoder, Projector, ValidGroupNorm, build_encoder, from_pretrained,
+                           load_weights, phase_pool, resolve_settings)
 
 @pytest.fixture(autouse=True, scope='module')
 def one_thread():
@@ -17,9 +17,10 @@ def one_thread():
     yield
     torch.set_num_threads(threads)
 
-TINY = dict(cnn_channels=[4, 8], cnn_kernel_sizes=[7, 5], cnn_strides=[4, 2], mamba_d_model=8, mamba_n_layers=2, mamba_d_state=4, mamba_d_conv=4, mamba_expand=2, dropout=0.1)
-OTHER = dict(encoder_type='cnn', cnn_channels=[4, 16], cnn_kernel_sizes=[7, 9], cnn_strides=[4, 4], mamba_d_model=16, mamba_n_layers=1, mamba_d_state=5, mamba_d_conv=3,
-             mamba_expand=3, dropout=0.5)
+TINY = dict(cnn_channels=[4, 8], cnn_kernel_sizes=[7, 5], cnn_strides=[4, 2],
+            mamba_d_model=8, mamba_n_layers=2, mamba_d_state=4, mamba_d_conv=4, mamba_expand=2, dropout=0.1)
+OTHER = dict(encoder_type='cnn', cnn_channels=[4, 16], cnn_kernel_sizes=[7, 9], cnn_strides=[4, 4],
+             mamba_d_model=16, mamba_n_layers=1, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3, dropout=0.5)
 
 def tiny(seed=0, **overrides):
     torch.manual_seed(seed)
@@ -92,8 +93,10 @@ def test_keys_that_do_not_apply_are_said(caplog):
     (dict(cnn_channels=[8, 8]), r'cnn_channels \[8, 8\], .*cnn_strides \[2, 2, 2, 2\]: one number a layer'),
     (dict(cnn_channels=[], cnn_kernel_sizes=[], cnn_strides=[]), 'at least one layer'),
     (dict(cnn_strides=[2, 2, 0, 2]), r'cnn_strides \[2, 2, 0, 2\]: every number must be at least 1'), (dict(cnn_channels=[1, 2, 3, -4]), 'cnn_channels'),
-    (dict(cnn_strides=2), 'cnn_strides'), (dict(cnn_channels=[1, 2, 3, 'x']), r'cnn_channels\.3'), (dict(mamba_d_model=0), 'mamba_d_model'), (dict(mamba_expand=1.5), 'mamba_expand'),
-    (dict(dropout=1.0), 'dropout'), (dict(dropout='high'), 'dropout'), (dict(mamba_n_layers=-1), 'mamba_n_layers'), (dict(mamba_d_state=True), 'mamba_d_state')])
+    (dict(cnn_strides=2), 'cnn_strides'), (dict(cnn_channels=[1, 2, 3, 'x']), r'cnn_channels\.3'), (dict(mamba_d_model=0), 'mamba_d_model'),
+    (dict(mamba_expand=1.5), 'mamba_expand'),
+    (dict(dropout=1.0), 'dropout'), (dict(dropout='high'), 'dropout'),
+    (dict(mamba_n_layers=-1), 'mamba_n_layers'), (dict(mamba_d_state=True), 'mamba_d_state')])
 def test_mistakes_are_named(given, message):
     with pytest.raises(PahclError, match=message): build_encoder(given)
     with pytest.raises(PahclError, match=message): build_encoder({}, **given)
@@ -199,7 +202,8 @@ def test_dropout_is_unbiased(p, seed):
 def test_phase_pool_is_a_weighted_mean(K, stride, T, seed):
     g = torch.Generator().manual_seed(seed)
     L = -(-T//stride)
-    sequence, masks = torch.randn(2, L, 3, generator=g, dtype=torch.float64), torch.rand(2, K, T, generator=g) < torch.rand(2, K, 1, generator=g)-0.3
+    sequence = torch.randn(2, L, 3, generator=g, dtype=torch.float64)
+    masks = torch.rand(2, K, T, generator=g) < torch.rand(2, K, 1, generator=g)-0.3
     features, present = phase_pool(sequence, masks, stride)
     for b in range(2):
         for k in range(K):
@@ -239,7 +243,8 @@ def folder(tmp_path):
     tiny().save_pretrained(tmp_path/'encoder')
     return tmp_path/'encoder'
 
-@pytest.mark.parametrize('overrides', [dict(TINY), dict(TINY, mamba_d_model=12), dict(encoder_type='cnn_mamba_small'), dict(encoder_type='cnn', cnn_channels=[8, 8, 8, 8])])
+@pytest.mark.parametrize('overrides', [dict(TINY), dict(TINY, mamba_d_model=12), dict(encoder_type='cnn_mamba_small'),
+                                       dict(encoder_type='cnn', cnn_channels=[8, 8, 8, 8])])
 def test_round_trip(tmp_path, overrides):
     torch.manual_seed(3)
     e, x, n = build_encoder(overrides).eval(), cycles(), torch.tensor([400, 200, 50])

@@ -39,6 +39,7 @@ def house(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         write_json(folder/'task_config.json', dict(task_name=name, label_map=label_map, split_subjects=dict(test=sorted(set(table['subject_id'])) + ['lost']), sample_rate=5000, length_mode='pad', **extra))
         (folder/'test.csv').write_text('subject_id,file_path,label,label_name,location,split\n')
+        table[['subject_id', 'recording_id']].drop_duplicates().assign(split='test').to_csv(folder/'recordings.csv', index=False)
     def checkpoint(name='run', task='circor_murmur', label_map=MURMUR, answer=probabilities, **data):
         path = tmp_path/'outputs'/name/'best_model.pt'
         path.parent.mkdir(parents=True)
@@ -73,12 +74,12 @@ def test_same_input_gives_the_same_files(house, tmp_path):
 
 def test_recordings_without_cycles_are_counted(house):
     house.task()
-    known = house.table[['subject_id', 'recording_id']].drop_duplicates().rename(columns=dict(recording_id='folder'))
-    known.loc[len(known)+99] = ['000', 'subject_000/rec_Phc']
+    known = pd.read_csv(house.data/'circor_murmur'/'recordings.csv', dtype=str)
+    known.loc[len(known)] = ['000', '000_Phc', 'test']
+    known.loc[len(known)] = ['001', '001_Phc', 'train']
     known.to_csv(house.data/'circor_murmur'/'recordings.csv', index=False)
-    (house.data/'circor_murmur'/'test'/'subject_001'/'rec_Phc').mkdir(parents=True)
     results = evaluate(house.checkpoint(), 'circor_murmur', house.data, draws=5)
-    assert results['missing']['recordings'] == ['subject_000/rec_Phc', 'subject_001/rec_Phc']
+    assert results['missing']['recordings'] == ['000_Phc']
 
 
 def test_across_data_sets_with_other_numbers(house):
@@ -187,18 +188,17 @@ def test_help_is_light(name):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     "Simulated recordings of two tasks with the same classes, and two members fine-tuned for one epoch on one of them."
-    for name in ('simulate', 'cycles', 'splits', 'finetune', 'classifier'): pytest.importorskip(f'pahcl.{name}')
     from pahcl.cycles import preprocess
     from pahcl.finetune import finetune
     from pahcl.simulate import simulate_dataset
     from pahcl.splits import prepare
     work = tmp_path_factory.mktemp('evaluate')
     for dataset in ('circor', 'physionet2016'): simulate_dataset(work/'raw', dataset, subjects=20, seed=0)
-    preprocess(work/'raw', work/'processed')
-    prepare(work/'raw', work/'processed', work/'downstream')
+    preprocess(work/'raw', work/'processed', num_workers=1)
+    prepare('all', work/'raw', work/'processed', work/'downstream')
     for seed in (1, 2):
         finetune(task='circor_outcome', pretrained='none', data_dir=work/'downstream', output_dir=work/'outputs', experiment_name=f'member_{seed}', epochs=1, seed=seed,
-                 overrides={'model.encoder_type': 'cnn_mamba_small'})
+                 encoder_type='cnn_mamba_small', **{'training.cycles_per_recording': 2})
     return work
 
 
@@ -207,7 +207,7 @@ def test_real_checkpoints_end_to_end(trained, capsys):
     assert pahcl_evaluate(['--checkpoint', best, '--task', 'circor_outcome', '--data-dir', data]) == 0
     kept = json.loads((Path(best).parent/'evaluation_circor_outcome_test'/'metrics.json').read_text())
     final = json.loads((Path(best).parent/'final_metrics.json').read_text())
-    assert kept['levels']['cycle']['accuracy'] == pytest.approx(final['test_accuracy']) and kept['official']['name'] == 'outcome_cost'
+    assert kept['levels']['subject']['accuracy'] == pytest.approx(final['test_accuracy']) and kept['official']['name'] == 'outcome_cost'
     assert pahcl_evaluate(['--checkpoint', best, '--task', 'physionet2016', '--data-dir', data, '--output-dir', str(trained/'across')]) == 0
     assert json.loads((trained/'across'/'metrics.json').read_text())['matched'] == ['Normal (circor_outcome) is normal (physionet2016)', 'Abnormal (circor_outcome) is abnormal (physionet2016)']
     assert pahcl_evaluate(['--checkpoint', best, '--task', 'circor_murmur', '--data-dir', data]) == 1

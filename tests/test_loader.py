@@ -18,6 +18,10 @@ from pahcl.tables import made_processed, made_recordings, read_table
 from pahcl.views import phase_masks, standardise, valid_length
 
 
+settings.register_profile('loaded machine', deadline=None)
+settings.load_profile('loaded machine')
+
+
 @pytest.fixture(scope='module')
 def kept(tmp_path_factory):
     "Processed folder and tasks that no test changes."
@@ -202,7 +206,6 @@ tables = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1), st.integers(0,
     [dict(subject_id=f'{p}', person_id=f'{p//2}', recording_id=f'{r}', label=l) for p, r, l in rows]))
 
 @given(tables, st.integers(0, 3), st.integers(0, 3), st.one_of(st.none(), st.integers(1, 4)), st.booleans())
-@settings(deadline=None)
 def test_epoch_rows(table, seed, epoch, cap, balanced):
     rows = epoch_rows(table, seed, epoch, balanced, cap)
     assert (rows == epoch_rows(table, seed, epoch, balanced, cap)).all()
@@ -242,7 +245,6 @@ def test_share(n, world):
     assert len(set(map(len, padded))) == 1 and set(np.concatenate(padded)) == set(rows) and sum(map(len, padded)) < n+world
 
 @given(tables, st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 3), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_few_shot(table, a, b, seed, shuffler):
     small, large = (few_shot_rows(table, r, seed) for r in sorted((a, b)))
     assert set(small) <= set(large) and (np.diff(large) > 0).all()

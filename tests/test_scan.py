@@ -162,9 +162,9 @@ def test_what_mamba_ssm_is_given(monkeypatch):
     assert scan.choose_backend(torch.zeros(1)) == 'torch'
     scan.have_mamba_ssm.cache_clear()
 
-# mamba_ssm/modules/mamba_simple.py: nn.Linear(d_model, 2 d_inner), nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner), nn.Linear(d_inner, dt_rank + 2 d_state), …
-@pytest.mark.parametrize('d_model,options,inner,rank,state,conv', [(256, {}, 512, 16, 16, 4), (96, {}, 192, 6, 16, 4), (100, dict(d_state=8, d_conv=2, expand=3), 300, 7, 8, 2),
-                                                                   (16, dict(dt_rank=5), 32, 5, 16, 4)])
+# the sizes that mamba_ssm/modules/mamba_simple.py gives its layers
+@pytest.mark.parametrize('d_model,options,inner,rank,state,conv', [
+    (256, {}, 512, 16, 16, 4), (96, {}, 192, 6, 16, 4), (100, dict(d_state=8, d_conv=2, expand=3), 300, 7, 8, 2), (16, dict(dt_rank=5), 32, 5, 16, 4)])
 def test_parameters_are_those_of_mamba_ssm(d_model, options, inner, rank, state, conv):
     block = MambaBlock(d_model, **options)
     assert {k: tuple(v.shape) for k, v in block.state_dict().items()} == {
@@ -202,7 +202,8 @@ def slow_block(p, x):
     return np.array(out)
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(1, 40), st.sampled_from([dict(), dict(d_state=3, d_conv=2, expand=3), dict(d_conv=1, dt_rank=2)]), st.sampled_from(['auto', 'reference']), st.integers(0, 1000))
+@given(st.integers(1, 40), st.sampled_from([dict(), dict(d_state=3, d_conv=2, expand=3), dict(d_conv=1, dt_rank=2)]),
+       st.sampled_from(['auto', 'reference']), st.integers(0, 1000))
 def test_block_is_the_slow_recurrence(length, options, backend, seed):
     torch.manual_seed(seed)
     block = MambaBlock(6, **options, backend=backend)

@@ -20,6 +20,8 @@ from pahcl.basics import PahclError, generator, logger, read_json
 from pahcl.splits import SHARES, TASKS, check_leaks, class_weights, deal, heldout_persons, pahcl_prepare, person_classes, prepare, split_persons, strata
 from pahcl.tables import kept_cycles, made_processed, made_recordings, read_processed, read_table
 
+settings.register_profile('loaded machine', deadline=None)
+settings.load_profile('loaded machine')
 PREPARE = Path(sys.executable).parent/'pahcl_prepare'
 COLUMNS = ['subject_id', 'file_path', 'label', 'label_name', 'location', 'split']
 KEYS = ['task_name', 'dataset', 'task_type', 'num_classes', 'label_map', 'class_weights', 'split_subjects', 'split_persons', 'split_sizes', 'primary_metric',
@@ -36,7 +38,7 @@ def in_splits(table, split, column):
     return {c: {split[p] for p in own['person_id']} for c, own in table.groupby(column)}
 
 @given(people, st.integers(0, 5), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_table(rows, seed, shuffler):
     table = table_of(rows)
     split = split_persons(table, ['murmur', 'outcome'], seed)
@@ -50,7 +52,6 @@ def test_any_table(rows, seed, shuffler):
     assert all(abs(counts[s]-SHARES[s]*len(split)) <= 4 for s in SHARES)
 
 @given(st.lists(st.sampled_from('aaaabbc'), min_size=3, max_size=80), st.integers(0, 3))
-@settings(deadline=None)
 def test_every_class_everywhere(labels, seed):
     table = pd.DataFrame(dict(person_id=[f'p{i}' for i in range(len(labels))], label=labels))
     split = split_persons(table, ['label'], seed)
@@ -67,7 +68,7 @@ def no_gap_is_possible(classes):
     return any(all(any(c in o and s == t for o, t in zip(own, answer)) for c, s in needs) for answer in itertools.product(SHARES, repeat=len(own)))
 
 @given(st.lists(st.tuples(st.integers(0, 5).map(str), st.sampled_from('PAU'), st.sampled_from('NB')), min_size=1, max_size=9))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_gap_is_left_only_where_it_must(rows):
     classes = person_classes(table_of(rows), ['murmur', 'outcome'])
     gaps = min(deal(classes, generator(42, 'split', '', a), a == 0)[1] for a in range(100))
@@ -251,7 +252,7 @@ def test_data_set_not_there(house, said):
     house.make(made_recordings(['circor'], persons=20))
     assert list(house.prepare()) == ['circor_murmur', 'circor_outcome']
     assert 'skipped physionet2016, pascal' in '\n'.join(said) and 'pretraining may use 14 of 20 persons (70%)' in '\n'.join(said)
-    with pytest.raises(PahclError, match='no labels found: .* holds nothing of pascal'): house.prepare('pascal')
+    with pytest.raises(PahclError, match='no labels found for pascal in .*Run pahcl_preprocess --dataset pascal'): house.prepare('pascal')
     with pytest.raises(PahclError, match="dataset 'circor_murmur' is not known"): house.prepare('circor_murmur')
 
 def test_labels(house, said):
