@@ -290,11 +290,12 @@ def preprocess(
     table, broken = sound_recordings(recordings(raw_dir, dataset), skip_broken)
     return _process(raw_dir, output_dir, table, broken, settings, chosen(dataset), num_workers, scheduler)
 
-# %% ../nbs/01_cycle_segmentation.ipynb #0146545d
+# %% ../nbs/01_cycle_segmentation.ipynb #f387eb86
 def _key(settings):
     "a function row → all that its folder depends on: settings, fitted parameters, the files"
-    from importlib.resources import files
-    base = [1, settings, fingerprint((files('pahcl')/'parameters'/'heart_states.json').read_text(encoding='utf-8'))]        # 1: raise when the cutting changes
+    from pahcl.states import load_parameters
+    fitted = {k: v for k, v in load_parameters().items() if k != 'made_from'}
+    base = [1, settings, fingerprint(fitted)]                                   # 1: raise when the cutting changes
     annotated = settings['states'] == 'annotated'
     def key(row):
         used = [row['path'], *([row['annotation_path']] if annotated and isinstance(row['annotation_path'], str) else [])]

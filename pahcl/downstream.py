@@ -48,8 +48,8 @@ class Way:
     @property
     def trackers(self): return dict(tensorboard=self.tensorboard, wandb=self.wandb, wandb_project=self.wandb_project, wandb_entity=self.wandb_entity)
 
-# %% ../nbs/06e_downstream.ipynb #66252b9e
-DEMO = dict(raw_dir='demo/raw', processed_dir='demo/processed', data_dir='demo/downstream', output_dir='demo/outputs', config='demo_finetune', pretrain_config='demo_pretrain')
+# %% ../nbs/06e_downstream.ipynb #14f0f0e4
+DEMO = dict(raw_dir='demo/raw', processed_dir='demo/processed', data_dir='demo/downstream', output_dir='demo/outputs', config='small_finetune', pretrain_config='small_pretrain')
 
 def demo_way(
     **given,       # flags; None where they were not given

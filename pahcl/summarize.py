@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SHOWN', 'run_folders', 'names_of', 'read_run', 'shown', 'as_markdown', 'summarize', 'pahcl_summarize']
 
-# %% ../nbs/06d_summarize.ipynb #1540f847
+# %% ../nbs/06d_summarize.ipynb #f5e03aa8
 from pathlib import Path
 
 from .basics import PahclError, existing, read_json, script, write_text
 
-# %% ../nbs/06d_summarize.ipynb #3ffa98a0
+# %% ../nbs/06d_summarize.ipynb #325d6931
 def run_folders(
     output_dir,  # the folder of all runs
 ) -> list:       # folders, sorted by name
@@ -18,7 +18,7 @@ def run_folders(
     folders = sorted(p for p in existing(output_dir, 'folder of runs', 'Train something with pahcl_finetune.').iterdir() if p.is_dir())
     return [p for p in folders if any((p/n).exists() for n in ('final_metrics.json', 'config.yaml', 'train.log')) or any(p.glob('*.pt'))]
 
-# %% ../nbs/06d_summarize.ipynb #7c8ea261
+# %% ../nbs/06d_summarize.ipynb #553eb17c
 def names_of(
     folder: str,   # a run's folder name, `<task>_<experiment>`
     tasks=('circor_murmur', 'circor_outcome', 'physionet2016', 'pascal'),
@@ -27,7 +27,7 @@ def names_of(
     task = next((t for t in tasks if folder.startswith(f'{t}_')), None)
     return task, folder[len(task)+1:] if task else folder
 
-# %% ../nbs/06d_summarize.ipynb #e3d3b2df
+# %% ../nbs/06d_summarize.ipynb #ed550033
 def read_run(
     folder,  # a run's folder
 ) -> dict:   # `task, experiment, status` and every number of `final_metrics.json`; status is 'finished' or what is wrong
@@ -43,22 +43,23 @@ def read_run(
     scores = {k: v for k, v in metrics.items() if k.startswith('test_') and not isinstance(v, (dict, list))}
     wrong = [k for k, v in scores.items() if not (v is None or isinstance(v, (int, float)) and not isinstance(v, bool))]
     if wrong: return row | dict(status=f'broken: {wrong[0]} is not a number')
-    return row | scores | dict(status='finished' if scores else 'no test scores')
+    return row | scores | dict(status='finished' if scores else 'no test scores' if row['task'] else 'pretraining')
 
-# %% ../nbs/06d_summarize.ipynb #2aa07ef1
+# %% ../nbs/06d_summarize.ipynb #b4031e51
 SHOWN = {'task': 'Task', 'experiment': 'Experiment', 'test_accuracy': 'Accuracy', 'test_f1': 'F1', 'test_auroc': 'AUROC'}
 
-# %% ../nbs/06d_summarize.ipynb #0d165e4e
+# %% ../nbs/06d_summarize.ipynb #77d197f7
 def shown(
     runs,  # DataFrame of `summarize`
 ):         # DataFrame of strings
-    "The table for people; a column `Status` is there when a run has not finished."
+    "The table for people, without pretraining; a column `Status` is there when a run has not finished."
+    runs = runs[runs['status'] != 'pretraining']
     table = runs.reindex(columns=[*SHOWN]).rename(columns=SHOWN)
     for column in ('Accuracy', 'F1', 'AUROC'): table[column] = [f'{v:.4f}' if v == v and v is not None else '–' for v in table[column]]
     table = table.astype(object).where(table.notna(), '–')
     return table.assign(Status=runs['status']) if (runs['status'] != 'finished').any() else table
 
-# %% ../nbs/06d_summarize.ipynb #a2d7a3f3
+# %% ../nbs/06d_summarize.ipynb #8013a454
 def as_markdown(
     table,  # DataFrame of strings
 ) -> str:
@@ -66,7 +67,7 @@ def as_markdown(
     rows = [list(table.columns), ['---']*table.shape[1], *table.astype(str).to_numpy().tolist()]
     return '\n'.join('| ' + ' | '.join(c.replace('|', '\\|') for c in row) + ' |' for row in rows) + '\n'
 
-# %% ../nbs/06d_summarize.ipynb #b66e3668
+# %% ../nbs/06d_summarize.ipynb #5276a07d
 def summarize(
     output_dir='outputs',  # the folder of all runs
 ):                         # DataFrame, a row a run: task, experiment, status, test_accuracy, test_f1, test_auroc and every other test score
@@ -84,7 +85,7 @@ def summarize(
     write_text(Path(output_dir)/'summary.md', as_markdown(table))
     return runs
 
-# %% ../nbs/06d_summarize.ipynb #85024eec
+# %% ../nbs/06d_summarize.ipynb #dd2e864e
 @script
 def pahcl_summarize(
     output_dir: str = 'outputs',  # folder of all runs

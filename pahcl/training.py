@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'save_checkpoint', 'load_checkpoint', 'decays', 'parameter_groups', 'learning_rate',
            'first_difference', 'open_folder', 'make_trackers', 'Run', 'shares', 'grouped', 'ahead', 'predict_shared',
-           'explain_memory', 'train_epoch', 'epoch_seed', 'own_randomness', 'epoch_line', 'resume_state', 'fit',
-           'save_epoch', 'watch']
+           'explain_memory', 'epoch_values', 'train_epoch', 'epoch_seed', 'own_randomness', 'epoch_line',
+           'resume_state', 'fit', 'save_epoch', 'watch']
 
 # %% ../nbs/04c_training.ipynb #aa96b7b5
 import math
@@ -263,7 +263,19 @@ def explain_memory(batch_size: int):
         if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and 'not enough memory' not in str(e): raise
         raise PahclError(f'out of memory with batch size {batch_size}. Give a smaller one, e.g. --batch-size {max(1, batch_size//2)}, and set training.accumulation_steps to keep the step as large.') from e
 
-# %% ../nbs/04c_training.ipynb #63646677
+# %% ../nbs/04c_training.ipynb #b1d61849
+def epoch_values(
+    parts: list,   # a process each: (sum of losses, rows, {name: [(tensor, rows), …]})
+):                 # (mean loss, {name: mean of scalars, or all rows of arrays})
+    "What an epoch reports, over all batches and processes."
+    values = {}
+    for _, _, named in parts:
+        for k, pairs in named.items(): values.setdefault(k, []).extend(pairs)
+    mean = lambda pairs: (sum(v*n for v, n in pairs)/sum(n for _, n in pairs)).item()
+    loss = sum(total for total, _, _ in parts)/sum(seen for _, seen, _ in parts)
+    return loss, {k: mean(p) if p[0][0].ndim == 0 else torch.cat([v for v, _ in p]).numpy() for k, p in values.items()}
+
+# %% ../nbs/04c_training.ipynb #2b75300c
 def train_epoch(
     run: Run,
     objective,       # module, as accelerate prepared it: `objective(batch) -> (loss, {name: tensor})`
@@ -275,7 +287,7 @@ def train_epoch(
     after_step,      # called after each optimiser step, e.g. for a momentum encoder
     first_step: int, # optimiser steps done before this epoch
     title='',        # of the progress bar
-):                   # (mean loss, {name: mean of scalars or all rows of arrays}), of this process
+):                   # of `epoch_values`
     "One pass over the rows."
     batches = [(step, i, shares(b, run.processes)[run.rank]) for step in steps for i, b in enumerate(step)]
     made = ahead(lambda item: make_batch(item[2]), batches, settings.num_workers)
@@ -293,8 +305,7 @@ def train_epoch(
             if settings.grad_clip_norm: run.accelerator.clip_grad_norm_(objective.parameters(), settings.grad_clip_norm)
             optimiser.step(); optimiser.zero_grad(); after_step(); done += 1
             if run.is_main and done % settings.log_interval == 0: logger().info(f'  step {done}: loss {total/seen:.4f}, learning rate {rate_of(done-1):.2e}')
-    mean = lambda pairs: sum(v*n for v, n in pairs)/sum(n for _, n in pairs)
-    return total/seen, {k: mean(p).item() if p[0][0].ndim == 0 else torch.cat([v for v, _ in p]).numpy() for k, p in values.items()}
+    return epoch_values(gather_object([(total, seen, values)]) if run.processes > 1 else [(total, seen, values)])
 
 # %% ../nbs/04c_training.ipynb #67882cb8
 def epoch_seed(

@@ -76,7 +76,7 @@ def test_scores_agree_with_an_oracle(seed, n, m):
         assert (score[name]['hits'], score[name]['missed']) == (hits, len(t)-hits)
         assert score[name]['extra'] <= len(p)-hits
     middle = (np.arange(1000)+0.5)/100
-    true, found = (np.array([x.state[(x.start_s <= s) & (s < x.end_s)].iloc[0] for s in middle]) for x in (truth, predicted))
+    true, found = (x.state.to_numpy()[((x.start_s.to_numpy() <= middle[:, None]) & (middle[:, None] < x.end_s.to_numpy())).argmax(1)] for x in (truth, predicted))
     known = true > 0
     assert score['annotated_s'] == pytest.approx(known.mean()*10, abs=1e-9)
     if known.any(): assert score['frame_accuracy'] == pytest.approx((true == found)[known].mean())
