@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'Classifier', 'predict', 'classifier_content', 'load_model', 'sort_keys', 'encoder_config',
-           'pretrained_encoder']
+           'pretrained_encoder', 'loading_line']
 
-# %% ../nbs/05a_classifier.ipynb #18778816
+# %% ../nbs/05a_classifier.ipynb #4c519700
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from .basics import PahclError, logger, progress
+from .basics import PahclError, progress
 from .encoder import ClassifierHead, build_encoder, load_weights
 from .training import load_checkpoint, save_checkpoint
 
@@ -108,12 +108,12 @@ def encoder_config(
             raise PahclError(f'{source} holds an encoder with {key} {inside[key]}, but model.{key} is {value}. Leave model: out, or give a checkpoint of this encoder.')
     return inside | ({'dropout': wanted['dropout']} if 'dropout' in wanted else {})
 
-# %% ../nbs/05a_classifier.ipynb #a012fcc9
+# %% ../nbs/05a_classifier.ipynb #999d35c3
 def pretrained_encoder(
     path,          # a checkpoint of `pahcl_pretrain` (SimCLR or MoCo) or `pahcl_finetune`
     wanted=None,   # keys of `model:` that were set
 ):                 # (encoder, the checkpoint's content, {'moco', 'momentum', 'queue_size', 'moco_skipped', 'heads_skipped', 'loaded'})
-    "Build the encoder of a checkpoint and say in the log what was found, skipped and loaded."
+    "Build the encoder of a checkpoint."
     saved = load_checkpoint(path)
     parts = sort_keys(saved['model_state_dict'], path)
     encoder = build_encoder(encoder_config(saved, wanted or {}, path))
@@ -121,6 +121,13 @@ def pretrained_encoder(
     meta = saved.get('moco_metadata') or {}
     found = dict(moco=bool(parts['moco']), momentum=meta.get('momentum'), queue_size=meta.get('queue_size'),
                  moco_skipped=len(parts['moco']), heads_skipped=len(parts['heads']), loaded=len(parts['encoder']))
-    moco = f', momentum {found["momentum"]}, queue size {found["queue_size"]}, {found["moco_skipped"]} MoCo parameters skipped' if found['moco'] else ''
-    logger().info(f'{path}: {encoder.config["encoder_type"]}, MoCo detected: {found["moco"]}{moco}, {found["heads_skipped"]} parameters of heads skipped, {found["loaded"]} parameters loaded')
     return encoder, saved, found
+
+# %% ../nbs/05a_classifier.ipynb #9fbe7cd3
+def loading_line(
+    path,          # the checkpoint
+    found: dict,   # of `pretrained_encoder`
+) -> str:
+    "What was found, skipped and loaded, as one line of the log."
+    moco = f', momentum {found["momentum"]}, queue size {found["queue_size"]}, {found["moco_skipped"]} MoCo parameters skipped' if found['moco'] else ''
+    return f'{path}: MoCo detected: {found["moco"]}{moco}, {found["heads_skipped"]} parameters of heads skipped, {found["loaded"]} parameters loaded'

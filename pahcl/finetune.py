@@ -58,42 +58,42 @@ def make_objective(
     if frozen: model.encoder.requires_grad_(False)
     return Objective()
 
-# %% ../nbs/05_finetune.ipynb #9d1912c8
+# %% ../nbs/05_finetune.ipynb #b430898e
 def check_pretraining(
     saved: dict,          # the pretraining checkpoint's content
     heldout: set,         # persons in the task's validation and test splits
     source='checkpoint',  # its file
-):
+) -> str:                 # a warning, or ''
     "Raise `PahclError`, naming them, where pretraining has seen persons that are held out here."
     seen = sorted(set(map(str, saved.get('pretrain_persons') or [])) & {str(p) for p in heldout})
-    if not seen: return
+    if not seen: return ''
     told = f'{source} was pretrained on {len(seen)} persons of the validation and test splits: {", ".join(seen[:5])}{" …" if len(seen) > 5 else ""}'
     if not saved.get('include_heldout_subjects'): raise PahclError(f'{told}. Pretrain again with this --downstream-dir, or prepare with the seed that was used then.')
-    logger().warning(f'WARNING: {told}, by --include-heldout-subjects. Its test scores are no estimate for new persons.')
+    return f'WARNING: {told}, by --include-heldout-subjects. Its test scores are no estimate for new persons.'
 
-# %% ../nbs/05_finetune.ipynb #734241e0
+# %% ../nbs/05_finetune.ipynb #391244d4
 def starting_model(
     config,            # a `FinetuneConfig`
     num_classes: int,
     heldout: set,      # persons of validation and test
-):                     # (a `pahcl.classifier.Classifier`, what was loaded or {})
+):                     # (a `pahcl.classifier.Classifier`, what was loaded or {}, lines for the log)
     "The model that training starts from: pretrained, or random from the seed."
     import torch
-    from pahcl.classifier import Classifier, pretrained_encoder
+    from pahcl.classifier import Classifier, loading_line, pretrained_encoder
     from pahcl.encoder import build_encoder, load_weights
-    source, wanted, found, saved = config.pretrain.checkpoint_path, config.model.encoder_settings(), {}, {}
+    source, wanted, found, saved, told = config.pretrain.checkpoint_path, config.model.encoder_settings(), {}, {}, []
     if config.model.encoder_type: wanted['encoder_type'] = config.model.encoder_type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(config.seed, 'weights').integers(2**62)))
         if source == 'none': encoder = build_encoder(dict(dict(encoder_type='cnn_mamba'), **wanted))
         else:
             encoder, saved, found = pretrained_encoder(source, wanted)
-            check_pretraining(saved, heldout, source)
+            told = [line for line in (loading_line(source, found), check_pretraining(saved, heldout, source)) if line]
         model = Classifier(encoder, num_classes, config.classifier.hidden_dim, config.classifier.dropout)
     if source != 'none' and not config.pretrain.load_encoder_only:
         if saved.get('kind') != 'finetune': raise PahclError(f'pretrain.load_encoder_only is false, but {source} has no classifier (it is of kind {saved.get("kind")}). Give a checkpoint of pahcl_finetune.')
         load_weights(model, saved['model_state_dict'], source)
-    return model, found
+    return model, found, told
 
 # %% ../nbs/05_finetune.ipynb #eea73053
 def task_config_of(
@@ -263,15 +263,15 @@ def mode_of(config) -> str:
     "`linear`, `fewshot` or `finetune`."
     return 'linear' if config.pretrain.freeze_encoder else 'fewshot' if config.few_shot else 'finetune'
 
-# %% ../nbs/05_finetune.ipynb #2d44da28
+# %% ../nbs/05_finetune.ipynb #712a6e20
 def run_experiment(
     run, config, data, task,   # an entered `Run`, a `FinetuneConfig`, of `task_data`
+    model, found, told,        # of `starting_model`
 ) -> dict:                     # what stands in final_metrics.json
     "Train, take the best epoch, test it once."
     from pahcl.classifier import load_model
     label_map, train = task['label_map'], data['train'].table
-    heldout = set(data['val'].table['person_id']) | set(data['test'].table['person_id'])
-    model, found = starting_model(config, len(label_map), heldout)
+    for line in told: run.say(line)
     primary = config.evaluation.primary_metric or task['primary_metric']
     run.say(f'{config.task.name}, {mode_of(config)}: {len(train)} training cycles of {train["subject_id"].nunique()} subjects, '
             f'{sum(p.numel() for p in model.parameters()):,} parameters')
@@ -289,7 +289,7 @@ def run_experiment(
                 encoder_type=saved['encoder_type'], pretrained=config.pretrain.checkpoint_path, loaded=found, training_subjects=int(train['subject_id'].nunique()), training_cycles=len(train),
                 **scores, **{k.replace('/', '_'): v for k, v in validation.items() if k.startswith('validation/')}, history=fitted['history'])
 
-# %% ../nbs/05_finetune.ipynb #9665d089
+# %% ../nbs/05_finetune.ipynb #ad4ef779
 def finetune(
     config=None,           # a path, the name of a packaged file, or a dictionary; None: the packaged defaults
     tensorboard=False,     # write TensorBoard events below the run's folder
@@ -306,6 +306,8 @@ def finetune(
     if not config.pretrain.checkpoint_path: raise PahclError('--pretrained is needed: the path of a checkpoint, or none for a random start.')
     if config.pretrain.freeze_encoder and config.pretrain.checkpoint_path == 'none': logger().warning('WARNING: a frozen encoder with random weights: this measures the floor, not a pretraining.')
     data, task = task_data(config)
+    heldout = set(data['val'].table['person_id']) | set(data['test'].table['person_id'])
+    start = starting_model(config, len(task['label_map']), heldout)  # before the folder is made: a checkpoint that does not fit leaves nothing behind
     from pahcl.training import Run
     folder = Path(output_dir)/f'{config.task.name}_{config.experiment.name}'
     run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity, group=config.task.name)
@@ -313,7 +315,7 @@ def finetune(
         run.say(f'{folder} is finished already; --overwrite repeats it')
         return read_json(folder/'final_metrics.json')
     with run:
-        metrics = run_experiment(run, config, data, task)
+        metrics = run_experiment(run, config, data, task, *start)
         run.finish(metrics)
         run.say(', '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k.startswith('test_') and isinstance(v, float)))
     return metrics

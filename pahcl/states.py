@@ -63,11 +63,11 @@ def with_context(
     rows = np.arange(len(curves))[:, None]+np.asarray(offsets, int)
     return curves[np.clip(rows, 0, len(curves)-1)].reshape(len(curves), -1)
 
-# %% ../nbs/01b_heart_states.ipynb #99909548
+# %% ../nbs/01b_heart_states.ipynb #4d877601
 def state_logits(
     features,             # [frames, 7] from `frame_features`
     parameters=None,      # from `load_parameters`; None: the packaged ones
-) -> np.ndarray:          # [frames, 4] log probabilities of S1, systole, S2, diastole; where nothing is heard, or less than the shortest beat, how common each is
+) -> np.ndarray:          # [frames, 4] log probabilities of S1, systole, S2, diastole; in silence, or under one shortest beat, how common each is
     "How probable each state is in each frame: one hidden layer of 32."
     p = (parameters or load_parameters())['emission']
     curves = standardise(features)
@@ -240,12 +240,12 @@ def _onset_counts(predicted, truth, state, tolerance_s):
     alone = np.delete(p, pairs[:, 0])
     return (len(pairs), len(t)-len(pairs), int((state_at(truth, alone) > 0).sum())), p[pairs[:, 0]]-t[pairs[:, 1]]
 
-# %% ../nbs/01b_heart_states.ipynb #bb8dc763
+# %% ../nbs/01b_heart_states.ipynb #4176d679
 def score_states(
     predicted,           # DataFrame `start_s, end_s, state`, as `segment` returns it
     truth,               # the same, annotated; state 0 or a gap: not annotated
     tolerance_s=0.06,    # s
-) -> dict:               # `s1`, `s2`, `pooled`: dicts of `rates`; `frame_accuracy` over `annotated_s` seconds; `onset_error_s` median absolute, `onset_bias_s` median (+: late)
+):                       # dict: `s1`, `s2`, `pooled` (of `rates`); `frame_accuracy` over `annotated_s` s; median absolute `onset_error_s`, `onset_bias_s`
     "How well predicted states agree with annotated ones, where these are."
     (s1, e1), (s2, e2) = (_onset_counts(predicted, truth, k, tolerance_s) for k in (1, 3))
     cuts = np.unique(np.r_[predicted.start_s, predicted.end_s, truth.start_s, truth.end_s])
@@ -253,9 +253,9 @@ def score_states(
     middle, width = (cuts[1:]+cuts[:-1])/2, np.diff(cuts)
     true = state_at(truth, middle)
     annotated, right = width[true > 0].sum(), width[(true > 0) & (true == state_at(predicted, middle))].sum()
-    errors = np.r_[e1, e2]
-    return dict(s1=rates(*s1), s2=rates(*s2), pooled=rates(*map(sum, zip(s1, s2))), frame_accuracy=right/annotated if annotated else float('nan'), annotated_s=float(annotated),
-                onset_error_s=float(np.median(np.abs(errors))) if len(errors) else float('nan'), onset_bias_s=float(np.median(errors)) if len(errors) else float('nan'))
+    errors = np.r_[e1, e2] if len(e1)+len(e2) else np.array([np.nan])
+    return dict(s1=rates(*s1), s2=rates(*s2), pooled=rates(*map(sum, zip(s1, s2))), frame_accuracy=right/annotated if annotated else float('nan'),
+                annotated_s=float(annotated), onset_error_s=float(np.median(np.abs(errors))), onset_bias_s=float(np.median(errors)))
 
 # %% ../nbs/01b_heart_states.ipynb #dbbda2cf
 def pool_scores(

@@ -8,8 +8,9 @@ __all__ = ['FORMAT_VERSION', 'save_checkpoint', 'load_checkpoint', 'decays', 'pa
            'explain_memory', 'epoch_values', 'train_epoch', 'epoch_seed', 'own_randomness', 'epoch_line',
            'resume_state', 'fit', 'save_epoch', 'watch']
 
-# %% ../nbs/04c_training.ipynb #aa96b7b5
+# %% ../nbs/04c_training.ipynb #b8c3540c
 import math
+import os
 import shutil
 import time
 import warnings
@@ -28,7 +29,7 @@ from fastcore.basics import patch
 
 from .basics import PahclError, atomic_path, existing, generator, log_to, logger, progress, write_json, write_text
 
-# %% ../nbs/04c_training.ipynb #2fd541ec
+# %% ../nbs/04c_training.ipynb #cc0e5217
 FORMAT_VERSION = 1
 
 def save_checkpoint(
@@ -36,7 +37,7 @@ def save_checkpoint(
     content: dict,  # tensors and plain types, nested as you like
 ):
     "Write a checkpoint atomically."
-    with atomic_path(path) as temporary: torch.save(dict(format_version=FORMAT_VERSION, **content), temporary)
+    with atomic_path(path) as temporary: torch.save(content | dict(format_version=FORMAT_VERSION), temporary)
 
 # %% ../nbs/04c_training.ipynb #c9746cc7
 def load_checkpoint(
@@ -141,7 +142,7 @@ def make_trackers(
         trackers[-1].start()
     return trackers
 
-# %% ../nbs/04c_training.ipynb #783c255b
+# %% ../nbs/04c_training.ipynb #2f8cc83b
 class Run:
     "One training run: its folder, devices, log and trackers. Use it in a `with` block."
     def __init__(self,
@@ -155,7 +156,8 @@ class Run:
         self.folder, self.config, self.seed, self.tracker_options = Path(folder), config, seed, trackers
         bfloat = use_amp and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         AcceleratorState._reset_state()  # a second run in one process may use another precision
-        self.accelerator = Accelerator(mixed_precision='bf16' if bfloat else 'no')
+        several = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.cuda.is_available()  # torchrun without a GPU: gloo
+        self.accelerator = Accelerator(mixed_precision='bf16' if bfloat else 'no', cpu=several)
         answer = [None]
         if self.is_main:
             try: answer = [open_folder(folder, config, overwrite)]

@@ -1,0 +1,171 @@
+"pahcl.finetune end to end on real recordings where PAHCL_RAW_DIR names them, else on simulated ones: every mode, both kinds of checkpoints, both trackers, faults"
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from pahcl.basics import PahclError
+from pahcl.finetune import cycle_losses, finetune, pahcl_finetune
+from pahcl.pretrain import pahcl_pretrain
+from pahcl.training import load_checkpoint, save_checkpoint
+
+QUICK = {'training.cycles_per_recording': 1, 'training.num_workers': 0}
+GUIDE = '''
+experiment: {name: pahcl_finetune, description: everything that the guide's example sets}
+task: {name: default, type: classification}
+data: {base_dir: data/downstream, raw_dir: data/raw, processed_dir: data/processed, sample_rate: 5000, target_length: 4000, num_substructures: 4}
+model: {encoder_type: cnn_mamba, cnn_channels: [32, 64, 128, 256], cnn_kernel_sizes: [7, 5, 5, 3], cnn_strides: [2, 2, 2, 2], mamba_d_model: 256, mamba_n_layers: 4}
+classifier: {hidden_dim: 128, dropout: 0.3}
+downstream: {num_classes: 2, label_map: {normal: 0, abnormal: 1}, hidden_dim: 128, dropout: 0.3, num_epochs: 100, batch_size: 32, learning_rate: 1e-3, weight_decay: 1e-4, warmup_epochs: 5, early_stopping_patience: 15, label_smoothing: 0.1, use_class_weights: true}
+training: {num_epochs: 100, batch_size: 32, learning_rate: 1e-3, weight_decay: 1e-4, warmup_epochs: 5, min_lr: 1e-7, encoder_lr_scale: 0.1, label_smoothing: 0.1, use_class_weights: true, early_stopping_patience: 15, grad_clip_norm: 1.0, num_workers: 4, use_amp: true, log_interval: 20, save_interval: 10}
+pretrain: {checkpoint_path: checkpoints/pretrain/best_model.pt, load_encoder_only: true, freeze_encoder: false}
+evaluation: {primary_metric: f1_macro, metrics: [accuracy, f1, f1_macro, auroc, precision, recall], save_confusion_matrix: true}
+seed: 42
+'''
+
+
+@pytest.fixture(scope='module')
+def pretrained(work):
+    "A SimCLR and a MoCo checkpoint of one short epoch."
+    small = work/'pretrain.yaml'
+    small.write_text('model: {encoder_type: cnn_mamba_small}\ncontrast: {queue_size: 128}\ntraining: {num_epochs: 1, warmup_epochs: 0, accumulation_steps: 1, cycles_per_recording: 1}\n')
+    for name, flags in (('simclr', []), ('moco', ['--moco'])):
+        assert pahcl_pretrain(['--config', str(small), '--processed_dir', str(work/'processed'), '--downstream-dir', str(work/'downstream'), '--output-dir', str(work/'outputs'), '--experiment_name', name, *flags]) == 0
+    return {name: work/'outputs'/name/'best_model.pt' for name in ('simclr', 'moco')}
+
+
+def tune(work, out, **given):
+    return finetune(output_dir=work/out, **dict(data_dir=work/'downstream', epochs=1, **{'training.warmup_epochs': 0}) | QUICK | given)
+
+
+@pytest.mark.parametrize('task', ['circor_murmur', 'circor_outcome', 'physionet2016', 'pascal'])
+def test_every_task_learns_from_a_pretrained_encoder(work, pretrained, task):
+    metrics = tune(work, 'outputs', task=task, pretrained=pretrained['simclr'])
+    folder = work/'outputs'/f'{task}_downstream'
+    assert {'config.yaml', 'train.log', 'best_model.pt', 'final_model.pt', 'final_metrics.json', 'confusion_matrix.csv'} <= {p.name for p in folder.iterdir()}
+    assert {f'test_{m}' for m in ('accuracy', 'f1', 'f1_macro', 'auroc', 'precision', 'recall')} <= set(metrics)
+    matrix = pd.read_csv(folder/'confusion_matrix.csv', index_col=0)
+    test = pd.read_csv(work/'downstream'/task/'test.csv', dtype=str)
+    assert matrix.to_numpy().sum() == test['subject_id'].nunique() and metrics['loaded']['loaded'] == 40
+
+
+def test_moco_checkpoint_loads_and_the_log_says_what_it_found(work, pretrained):
+    tune(work, 'outputs', task='pascal', pretrained=pretrained['moco'], experiment_name='moco')
+    log = (work/'outputs'/'pascal_moco'/'train.log').read_text()
+    assert re.search(r'MoCo detected: True, momentum 0.999, queue size 128, \d+ MoCo parameters skipped, \d+ parameters of heads skipped, 40 parameters loaded', log)
+    loaded, start = (load_checkpoint(p)['model_state_dict'] for p in (pretrained['moco'], work/'outputs'/'pascal_moco'/'final_model.pt'))
+    assert any(not torch.equal(loaded[k], v) for k, v in start.items() if k.startswith('encoder.'))  # it learnt from there
+
+
+def test_script_in_linear_mode_with_both_trackers(work, pretrained, monkeypatch):
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    arguments = ['--task', 'physionet2016', '--config', 'small_finetune', '--pretrained', pretrained['simclr'], '--data_dir', work/'downstream', '--output-dir', work/'outputs', '--experiment_name', 'linear',
+                 '--linear_eval', '--epochs', '2', '--lr', '1e-2', '--batch_size', '16', '--seed', '7', '--tensorboard', '--wandb', '--wandb-project', 'PA-HCL']
+    assert pahcl_finetune(list(map(str, arguments))) == 0
+    folder = work/'outputs'/'physionet2016_linear'
+    before, after = load_checkpoint(pretrained['simclr'])['model_state_dict'], load_checkpoint(folder/'final_model.pt')['model_state_dict']
+    assert all(torch.equal(before[k], v) for k, v in after.items() if k.startswith('encoder.'))
+    assert list((folder/'tensorboard').glob('events.out.tfevents.*')) and list((folder/'wandb').glob('offline-run-*'))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    tags = set(EventAccumulator(str(folder/'tensorboard')).Reload().Tags()['scalars'])
+    assert {f'train/{m}' for m in ('loss', 'accuracy', 'f1', 'precision', 'recall')} | {f'validation/{m}' for m in ('loss', 'accuracy', 'f1', 'auroc', 'auprc')} | {'learning_rate/classifier'} <= tags
+    config = yaml.safe_load((folder/'config.yaml').read_text())
+    assert (config['training']['learning_rate'], config['training']['batch_size'], config['seed'], config['pretrain']['freeze_encoder']) == (1e-2, 16, 7, True)
+
+
+def test_few_shot_is_nested_and_keeps_every_class(work):
+    used = {}
+    for ratio in (0.01, 0.5):
+        metrics = tune(work, 'outputs', task='circor_murmur', pretrained='none', encoder_type='cnn_mamba_small', experiment_name=f'few_{ratio}', few_shot=True, shot_ratio=ratio)
+        table = pd.read_csv(work/'outputs'/f'circor_murmur_few_{ratio}'/'few_shot.csv', dtype=str)
+        used[ratio] = set(table['person_id'])
+        assert table['label'].nunique() == 3 and metrics['mode'] == 'fewshot' and metrics['training_subjects'] == table['subject_id'].nunique()
+    assert used[0.01] < used[0.5]
+
+
+def test_a_run_is_repeated_by_its_config_and_never_overwritten(work, capsys):
+    given = dict(task='pascal', pretrained='none', encoder_type='cnn_mamba_small', experiment_name='again')
+    first = tune(work, 'outputs', **given)
+    again = finetune(work/'outputs'/'pascal_again'/'config.yaml', output_dir=work/'repeated')
+    assert {k: v for k, v in first.items() if 'test' in k or 'level' in k} == {k: v for k, v in again.items() if 'test' in k or 'level' in k}
+    with pytest.raises(PahclError, match='training.learning_rate is 0.001 there and 0.01 here'): tune(work, 'outputs', **given, lr=1e-2)
+    assert json.loads((work/'outputs'/'pascal_again'/'final_metrics.json').read_text()) == first
+    assert tune(work, 'outputs', **given, lr=1e-2, overwrite=True) != first
+
+
+def test_two_processes_give_the_scores_of_one(work):
+    given = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29615', '-m', 'pahcl.finetune', '--task', 'pascal', '--config', work/'two.yaml', '--pretrained', 'none', '--data-dir', work/'downstream', '--epochs', '1']
+    (work/'two.yaml').write_text('model: {encoder_type: cnn_mamba_small, dropout: 0.0}\nclassifier: {dropout: 0.0}\ntraining: {cycles_per_recording: 1, warmup_epochs: 0, batch_size: 16}\n')
+    done = subprocess.run([*map(str, given), '--output-dir', str(work/'two')], env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert pahcl_finetune(list(map(str, [*given[7:], '--output-dir', work/'one']))) == 0
+    one, two = (json.loads((work/n/'pascal_downstream'/'final_metrics.json').read_text()) for n in ('one', 'two'))
+    assert '2 process(es)' in (work/'two'/'pascal_downstream'/'train.log').read_text()
+    for key, value in one.items():
+        if key.startswith('test_') and value is not None: assert two[key] == pytest.approx(value, abs=1e-6), key
+    assert two['history'][0]['train/loss'] == pytest.approx(one['history'][0]['train/loss'], abs=1e-5)
+
+
+def refused(capsys, *arguments, told):
+    assert pahcl_finetune(list(map(str, arguments))) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith('pahcl_finetune: error: ') and re.search(told, error), error
+
+
+def test_checkpoints_that_do_not_fit(work, pretrained, tmp_path, capsys):
+    given = ['--task', 'pascal', '--data-dir', work/'downstream', '--output-dir', tmp_path/'out']
+    (tmp_path/'other.yaml').write_text('model: {encoder_type: cnn_mamba}')
+    refused(capsys, *given, '--config', tmp_path/'other.yaml', '--pretrained', pretrained['simclr'], told='best_model.pt holds an encoder with encoder_type cnn_mamba_small, but model.encoder_type is cnn_mamba')
+    saved = load_checkpoint(pretrained['simclr'])
+    for name, change, told in [('fewer', lambda s: s.pop('encoder.cnn.layers.0.conv.weight'), 'cnn.layers.0.conv.weight'), ('more', lambda s: s.update({'backbone.weight': torch.zeros(1)}), 'backbone.weight')]:
+        state = dict(saved['model_state_dict'])
+        change(state)
+        save_checkpoint(tmp_path/f'{name}.pt', saved | dict(model_state_dict=state))
+        refused(capsys, *given, '--pretrained', tmp_path/f'{name}.pt', told=told)
+    held = pd.read_csv(work/'downstream'/'pascal'/'test.csv', dtype=str)['subject_id'][0]
+    person = pd.read_csv(work/'downstream'/'pascal'/'recordings.csv', dtype=str).set_index('subject_id')['person_id'][[held]].iloc[0]
+    save_checkpoint(tmp_path/'leak.pt', saved | dict(pretrain_persons=[person]))
+    refused(capsys, *given, '--pretrained', tmp_path/'leak.pt', told=f'pretrained on 1 persons of the validation and test splits: {person}')
+    save_checkpoint(tmp_path/'on_purpose.pt', saved | dict(pretrain_persons=[person], include_heldout_subjects=True))
+    tune(work, tmp_path/'out', task='pascal', pretrained=tmp_path/'on_purpose.pt')
+    assert 'no estimate for new persons' in (tmp_path/'out'/'pascal_downstream'/'train.log').read_text()
+
+
+def test_the_guides_example_loads_as_it_stands(work, tmp_path, capsys):
+    (tmp_path/'guide.yaml').write_text(GUIDE)
+    given = ['--config', tmp_path/'guide.yaml', '--data-dir', work/'downstream', '--output-dir', tmp_path/'out']
+    refused(capsys, *given, '--task', 'physionet2016', told='checkpoint not found: checkpoints/pretrain/best_model.pt')
+    refused(capsys, *given, '--task', 'pascal', '--pretrained', 'none', told="downstream.label_map is .*, but the task pascal")
+    (tmp_path/'guide.yaml').write_text(GUIDE.replace('save_interval', 'sa8e_interval'))
+    refused(capsys, *given, '--task', 'physionet2016', told="guide.yaml: unknown key 'training.sa8e_interval'; the nearest valid one is 'training.save_interval'")
+    (tmp_path/'guide.yaml').write_text(GUIDE.replace('batch_size: 32, learning_rate: 1e-3, weight_decay: 1e-4, warmup_epochs: 5, min_lr', 'batch_size: 64, learning_rate: 1e-3, weight_decay: 1e-4, warmup_epochs: 5, min_lr'))
+    refused(capsys, *given, '--task', 'physionet2016', told='downstream.batch_size is 32 but training.batch_size is 64')
+
+
+def test_a_person_in_two_splits_is_refused(work, tmp_path, capsys):
+    shutil.copytree(work/'downstream'/'pascal', tmp_path/'pascal')
+    path = tmp_path/'pascal'/'cycles.csv'
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    train, test = (table[table['split'] == s].iloc[0] for s in ('train', 'test'))
+    table.loc[table['person_id'] == test['person_id'], 'person_id'] = train['person_id']
+    table.to_csv(path, index=False)
+    refused(capsys, '--task', 'pascal', '--pretrained', 'none', '--data-dir', tmp_path, '--output-dir', tmp_path/'out', told='1 persons are both in train and in test')
+    assert not (tmp_path/'out').exists()
+
+
+def test_losses_add_up_over_any_split_of_a_batch():
+    "The mean over cycles is the same whether batches or processes share them: the seam that distributed training stands on."
+    generator = torch.Generator().manual_seed(0)
+    logits, labels, weights = torch.randn(12, 3, generator=generator), torch.randint(0, 3, (12,), generator=generator), torch.tensor([.5, 2., 1.])
+    whole = cycle_losses(logits, labels, weights, .1, 'focal').mean()
+    parts = [cycle_losses(logits[a:b], labels[a:b], weights, .1, 'focal').mean()*(b-a)/12 for a, b in ((0, 5), (5, 6), (6, 12))]
+    assert torch.allclose(whole, sum(parts))
