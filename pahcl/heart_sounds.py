@@ -36,7 +36,7 @@ def beat_intervals(
     intervals[early] += taken
     return intervals, premature
 
-# %% ../nbs/00d_heart_sounds.ipynb #e9dfa898
+# %% ../nbs/00d_heart_sounds.ipynb #63aa2463
 def state_lengths(
     intervals,       # [beats] seconds from S1 to S1
     rng,             # what varies from beat to beat
@@ -50,7 +50,8 @@ def state_lengths(
     jitter = 1+0.04*np.clip(rng.standard_normal((3, len(intervals))), -2.5, 2.5)
     s1 = s1_s*shorter*jitter[0]
     s2 = s2_s*shorter*jitter[1]
-    to_s2 = np.clip(0.35*systole*np.sqrt(usual)*(1+0.25*(jitter[2]-1)), s1/0.7, 0.7*intervals)
+    to_s2 = np.maximum(0.481-0.126/usual, 0.414*np.sqrt(usual)-0.069)  # s, Weissler's line, and the recordings' root
+    to_s2 = np.clip(systole*to_s2*(1+0.25*(jitter[2]-1)), s1/0.7, 0.7*intervals)
     s1, s2 = np.minimum(s1, 0.7*to_s2), np.minimum(s2, 0.7*(intervals-to_s2))
     return np.stack([s1, to_s2-s1, s2, intervals-to_s2-s2], 1)
 
