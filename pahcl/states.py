@@ -19,10 +19,10 @@ from scipy.special import ndtr
 from .basics import PahclError, read_json
 from .signal import autocorrelation, band_powers, bandpass, frame_means, hilbert_envelope, homomorphic_envelope, remove_spikes, resample
 
-# %% ../nbs/01b_heart_states.ipynb #8c006892
+# %% ../nbs/01b_heart_states.ipynb #7ccb9f5a
 STATES = {1: 'S1', 2: 'systole', 3: 'S2', 4: 'diastole'}
 FRAME_RATE = 50                               # frames a second (Springer et al. 2016)
-PERIODS = np.geomspace(60/200, 60/35, 22)     # s, the beat lengths tried, 9 % apart: closer together finds nothing more
+PERIODS = tuple(np.geomspace(60/200, 60/35, 22).tolist())  # s, the beat lengths tried, 9 % apart: closer together finds nothing more
 
 # %% ../nbs/01b_heart_states.ipynb #ad2a9b90
 @lru_cache(maxsize=4)
@@ -134,7 +134,7 @@ def decode(
         t, k = t-back[t, k], (k-1)%4
     return value, states
 
-# %% ../nbs/01b_heart_states.ipynb #5065616b
+# %% ../nbs/01b_heart_states.ipynb #9953575e
 @lru_cache(maxsize=256)
 def _rate_tables(period_s, path=None):
     "duration tables for one heart rate"
@@ -146,7 +146,7 @@ def rhythm(
     periods=PERIODS,  # s
 ) -> np.ndarray:      # [periods] −1 … 1: largest autocorrelation of the homomorphic envelope within 6 % of each
     "How well the loudness comes back after each beat length."
-    lags = autocorrelation(standardise(features)[:, 1], int(np.ceil(1.06*periods.max()*FRAME_RATE)))
+    lags = autocorrelation(standardise(features)[:, 1], int(np.ceil(1.06*max(periods)*FRAME_RATE)))
     return np.array([lags[int(p*FRAME_RATE/1.06):int(np.ceil(p*FRAME_RATE*1.06))+1].max() for p in periods])
 
 # %% ../nbs/01b_heart_states.ipynb #318297c8
