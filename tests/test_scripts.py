@@ -57,7 +57,7 @@ def test_one_script_a_module_and_all_are_installed():
 BAD = [
     ('pahcl_preprocess', '--raw_dir {0}/none --output_dir {0}/out', 'none'),
     ('pahcl_preprocess', '--raw-dir {0}/empty --output-dir {0}/out', 'no labels found'),
-    ('pahcl_prepare', '--raw-dir {0}/empty --processed-dir {0}/none --output-dir {0}/out', 'none'),
+    ('pahcl_prepare', '--raw-dir {0}/empty --processed-dir {0}/none --output-dir {0}/out', 'no labels found'),
     ('pahcl_pretrain', '--processed-dir {0}/none --output-dir {0}/out', 'none'),
     ('pahcl_finetune', '--task pascal --pretrained none --data-dir {0}/none --output-dir {0}/out', 'pahcl_prepare'),
     ('pahcl_finetune', '--pretrained none --output-dir {0}/out', '--task'),
