@@ -13,7 +13,7 @@ setuptools.setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], license='Apache-2.0', url=cfg['git_url'],
     packages=setuptools.find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
-    package_data={cfg['lib_name']: ['configs/**/*.yaml', 'parameters/*.json']},
+    package_data={cfg['lib_name']: ['configs/**/*.yaml', 'parameters/*']},
     include_package_data=True, python_requires='>='+cfg['min_python'],
     install_requires=shlex.split(cfg.get('requirements', '')),
     extras_require={'dev': shlex.split(cfg.get('dev_requirements', '')),

@@ -131,19 +131,20 @@ def pretrained_of(
     stage('pretrain', folder, dict(settings=settings, config=way.pretrain_config, data=data_key(way)), train)
     return str(folder/'best_model.pt')
 
-# %% ../nbs/06e_downstream.ipynb #d9c790bd
+# %% ../nbs/06e_downstream.ipynb #2ed0bdd4
 def train_task(
     way: Way, task: str, mode: str,  # e.g. `pascal`, `linear`
     pretrained: str,                 # path or `none`
 ) -> Path:                           # the run's folder
     "Fine-tune on one task, then evaluate the best model on its test split."
+    from pahcl.classifier import find_checkpoint
     from pahcl.evaluate import evaluate
     from pahcl.finetune import finetune
     name = 'downstream' if mode == 'finetune' else mode
     folder = Path(way.output_dir)/f'{task}_{name}'
     settings = dict(task=task, experiment_name=name, data_dir=way.data_dir, pretrained=pretrained, epochs=way.epochs, batch_size=way.batch_size, seed=way.seed,
                     encoder_type=way.encoder_type if pretrained == 'none' else None, **MODES[mode])
-    source = None if pretrained == 'none' else file_fingerprint([existing(pretrained, 'checkpoint', 'Give another with --pretrained.')])
+    source = None if pretrained == 'none' else file_fingerprint([existing(find_checkpoint(pretrained), 'checkpoint', 'Give another with --pretrained.')])
     train = lambda: finetune(way.config, output_dir=way.output_dir, overwrite=way.overwrite, **way.trackers, **settings)
     stage('fine-tune', folder, dict(settings=settings, config=way.config, data=data_key(way), pretrained=source), train)
     stage('evaluate', folder, file_fingerprint([folder/'best_model.pt'], folder), lambda: evaluate(folder/'best_model.pt', task, way.data_dir))
@@ -194,7 +195,7 @@ def downstream(
     print('\n'.join(['', 'Made:', *(f'  {p}' for p in made_files(way))]))
     return table
 
-# %% ../nbs/06e_downstream.ipynb #2237f2bf
+# %% ../nbs/06e_downstream.ipynb #91d6d1dd
 @script
 def pahcl_downstream(
     stage: Param('all, prepare, train TASK [MODE], train-all [MODE] or summarize; MODE is finetune, linear, fewshot or fewshot1', str, opt=False, nargs='*') = None,
@@ -204,7 +205,7 @@ def pahcl_downstream(
     data_dir: str = None,          # prepared tasks (default: data/downstream)
     output_dir: str = None,        # runs (default: outputs)
     dataset: str = None,           # circor, physionet2016, pascal or all (default: all)
-    pretrained: str = None,        # start from this checkpoint instead of pretraining; none: random start
+    pretrained: str = None,        # start from this checkpoint (or packaged) instead of pretraining; none: random start
     config: str = None,            # configuration of fine-tuning: a path, or the name of a packaged one
     pretrain_config: str = None,   # configuration of pretraining
     encoder_type: str = None,      # encoder of pretraining, or of a random start

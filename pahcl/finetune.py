@@ -289,7 +289,7 @@ def run_experiment(
                 encoder_type=saved['encoder_type'], pretrained=config.pretrain.checkpoint_path, loaded=found, training_subjects=int(train['subject_id'].nunique()), training_cycles=len(train),
                 **scores, **{k.replace('/', '_'): v for k, v in validation.items() if k.startswith('validation/')}, history=fitted['history'])
 
-# %% ../nbs/05_finetune.ipynb #ad4ef779
+# %% ../nbs/05_finetune.ipynb #3f7c3afd
 def finetune(
     config=None,           # a path, the name of a packaged file, or a dictionary; None: the packaged defaults
     tensorboard=False,     # write TensorBoard events below the run's folder
@@ -303,7 +303,7 @@ def finetune(
     "Fine-tune on a task; a run that is finished is not repeated, one that was killed goes on."
     from pahcl.basics import read_json
     config = load_config('finetune', config, overrides=overrides)
-    if not config.pretrain.checkpoint_path: raise PahclError('--pretrained is needed: the path of a checkpoint, or none for a random start.')
+    if not config.pretrain.checkpoint_path: raise PahclError('--pretrained is needed: the path of a checkpoint, packaged, or none for a random start.')
     if config.pretrain.freeze_encoder and config.pretrain.checkpoint_path == 'none': logger().warning('WARNING: a frozen encoder with random weights: this measures the floor, not a pretraining.')
     data, task = task_data(config)
     heldout = set(data['val'].table['person_id']) | set(data['test'].table['person_id'])
@@ -320,12 +320,12 @@ def finetune(
         run.say(', '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k.startswith('test_') and isinstance(v, float)))
     return metrics
 
-# %% ../nbs/05_finetune.ipynb #da588ff6
+# %% ../nbs/05_finetune.ipynb #cf685a71
 @script
 def pahcl_finetune(
     task: str = None,                       # circor_murmur, circor_outcome, physionet2016 or pascal; needed unless --config names it
     config: str = 'configs/finetune.yaml',  # configuration: a path, or the name of a packaged one
-    pretrained: str = None,                 # needed: path of a checkpoint, or none for a random start
+    pretrained: str = None,                 # needed: path of a checkpoint, packaged (the weights shipped with pahcl), or none for a random start
     data_dir: str = None,                   # folder of the prepared tasks (default: data/downstream)
     output_dir: str = 'outputs',            # the run's folder is made in it
     experiment_name: str = None,            # the run's folder is <task>_<experiment name> (default: downstream)

@@ -169,3 +169,8 @@ def test_losses_add_up_over_any_split_of_a_batch():
     whole = cycle_losses(logits, labels, weights, .1, 'focal').mean()
     parts = [cycle_losses(logits[a:b], labels[a:b], weights, .1, 'focal').mean()*(b-a)/12 for a, b in ((0, 5), (5, 6), (6, 12))]
     assert torch.allclose(whole, sum(parts))
+
+
+def test_packaged_weights(work):
+    metrics = tune(work, 'outputs', task='pascal', pretrained='packaged', experiment_name='packaged', linear_eval=True)
+    assert (metrics['encoder_type'], metrics['loaded']['loaded'], metrics['mode']) == ('cnn_mamba_small', 40, 'linear')
