@@ -14,7 +14,7 @@ def test_site():
     done = subprocess.run([sys.executable, 'tools/build_docs.py'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'broken link' not in done.stdout+done.stderr, done.stdout+done.stderr
-    pages = {p.stem for p in (ROOT/'_docs').glob('*.html')}
+    pages = {p.stem for p in (ROOT/'_docs').rglob('*.html')}
     for notebook in nbglob(as_path=True): assert notebook.stem.lstrip('0123456789').split('_', 1)[-1] in pages or notebook.stem in pages
 
 
