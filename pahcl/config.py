@@ -27,10 +27,10 @@ class Section(BaseModel):
     "One section of a configuration file; unknown keys and wrong types are errors."
     model_config = ConfigDict(extra='forbid', strict=True)
 
-# %% ../nbs/00b_config.ipynb #03ce1999
+# %% ../nbs/00b_config.ipynb #a59cf5db
 class ExperimentSection(Section):
     "What the experiment is called; the name is part of its folder's name."
-    name: str = 'downstream'
+    name: str = Field('downstream', pattern=r'^[^./\\\s][^/\\]*$')  # no path: it must not lead out of the output folder
     description: str = ''
 
 # %% ../nbs/00b_config.ipynb #2c110ee9
@@ -274,7 +274,12 @@ def known_keys(
         keys += known_keys(field.annotation, f'{before}{name}.') if inner else [before+name]
     return keys
 
-# %% ../nbs/00b_config.ipynb #9818bb7c
+# %% ../nbs/00b_config.ipynb #7b794eef
+FLAGS = dict(experiment_name='experiment.name', encoder_type='model.encoder_type', epochs='training.num_epochs', lr='training.learning_rate', batch_size='training.batch_size')
+FLAGS_OF = dict(finetune=FLAGS | dict(task='task.name', pretrained='pretrain.checkpoint_path', data_dir='data.base_dir', linear_eval='pretrain.freeze_encoder'),
+                pretrain=FLAGS | dict(processed_dir='data.processed_dir', downstream_dir='data.base_dir', moco='contrast.moco'))
+
+# %% ../nbs/00b_config.ipynb #a82e9dda
 def explain(
     error,     # a pydantic `ValidationError`
     model,     # the configuration class
@@ -283,6 +288,10 @@ def explain(
     "The first problem of a `ValidationError` as one sentence."
     first = error.errors()[0]
     key = '.'.join(str(p) for p in first['loc'])
+    flags = {v: k for kind in FLAGS_OF.values() for k, v in kind.items()} | dict(few_shot='shot_ratio', seed='seed')
+    if source.startswith('flags') and key in flags: key = f'--{flags[key].replace("_", "-")} ({key})'
+    if first['type'] == 'model_type': return f'{source}: {key}: keys are expected below it, not {first["input"]!r}.'
+    if first['type'] == 'string_pattern_mismatch': return f'{source}: {key}: {first["input"]!r} is no name for a folder. Leave out slashes and a leading dot or space.'
     if first['type'] != 'extra_forbidden': return f'{source}: {key}: {first["msg"]} (it is {first["input"]!r}).'
     near = difflib.get_close_matches(key, known_keys(model)+list(model.model_fields)+list(TWINS), 1, 0.3)
     return f'{source}: unknown key {key!r}' + (f'; the nearest valid one is {near[0]!r}.' if near else '.')
@@ -297,11 +306,7 @@ def check(
     try: return KINDS[kind].model_validate(content)
     except ValidationError as e: raise PahclError(explain(e, KINDS[kind], source)) from e
 
-# %% ../nbs/00b_config.ipynb #079aab0d
-FLAGS = dict(experiment_name='experiment.name', encoder_type='model.encoder_type', epochs='training.num_epochs', lr='training.learning_rate', batch_size='training.batch_size')
-FLAGS_OF = dict(finetune=FLAGS | dict(task='task.name', pretrained='pretrain.checkpoint_path', data_dir='data.base_dir', linear_eval='pretrain.freeze_encoder'),
-                pretrain=FLAGS | dict(processed_dir='data.processed_dir', downstream_dir='data.base_dir', moco='contrast.moco'))
-
+# %% ../nbs/00b_config.ipynb #b0b22fc9
 def by_key(
     kind: str,      # `finetune` or `pretrain`
     flags: dict,    # flag or dotted key -> value; None, and False for a switch, mean not given
@@ -309,7 +314,7 @@ def by_key(
     "Flags by the keys they stand for; `few_shot=True` becomes the share `shot_ratio`."
     flags, ratio = dict(flags), flags.get('shot_ratio')
     flags.pop('shot_ratio', None)
-    if flags.get('few_shot') is True: flags['few_shot'] = 0.1 if ratio is None else ratio
+    if flags.get('few_shot') is True or ratio is not None: flags['few_shot'] = 0.1 if ratio is None else ratio
     names, switches = FLAGS_OF[kind], ('linear_eval', 'few_shot', 'moco', 'include_heldout_subjects')
     return {k if isinstance(v, dict) else names.get(k, k): str(v) if isinstance(v, Path) else v for k, v in flags.items() if v is not None and not (v is False and k in switches)}
 

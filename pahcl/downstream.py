@@ -7,15 +7,17 @@ __all__ = ['MODES', 'DATASETS', 'DEMO', 'DEMO_SUBJECTS', 'Way', 'demo_way', 'sta
            'data_key', 'pretrained_of', 'train_task', 'prepared_tasks', 'made_files', 'check_words', 'downstream',
            'pahcl_downstream']
 
-# %% ../nbs/06e_downstream.ipynb #724c7f70
+# %% ../nbs/06e_downstream.ipynb #b3723528
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.script import Param
 
-from .basics import PahclError, existing, file_fingerprint, fingerprint, logger, read_json, script, write_json
+from .basics import PahclError, UsageError, existing, file_fingerprint, fingerprint, logger, read_json, script, write_json
+from .config import load_config
 
-# %% ../nbs/06e_downstream.ipynb #9e488c82
+# %% ../nbs/06e_downstream.ipynb #8dd78e36
 MODES = dict(finetune={}, linear=dict(linear_eval=True), fewshot=dict(few_shot=True, shot_ratio=0.1), fewshot1=dict(few_shot=True, shot_ratio=0.01))
 DATASETS = ('circor', 'physionet2016', 'pascal')
 
@@ -35,6 +37,7 @@ class Way:
     pretrain_epochs: int = None
     batch_size: int = None
     num_workers: int = 8
+    skip_broken: bool = False
     seed: int = 42
     tensorboard: bool = False
     wandb: bool = False
@@ -57,21 +60,24 @@ def demo_way(
     "The small settings of the demo, under whatever was asked for."
     return Way(**DEMO | {k: v for k, v in given.items() if v is not None} | dict(demo=True))
 
-# %% ../nbs/06e_downstream.ipynb #ae0b85d5
+# %% ../nbs/06e_downstream.ipynb #16f852df
 def stage(
     name: str,      # of the stage, for the log
     folder,         # its output
     inputs,         # what it is made from: anything `fingerprint` takes
+    outputs: list,  # patterns of files in the folder that must be there, unchanged, to skip it
     work,           # function of no arguments that does it
+    repeat=False,   # do it whatever is there
 ) -> bool:          # whether it was done now
     "Do `work` unless `folder` was made from the same inputs."
-    stamp, key = Path(folder)/'.stage.json', fingerprint(inputs)
-    if stamp.exists() and read_json(stamp).get(name) == key:
+    stamp = Path(folder)/'.stage.json'
+    made = lambda: [file_fingerprint(found, folder) if (found := sorted(Path(folder).glob(p))) else None for p in outputs]
+    if not repeat and stamp.exists() and None not in made() and read_json(stamp).get(name) == [fingerprint(inputs), *made()]:
         logger().info(f'{name}: {folder} is there and was made from the same inputs and settings; skipped')
         return False
     logger().info(f'{name}: {folder}')
     work()
-    write_json(stamp, (read_json(stamp) if stamp.exists() else {}) | {name: key})
+    write_json(stamp, (read_json(stamp) if stamp.exists() else {}) | {name: [fingerprint(inputs), *made()]})
     return True
 
 # %% ../nbs/06e_downstream.ipynb #9e526b14
@@ -98,7 +104,7 @@ def get_raw(way: Way):
 
 DEMO_SUBJECTS = 24  # enough for each class of each task in each split
 
-# %% ../nbs/06e_downstream.ipynb #61006c5a
+# %% ../nbs/06e_downstream.ipynb #c058f2dd
 def prepare_data(way: Way):
     "Raw recordings to task folders."
     from pahcl.cycles import preprocess
@@ -106,17 +112,17 @@ def prepare_data(way: Way):
     get_raw(way)
     raw = raw_files(way.raw_dir, way.datasets)
     if not any(raw.values()): raise PahclError(f'no recordings in {way.raw_dir}. Run pahcl_download, give --raw-dir, or try --demo.')
-    stage('preprocess', way.processed_dir, raw, lambda: preprocess(way.raw_dir, way.processed_dir, way.dataset, num_workers=way.num_workers))
+    stage('preprocess', way.processed_dir, raw, ['processing_stats.json', 'recordings.csv'], lambda: preprocess(way.raw_dir, way.processed_dir, way.dataset, num_workers=way.num_workers, skip_broken=way.skip_broken))
     made = dict(processed=file_fingerprint([Path(way.processed_dir)/'processing_stats.json', Path(way.processed_dir)/'recordings.csv'], way.processed_dir), seed=way.seed, dataset=way.dataset)
-    stage('prepare', way.data_dir, made, lambda: prepare(way.dataset, way.raw_dir, way.processed_dir, way.data_dir, way.seed))
+    stage('prepare', way.data_dir, made, ['*/task_config.json', '*/cycles.csv'], lambda: prepare(way.dataset, way.raw_dir, way.processed_dir, way.data_dir, way.seed))
 
-# %% ../nbs/06e_downstream.ipynb #df6bfb4d
-def data_key(way: Way):
-    "What the prepared tasks were made from."
-    stamp = Path(way.data_dir)/'.stage.json'
-    return read_json(stamp) if stamp.exists() else None
+# %% ../nbs/06e_downstream.ipynb #c248fcb3
+def data_key(way: Way) -> dict:
+    "What the prepared tasks are, by the content of their tables."
+    tables = sorted(p for name in ('task_config.json', 'cycles.csv') for p in Path(way.data_dir).glob(f'*/{name}'))
+    return {f'{p.parent.name}/{p.name}': hashlib.sha256(p.read_bytes()).hexdigest() for p in tables}
 
-# %% ../nbs/06e_downstream.ipynb #4dc9d9f3
+# %% ../nbs/06e_downstream.ipynb #c6373009
 def pretrained_of(
     way: Way,
     may_train: bool,   # pretrain when there is no checkpoint
@@ -128,10 +134,11 @@ def pretrained_of(
     from pahcl.pretrain import pretrain
     settings = dict(processed_dir=way.processed_dir, downstream_dir=way.data_dir, encoder_type=way.encoder_type, epochs=way.pretrain_epochs, seed=way.seed)
     train = lambda: pretrain(way.pretrain_config, output_dir=way.output_dir, overwrite=way.overwrite, **way.trackers, **settings)
-    stage('pretrain', folder, dict(settings=settings, config=way.pretrain_config, data=data_key(way)), train)
+    config = load_config('pretrain', way.pretrain_config, overrides=settings).model_dump()  # what the file says, not what it is called
+    stage('pretrain', folder, dict(config=config, data=data_key(way)), ['best_model.pt', 'final_metrics.json'], train, way.overwrite)
     return str(folder/'best_model.pt')
 
-# %% ../nbs/06e_downstream.ipynb #2ed0bdd4
+# %% ../nbs/06e_downstream.ipynb #cc03dbb1
 def train_task(
     way: Way, task: str, mode: str,  # e.g. `pascal`, `linear`
     pretrained: str,                 # path or `none`
@@ -146,8 +153,9 @@ def train_task(
                     encoder_type=way.encoder_type if pretrained == 'none' else None, **MODES[mode])
     source = None if pretrained == 'none' else file_fingerprint([existing(find_checkpoint(pretrained), 'checkpoint', 'Give another with --pretrained.')])
     train = lambda: finetune(way.config, output_dir=way.output_dir, overwrite=way.overwrite, **way.trackers, **settings)
-    stage('fine-tune', folder, dict(settings=settings, config=way.config, data=data_key(way), pretrained=source), train)
-    stage('evaluate', folder, file_fingerprint([folder/'best_model.pt'], folder), lambda: evaluate(folder/'best_model.pt', task, way.data_dir))
+    config = load_config('finetune', way.config, overrides=settings).model_dump()
+    stage('fine-tune', folder, dict(config=config, data=data_key(way), pretrained=source), ['best_model.pt', 'final_metrics.json'], train, way.overwrite)
+    stage('evaluate', folder, dict(model=file_fingerprint([folder/'best_model.pt'], folder), data=data_key(way)), [f'evaluation_{task}_test/metrics.json'], lambda: evaluate(folder/'best_model.pt', task, way.data_dir))
     return folder
 
 # %% ../nbs/06e_downstream.ipynb #b3984aed
@@ -163,18 +171,18 @@ def made_files(way: Way) -> list:
     "The figures and reports below the output folder, for people to open."
     return sorted(p for pattern in ('*/evaluation_*/report.html', '*/evaluation_*/*.png', 'summary.*') for p in Path(way.output_dir).glob(pattern))
 
-# %% ../nbs/06e_downstream.ipynb #73ff224f
+# %% ../nbs/06e_downstream.ipynb #cc2c02af
 def check_words(words: list):
     "(stage, task or None, mode) of the command's words; raises `PahclError` for words that mean nothing."
     from pahcl.splits import TASKS
     stages = {'all': 0, 'prepare': 0, 'train': 2, 'train-all': 1, 'summarize': 0}
     name, rest = (words or ['all'])[0].replace('_', '-'), list(words or ['all'])[1:]
-    if name not in stages: raise PahclError(f'there is no stage {name}: use all, prepare, train TASK [MODE], train-all [MODE] or summarize.')
-    if len(rest) > stages[name]: raise PahclError(f'{name} does not take {" ".join(rest)}: use all, prepare, train TASK [MODE], train-all [MODE] or summarize.')
+    if name not in stages: raise UsageError(f'there is no stage {name}: use all, prepare, train TASK [MODE], train-all [MODE] or summarize.')
+    if len(rest) > stages[name]: raise UsageError(f'{name} does not take {" ".join(rest)}: use all, prepare, train TASK [MODE], train-all [MODE] or summarize.')
     task = rest.pop(0) if name == 'train' and rest else None
-    if name == 'train' and task not in TASKS: raise PahclError(f'train needs a task, one of {", ".join(TASKS)}{f", not {task}" if task else ""}.')
+    if name == 'train' and task not in TASKS: raise UsageError(f'train needs a task, one of {", ".join(TASKS)}{f", not {task}" if task else ""}.')
     mode = rest[0] if rest else 'finetune'
-    if mode not in MODES: raise PahclError(f'there is no mode {mode}: use {", ".join(MODES)}.')
+    if mode not in MODES: raise UsageError(f'there is no mode {mode}: use {", ".join(MODES)}.')
     return name, task, mode
 
 # %% ../nbs/06e_downstream.ipynb #6694ee2d
@@ -195,7 +203,7 @@ def downstream(
     print('\n'.join(['', 'Made:', *(f'  {p}' for p in made_files(way))]))
     return table
 
-# %% ../nbs/06e_downstream.ipynb #91d6d1dd
+# %% ../nbs/06e_downstream.ipynb #8f5a9f8a
 @script
 def pahcl_downstream(
     stage: Param('all, prepare, train TASK [MODE], train-all [MODE] or summarize; MODE is finetune, linear, fewshot or fewshot1', str, opt=False, nargs='*') = None,
@@ -213,6 +221,7 @@ def pahcl_downstream(
     pretrain_epochs: int = None,   # of pretraining
     batch_size: int = None,        # of fine-tuning
     num_workers: int = None,       # processes that preprocess (default: 8)
+    skip_broken: bool = False,     # leave broken recordings out rather than stop
     seed: int = None,              # of splits and trainings (default: 42)
     tensorboard: bool = False,     # log to TensorBoard
     wandb: bool = False,           # log to Weights & Biases

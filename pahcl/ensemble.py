@@ -6,16 +6,16 @@
 __all__ = ['find_members', 'check_members', 'mean_probabilities', 'disagreement', 'member_scores', 'score_ensemble',
            'write_ensemble', 'ensemble', 'pahcl_ensemble']
 
-# %% ../nbs/06c_ensemble.ipynb #0be43b79
+# %% ../nbs/06c_ensemble.ipynb #2463c791
 import glob
 import os
 from pathlib import Path
 
 from .basics import PahclError, logger, script, write_text
-from .evaluate import (all_notes, class_names, needed, open_split, predict_split, score_predictions, summary_text,
+from .evaluate import (all_notes, class_names, needed, open_split, predict_split, score_predictions, seen_note, summary_text,
                             write_evaluation)
 
-# %% ../nbs/06c_ensemble.ipynb #3c093bfb
+# %% ../nbs/06c_ensemble.ipynb #c5c9f219
 def find_members(
     checkpoints,  # a path, a glob pattern, or a list of them
 ) -> list:        # sorted paths of checkpoints, each once
@@ -26,7 +26,7 @@ def find_members(
     if empty or not patterns: raise PahclError(f'no checkpoint matches {", ".join(empty) or "an empty list"}. The pattern is relative to {Path.cwd()}; put it in quotes.')
     return sorted({Path(p) for paths in found.values() for p in paths})
 
-# %% ../nbs/06c_ensemble.ipynb #b7a41449
+# %% ../nbs/06c_ensemble.ipynb #3a832035
 def check_members(
     members: dict,  # path -> the checkpoint's dict with `task` and `label_map`
 ):
@@ -35,7 +35,7 @@ def check_members(
     odd = [(path, saved) for path, saved in others if (saved['task'], saved['label_map']) != (first[1]['task'], first[1]['label_map'])]
     if odd: raise PahclError('the members do not belong together: ' + '; '.join(f'{path} is of {saved["task"]} with {saved["label_map"]}' for path, saved in [first, *odd]) + '. Give checkpoints of one task.')
 
-# %% ../nbs/06c_ensemble.ipynb #74fe2ee1
+# %% ../nbs/06c_ensemble.ipynb #1bc7aeac
 def mean_probabilities(
     members,  # a list of probabilities [n, classes], one a member
 ):            # [n, classes]
@@ -43,7 +43,7 @@ def mean_probabilities(
     import numpy as np
     return np.mean(np.stack(members), axis=0)
 
-# %% ../nbs/06c_ensemble.ipynb #9f349e19
+# %% ../nbs/06c_ensemble.ipynb #2e783dec
 def disagreement(
     table,          # a row a cycle
     members,        # a list of probabilities of the cycles, one a member
@@ -62,7 +62,7 @@ def disagreement(
     counts = pd.DataFrame({f'votes_{n}': (votes == c).sum(0) for c, n in enumerate(names)})
     return pd.concat([answers, counts], axis=1).sort_values(['agreeing', 'spread', 'subject_id'], ascending=[True, False, True], ignore_index=True)
 
-# %% ../nbs/06c_ensemble.ipynb #95a29d35
+# %% ../nbs/06c_ensemble.ipynb #e3eddadc
 def member_scores(
     table, members, label_map, task, rule, subject_rule,  # as in `disagreement` and `score_predictions`
     paths: list,  # of the members
@@ -72,7 +72,7 @@ def member_scores(
     alone = [metrics_at_levels(table, m, len(label_map), rule, subject_rule)['subject'] for m in members]
     return [dict(checkpoint=str(p), **{k: s[k] for k in ('accuracy', 'f1_macro', 'auroc', 'uar')}) for p, s in zip(paths, alone)]
 
-# %% ../nbs/06c_ensemble.ipynb #301cfa2b
+# %% ../nbs/06c_ensemble.ipynb #6aa770e5
 def score_ensemble(
     table, members, label_map, task, paths,  # as in `member_scores`
     rule='mean', subject_rule=None, draws=2000, seed=0,  # as in `score_predictions`
@@ -84,7 +84,7 @@ def score_ensemble(
     results['agreement'] = dict(all_agree=float((told['agreeing'] == 1).mean()), mean_agreeing=float(told['agreeing'].mean()), mean_spread=float(told['spread'].mean()))
     return results, levels, told
 
-# %% ../nbs/06c_ensemble.ipynb #3ddc29a8
+# %% ../nbs/06c_ensemble.ipynb #b4bc25c0
 def write_ensemble(
     folder, results, levels, told,  # of `score_ensemble`
     title: str,                     # of the report
@@ -97,7 +97,7 @@ def write_ensemble(
     write_text(Path(folder)/'disagreement_subject.csv', told.to_csv(index=False, float_format='%.6f'))
     return write_evaluation(folder, results, levels, title, settings, {'Members, each alone (subjects)': [members], 'Disagreement': [summary, told.head(20).round(3)]})
 
-# %% ../nbs/06c_ensemble.ipynb #5c3fcbdb
+# %% ../nbs/06c_ensemble.ipynb #8f1a3925
 def ensemble(
     checkpoints,                 # pattern, path or list of them
     task: str,                   # a prepared task
@@ -114,14 +114,14 @@ def ensemble(
     answers = [predict_split(p, cycles, config, batch_size) for p in paths]
     saved, matched = answers[0][1:]
     results, levels, told = score_ensemble(cycles.table, [a[0] for a in answers], config['label_map'], task, paths, rule, subject_rule, draws, seed)
-    notes = [*(['one member only: this is no ensemble'] if len(paths) == 1 else []), *([f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else [])]
+    notes = [*(['one member only: this is no ensemble'] if len(paths) == 1 else []), *([f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []), *dict.fromkeys(note for a in answers for note in seen_note(a[1], cycles.table))]
     results = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split, matched=matched, missing=missing, notes=notes, **results)
     for note in all_notes(results): logger().info(note)
     folder = Path(output_dir) if output_dir else Path(os.path.commonpath([p.parent.absolute() for p in paths]))/f'ensemble_{task}_{split}'
     write_ensemble(folder, results, levels, told, f'{task}, {split}: ensemble of {len(paths)}', dict(members=[str(p) for p in paths], task=task, data_dir=str(data_dir), split=split, draws=draws, seed=seed))
     return results | dict(output_dir=str(folder))
 
-# %% ../nbs/06c_ensemble.ipynb #912e668e
+# %% ../nbs/06c_ensemble.ipynb #a8104627
 @script
 def pahcl_ensemble(
     checkpoints: str = None,            # needed: pattern of the members in quotes, e.g. 'outputs/circor_murmur_ensemble_*/best_model.pt'

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['INTERVALS', 'class_names', 'match_classes', 'check_cycles', 'task_folder', 'missing_units', 'score_level',
            'floor_scores', 'score_predictions', 'prediction_table', 'score_tables', 'official_lines', 'all_notes',
-           'write_evaluation', 'open_split', 'predict_split', 'evaluate', 'needed', 'summary_text', 'pahcl_evaluate']
+           'write_evaluation', 'open_split', 'seen_note', 'predict_split', 'evaluate', 'needed', 'summary_text',
+           'pahcl_evaluate']
 
-# %% ../nbs/06_eval.ipynb #ef986ef8
+# %% ../nbs/06_eval.ipynb #d27938cc
+import re
 from pathlib import Path
 
-from .basics import PahclError, existing, logger, progress, read_json, script, write_json, write_text
+from .basics import PahclError, UsageError, existing, logger, progress, read_json, script, write_json, write_text
 
 # %% ../nbs/06_eval.ipynb #aad1bd2a
 def class_names(
@@ -170,14 +172,15 @@ def official_lines(
     better = 'higher' if official['higher_is_better'] else 'lower'
     return [f'{official["name"]} of {official["level"]}s: {with_interval(official["value"], (official["low"], official["high"]))} ({better} is better; {floors}).']
 
-# %% ../nbs/06_eval.ipynb #3e92cbda
+# %% ../nbs/06_eval.ipynb #d23770a6
 def all_notes(
     results: dict,  # of `evaluate` or `score_predictions`
 ) -> list:          # sentences
     "What must be known beside the numbers: what was matched, who is missing, what is undefined."
     missing = results.get('missing') or {}
     lost = [f'{len(ids)} {unit} of the split without a cycle, and so without a prediction: {", ".join(ids[:10])}{" …" if len(ids) > 10 else ""}.' for unit, ids in missing.items() if ids]
-    return [*results.get('notes', []), *lost, *(f'{level}s: {note}.' for level, s in results['levels'].items() for note in s['notes'])]
+    named = lambda note: re.sub(r'class (\d+)', lambda m: class_names(results['label_map'])[int(m[1])], note)
+    return [*results.get('notes', []), *lost, *(f'{level}s: {named(note)}.' for level, s in results['levels'].items() for note in s['notes'])]
 
 # %% ../nbs/06_eval.ipynb #4a8a5f04
 def write_evaluation(
@@ -219,7 +222,19 @@ def open_split(
     if not len(cycles): raise PahclError(f'split {split} of {task} in {data_dir} has no cycles. Preprocess and prepare again.')
     return cycles, config, missing_units(cycles.table, subjects, recordings)
 
-# %% ../nbs/06_eval.ipynb #4fc9beba
+# %% ../nbs/06_eval.ipynb #549429c0
+def seen_note(
+    saved: dict,   # a checkpoint's content
+    table,         # of the cycles it is tested on: `person_id`
+) -> list:         # no or one sentence
+    "Whether persons who are tested have trained the model."
+    from pahcl.classifier import persons_seen
+    known, persons = persons_seen(saved), set(table['person_id'].astype(str))
+    if known is None: return ['the checkpoint does not say whom it was trained on: whether test persons are among them cannot be checked']
+    seen = sorted(known & persons)
+    return [f'{len(seen)} of {len(persons)} persons trained the model, so this is no estimate of how it does on others: {", ".join(seen[:10])}{" …" if len(seen) > 10 else ""}'] if seen else []
+
+# %% ../nbs/06_eval.ipynb #5eac2031
 def predict_split(
     checkpoint,       # path of a fine-tuned checkpoint
     cycles,           # a `pahcl.loader.Cycles`
@@ -228,12 +243,13 @@ def predict_split(
 ):                    # (probabilities [n, classes] in the task's order, the checkpoint's dict, what was matched)
     "What the model of a checkpoint says about each cycle."
     from pahcl.classifier import load_model, predict
+    if batch_size < 1: raise PahclError(f'--batch-size is {batch_size}; give 1 or more.')
     model, saved = load_model(checkpoint)
     columns, matched = match_classes(saved['label_map'], task_config['label_map'], saved['task'], task_config['task_name'])
     check_cycles((saved.get('config') or {}).get('data', {}), task_config)
     return predict(model, cycles, batch_size)[:, columns], saved, matched
 
-# %% ../nbs/06_eval.ipynb #8e119d02
+# %% ../nbs/06_eval.ipynb #f1058e6b
 def evaluate(
     checkpoint,                  # a checkpoint of pahcl_finetune; the model is built from it alone
     task: str,                   # a prepared task, e.g. `circor_murmur`
@@ -250,7 +266,7 @@ def evaluate(
     existing(checkpoint, 'checkpoint', 'Train one with pahcl_finetune.')
     cycles, config, missing = open_split(task, data_dir, split)
     probabilities, saved, matched = predict_split(checkpoint, cycles, config, batch_size)
-    notes = [*([f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []), *(['these subjects trained the model: no estimate of how it does on others'] if split == 'train' and saved['task'] == task else [])]
+    notes = [*([f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []), *seen_note(saved, cycles.table)]
     results, levels = score_predictions(cycles.table, probabilities, config['label_map'], task, rule, subject_rule, draws, seed)
     results = dict(checkpoint=str(checkpoint), trained_on=saved['task'], encoder_type=saved['encoder_type'], split=split, matched=matched, missing=missing, notes=notes, **results)
     for note in all_notes(results): logger().info(note)
@@ -259,11 +275,11 @@ def evaluate(
     write_evaluation(folder, results, levels, f'{task}, {split}: {Path(checkpoint).parent.name}/{Path(checkpoint).name}', dict(evaluation=asked, checkpoint=saved.get('config') or {}))
     return results | dict(output_dir=str(folder))
 
-# %% ../nbs/06_eval.ipynb #7079f6cf
+# %% ../nbs/06_eval.ipynb #d9b02d7a
 def needed(**flags):
-    "Raise `PahclError` for the first flag that was not given."
+    "Raise `UsageError` for the first flag that was not given."
     for name, value in flags.items():
-        if value is None: raise PahclError(f'--{name.replace("_", "-")} is needed. --help lists all flags.')
+        if value is None: raise UsageError(f'--{name.replace("_", "-")} is needed. --help lists all flags.')
 
 # %% ../nbs/06_eval.ipynb #368b17c7
 def summary_text(

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TRACKED', 'cycle_losses', 'make_objective', 'check_pretraining', 'starting_model', 'task_config_of', 'task_data',
            'split_scores', 'validation_scores', 'training_scores', 'batch_maker', 'encode', 'predictor', 'learn',
-           'final_scores', 'write_confusion', 'mode_of', 'run_experiment', 'finetune', 'pahcl_finetune']
+           'final_scores', 'write_confusion', 'mode_of', 'run_experiment', 'pretrained_fingerprint', 'finetune',
+           'pahcl_finetune']
 
-# %% ../nbs/05_finetune.ipynb #3244ff36
+# %% ../nbs/05_finetune.ipynb #f70f8296
 from pathlib import Path
 
-from .basics import PahclError, generator, logger, script, write_text
+from .basics import PahclError, UsageError, generator, logger, script, write_text
 from .config import load_config
 from .splits import check_leaks, class_weights
 
@@ -58,28 +59,31 @@ def make_objective(
     if frozen: model.encoder.requires_grad_(False)
     return Objective()
 
-# %% ../nbs/05_finetune.ipynb #b430898e
+# %% ../nbs/05_finetune.ipynb #7733531a
 def check_pretraining(
     saved: dict,          # the pretraining checkpoint's content
     heldout: set,         # persons in the task's validation and test splits
     source='checkpoint',  # its file
 ) -> str:                 # a warning, or ''
     "Raise `PahclError`, naming them, where pretraining has seen persons that are held out here."
-    seen = sorted(set(map(str, saved.get('pretrain_persons') or [])) & {str(p) for p in heldout})
+    from pahcl.classifier import persons_seen
+    known = persons_seen(saved)
+    if known is None: return f'WARNING: {source} does not say whom it was trained on; whether persons of the validation and test splits are among them cannot be checked.'
+    seen = sorted(known & {str(p) for p in heldout})
     if not seen: return ''
-    told = f'{source} was pretrained on {len(seen)} persons of the validation and test splits: {", ".join(seen[:5])}{" …" if len(seen) > 5 else ""}'
+    told = f'{source} was trained on {len(seen)} persons of the validation and test splits: {", ".join(seen[:5])}{" …" if len(seen) > 5 else ""}'
     if not saved.get('include_heldout_subjects'): raise PahclError(f'{told}. Pretrain again with this --downstream-dir, or prepare with the seed that was used then.')
     return f'WARNING: {told}, by --include-heldout-subjects. Its test scores are no estimate for new persons.'
 
-# %% ../nbs/05_finetune.ipynb #391244d4
+# %% ../nbs/05_finetune.ipynb #32240180
 def starting_model(
     config,            # a `FinetuneConfig`
     num_classes: int,
     heldout: set,      # persons of validation and test
-):                     # (a `pahcl.classifier.Classifier`, what was loaded or {}, lines for the log)
+):                     # (a `pahcl.classifier.Classifier`, what was loaded or {}, lines for the log, persons that it has seen)
     "The model that training starts from: pretrained, or random from the seed."
     import torch
-    from pahcl.classifier import Classifier, loading_line, pretrained_encoder
+    from pahcl.classifier import Classifier, loading_line, persons_seen, pretrained_encoder
     from pahcl.encoder import build_encoder, load_weights
     source, wanted, found, saved, told = config.pretrain.checkpoint_path, config.model.encoder_settings(), {}, {}, []
     if config.model.encoder_type: wanted['encoder_type'] = config.model.encoder_type
@@ -93,16 +97,16 @@ def starting_model(
     if source != 'none' and not config.pretrain.load_encoder_only:
         if saved.get('kind') != 'finetune': raise PahclError(f'pretrain.load_encoder_only is false, but {source} has no classifier (it is of kind {saved.get("kind")}). Give a checkpoint of pahcl_finetune.')
         load_weights(model, saved['model_state_dict'], source)
-    return model, found, told
+    return model, found, told, persons_seen(saved) or set()
 
-# %% ../nbs/05_finetune.ipynb #eea73053
+# %% ../nbs/05_finetune.ipynb #f934ad3b
 def task_config_of(
     config,    # a `FinetuneConfig`
 ) -> dict:     # the task's `task_config.json`
     "Find the task and check that the configuration agrees with it: one label map, one way of cutting."
     from pahcl.basics import existing, read_json
     name = config.task.name
-    if name == 'default': raise PahclError('no task was named. Give --task circor_murmur, circor_outcome, physionet2016 or pascal, or set task.name in the configuration.')
+    if name == 'default': raise UsageError('no task was named. Give --task circor_murmur, circor_outcome, physionet2016 or pascal, or set task.name in the configuration.')
     folder = Path(config.data.base_dir)/name
     existing(folder/'task_config.json', f'task {name}', 'Make it with pahcl_prepare, or give its folder with --data-dir.')
     task = read_json(folder/'task_config.json', 'task configuration', 'Make it again with pahcl_prepare.')
@@ -213,10 +217,11 @@ def predictor(
         return model.classifier(features).softmax(-1).cpu().numpy()
     return head_alone
 
-# %% ../nbs/05_finetune.ipynb #1f8ee8df
+# %% ../nbs/05_finetune.ipynb #c39826e8
 def learn(
     run, config, model, data: dict, primary: str,  # an entered `Run`, a `FinetuneConfig`, a `Classifier`, splits, metric that chooses the epoch
     label_map: dict,
+    seen=(),                                       # persons that the model has learnt from before
 ) -> dict:                                         # of `pahcl.training.fit`
     "Fit the model on the training split, watching the validation split."
     from pahcl.classifier import classifier_content
@@ -229,7 +234,7 @@ def learn(
     probabilities = predictor(run, model, data['val'], frozen, settings.batch_size)
     validate = lambda epoch: validation_scores(split_scores(data['val'].table, probabilities(), len(label_map), config.evaluation.level), primary)
     return fit(run, objective, groups, lambda epoch: epoch_rows(train.table, config.seed, epoch, settings.use_balanced_sampling, settings.cycles_per_recording),
-               batch_maker(run, model, train, frozen), validate, lambda: classifier_content(model, config.task.name, label_map, config.model_dump()), settings,
+               batch_maker(run, model, train, frozen), validate, lambda: classifier_content(model, config.task.name, label_map, config.model_dump(), {*seen, *train.table['person_id']}), settings,
                train_scores=training_scores, score_name=primary)
 
 # %% ../nbs/05_finetune.ipynb #dbcfcd6e
@@ -263,10 +268,10 @@ def mode_of(config) -> str:
     "`linear`, `fewshot` or `finetune`."
     return 'linear' if config.pretrain.freeze_encoder else 'fewshot' if config.few_shot else 'finetune'
 
-# %% ../nbs/05_finetune.ipynb #712a6e20
+# %% ../nbs/05_finetune.ipynb #2225d298
 def run_experiment(
     run, config, data, task,   # an entered `Run`, a `FinetuneConfig`, of `task_data`
-    model, found, told,        # of `starting_model`
+    model, found, told, seen,  # of `starting_model`
 ) -> dict:                     # what stands in final_metrics.json
     "Train, take the best epoch, test it once."
     from pahcl.classifier import load_model
@@ -278,7 +283,7 @@ def run_experiment(
     if config.training.use_class_weights and config.training.use_balanced_sampling:
         run.say('WARNING: use_class_weights and use_balanced_sampling are both on: rare classes count twice over. Set one of them to false.')
     if config.few_shot and run.is_main: write_text(run.folder/'few_shot.csv', train.to_csv(index=False))
-    fitted = learn(run, config, model, data, primary, label_map)
+    fitted = learn(run, config, model, data, primary, label_map, seen)
     run.accelerator.wait_for_everyone()
     best, saved = load_model(run.folder/'best_model.pt')
     probabilities = predictor(run, best.to(run.accelerator.device), data['test'], False, config.training.batch_size)()
@@ -289,7 +294,16 @@ def run_experiment(
                 encoder_type=saved['encoder_type'], pretrained=config.pretrain.checkpoint_path, loaded=found, training_subjects=int(train['subject_id'].nunique()), training_cycles=len(train),
                 **scores, **{k.replace('/', '_'): v for k, v in validation.items() if k.startswith('validation/')}, history=fitted['history'])
 
-# %% ../nbs/05_finetune.ipynb #3f7c3afd
+# %% ../nbs/05_finetune.ipynb #b06e2725
+def pretrained_fingerprint(
+    source,   # a path, `packaged` or `none`
+) -> str:
+    "What a run started from: 16 hexadecimal digits of the file's content, or `none`."
+    import hashlib
+    from pahcl.classifier import find_checkpoint
+    return 'none' if source == 'none' else hashlib.sha256(find_checkpoint(source).read_bytes()).hexdigest()[:16]
+
+# %% ../nbs/05_finetune.ipynb #486cd1e0
 def finetune(
     config=None,           # a path, the name of a packaged file, or a dictionary; None: the packaged defaults
     tensorboard=False,     # write TensorBoard events below the run's folder
@@ -303,14 +317,16 @@ def finetune(
     "Fine-tune on a task; a run that is finished is not repeated, one that was killed goes on."
     from pahcl.basics import read_json
     config = load_config('finetune', config, overrides=overrides)
-    if not config.pretrain.checkpoint_path: raise PahclError('--pretrained is needed: the path of a checkpoint, packaged, or none for a random start.')
+    if not config.pretrain.checkpoint_path: raise UsageError('--pretrained is needed: the path of a checkpoint, packaged, or none for a random start.')
     if config.pretrain.freeze_encoder and config.pretrain.checkpoint_path == 'none': logger().warning('WARNING: a frozen encoder with random weights: this measures the floor, not a pretraining.')
     data, task = task_data(config)
     heldout = set(data['val'].table['person_id']) | set(data['test'].table['person_id'])
     start = starting_model(config, len(task['label_map']), heldout)  # before the folder is made: a checkpoint that does not fit leaves nothing behind
+    inputs = {name: c.fingerprint() for name, c in data.items()} | {'pretrained': pretrained_fingerprint(config.pretrain.checkpoint_path)}
     from pahcl.training import Run
     folder = Path(output_dir)/f'{config.task.name}_{config.experiment.name}'
-    run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity, group=config.task.name)
+    run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, inputs=inputs,
+              tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity, group=config.task.name)
     if run.state == 'finished':
         run.say(f'{folder} is finished already; --overwrite repeats it')
         return read_json(folder/'final_metrics.json')
@@ -320,7 +336,7 @@ def finetune(
         run.say(', '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k.startswith('test_') and isinstance(v, float)))
     return metrics
 
-# %% ../nbs/05_finetune.ipynb #cf685a71
+# %% ../nbs/05_finetune.ipynb #d7d5344e
 @script
 def pahcl_finetune(
     task: str = None,                       # circor_murmur, circor_outcome, physionet2016 or pascal; needed unless --config names it
@@ -329,9 +345,10 @@ def pahcl_finetune(
     data_dir: str = None,                   # folder of the prepared tasks (default: data/downstream)
     output_dir: str = 'outputs',            # the run's folder is made in it
     experiment_name: str = None,            # the run's folder is <task>_<experiment name> (default: downstream)
+    encoder_type: str = None,               # encoder of a random start: cnn_mamba (default), cnn_mamba_small, cnn
     linear_eval: bool = False,              # freeze the encoder; only the head learns
     few_shot: bool = False,                 # train on a share of the subjects
-    shot_ratio: float = 0.1,                # that share
+    shot_ratio: float = None,               # that share (default: 0.1); given alone it means --few-shot too
     epochs: int = None,                     # training epochs (default: from the configuration)
     lr: float = None,                       # learning rate of the head; the encoder's is encoder_lr_scale times it
     batch_size: int = None,                 # cycles a batch, over all processes
@@ -345,4 +362,4 @@ def pahcl_finetune(
     "Fine-tune an encoder on a downstream task and test it."
     config = None if config == 'configs/finetune.yaml' and not Path(config).exists() else config
     finetune(config, tensorboard, wandb, wandb_project, wandb_entity, output_dir, overwrite, task=task, pretrained=pretrained, data_dir=data_dir, experiment_name=experiment_name,
-             linear_eval=linear_eval, few_shot=few_shot, shot_ratio=shot_ratio, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
+             encoder_type=encoder_type, linear_eval=linear_eval, few_shot=few_shot, shot_ratio=shot_ratio, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)

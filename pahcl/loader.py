@@ -7,7 +7,8 @@ __all__ = ['SILENCE', 'PACK_FORMAT', 'TABLE', 'BOUNDARIES', 'read_cycle', 'quant
            'open_packed', 'Cycles', 'task_table', 'phase_labels', 'cap_rows', 'balance_rows', 'epoch_rows', 'batches',
            'share', 'few_shot_rows']
 
-# %% ../nbs/02a_cycle_loader.ipynb #80552d72
+# %% ../nbs/02a_cycle_loader.ipynb #ce0e0638
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -136,6 +137,14 @@ def subset(self: Cycles,
     "Some of the cycles."
     rows = np.arange(len(self))[np.asarray(rows)]
     return Cycles(self.table.iloc[rows], self.boundaries[rows], self.settings, self.packed, self.statistics, self.rows[rows])
+
+# %% ../nbs/02a_cycle_loader.ipynb #6821b012
+@patch
+def fingerprint(self: Cycles) -> str:
+    "16 hexadecimal digits that stand for these cycles."
+    digest = hashlib.sha256(self.table.to_csv(index=False).encode())
+    for array in (self.boundaries, self.statistics[self.rows]): digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/02a_cycle_loader.ipynb #fd5755f1
 TABLE = ['file_path', 'subject_id', 'person_id', 'recording_id', 'location', 'folder']

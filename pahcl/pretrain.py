@@ -158,14 +158,15 @@ def content_of(
                 model_state_dict={k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, task=None, label_map=None, config=config.model_dump(),
                 moco_metadata=dict(is_moco=c.moco, momentum=c.moco_momentum if c.moco else None, queue_size=c.queue_size if c.moco else None), **facts)
 
-# %% ../nbs/04_pretrain.ipynb #5cc9ae7f
+# %% ../nbs/04_pretrain.ipynb #ae714a67
 def run_pretraining(
     run, config, data, facts,   # an entered `Run`, a `PretrainConfig`, of `pretrain_data`
+    model,                      # of `starting_model`
 ) -> dict:                      # what stands in final_metrics.json
     "Train, and say what came of it."
     from pahcl.loader import epoch_rows
     from pahcl.training import fit, parameter_groups
-    train, settings, model = data['train'], config.training, starting_model(config)
+    train, settings = data['train'], config.training
     model.to(run.accelerator.device)
     counts = {}
     for name, c in data.items(): counts |= {f'{name}_persons': c.table['person_id'].nunique() if c else 0, f'{name}_cycles': len(c) if c else 0}
@@ -181,7 +182,7 @@ def run_pretraining(
                 positives=config.contrast.positives, seed=config.seed, best_epoch=best['epoch'], epochs=len(fitted['history']), **numbers, **counts,
                 heldout_persons=facts['heldout_persons'], include_heldout_subjects=facts['include_heldout_subjects'], history=fitted['history'])
 
-# %% ../nbs/04_pretrain.ipynb #ae46b338
+# %% ../nbs/04_pretrain.ipynb #60553b05
 def pretrain(
     config=None,            # a path, the name of a packaged file, or a dictionary; None: the packaged defaults
     tensorboard=False,      # write TensorBoard events below the run's folder
@@ -190,23 +191,25 @@ def pretrain(
     wandb_entity=None,
     output_dir='outputs',   # the run's folder is `<output_dir>/<experiment name>`
     overwrite=False,        # start anew where the folder holds a run
-    **overrides,            # by dotted key, e.g. `**{'model.encoder_type': 'cnn_mamba_small', 'training.num_epochs': 3}`
+    **overrides,            # by flag or dotted key, e.g. `encoder_type='cnn_mamba_small', epochs=3, **{'contrast.queue_size': 512}`
 ) -> Path:                  # of `best_model.pt`
     "Pretrain an encoder; a run that is finished is not repeated, one that was killed goes on."
     config = load_config('pretrain', config, None, overrides)
     data, facts, told = pretrain_data(config)
+    model = starting_model(config)  # before the folder is made: an encoder that does not exist leaves nothing behind
+    inputs = {name: c.fingerprint() for name, c in data.items() if c}
     from pahcl.training import Run
     folder = Path(output_dir)/config.experiment.name
-    run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, tensorboard=tensorboard, wandb=wandb,
+    run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, inputs=inputs, tensorboard=tensorboard, wandb=wandb,
               wandb_project=wandb_project, wandb_entity=wandb_entity, group='pretrain')
     if run.state == 'finished': run.say(f'{folder} is finished already; --overwrite repeats it')
     else:
         with run:
             run.say(told)
-            run.finish(run_pretraining(run, config, data, facts))
+            run.finish(run_pretraining(run, config, data, facts, model))
     return folder/'best_model.pt'
 
-# %% ../nbs/04_pretrain.ipynb #aef40ab1
+# %% ../nbs/04_pretrain.ipynb #3a2ac9cc
 @script
 def pahcl_pretrain(
     config: str = 'pretrain',                # configuration: a path, or the name of a packaged one
@@ -214,7 +217,7 @@ def pahcl_pretrain(
     downstream_dir: str = None,              # prepared tasks, whose validation and test subjects are left out (default: data/downstream)
     output_dir: str = 'outputs',             # the run's folder is made in it
     experiment_name: str = None,             # name of the run's folder (default: pahcl_pretrain)
-    encoder_type: str = None,                # cnn_mamba (default), cnn_mamba_small, cnn, …
+    encoder_type: str = None,                # cnn_mamba (default), cnn_mamba_small, cnn
     moco: bool = False,                      # momentum encoder and queue instead of SimCLR
     epochs: int = None,                      # training epochs (default: from the configuration)
     lr: float = None,                        # learning rate
@@ -228,7 +231,5 @@ def pahcl_pretrain(
     overwrite: bool = False,                 # start anew where the folder holds a run
 ):
     "Pretrain an encoder on cycles without labels."
-    flags = {'data.processed_dir': processed_dir, 'data.base_dir': downstream_dir, 'experiment.name': experiment_name, 'model.encoder_type': encoder_type,
-             'contrast.moco': moco or None, 'training.num_epochs': epochs, 'training.learning_rate': lr, 'training.batch_size': batch_size, 'seed': seed,
-             'include_heldout_subjects': include_heldout_subjects or None}
-    pretrain(config, tensorboard, wandb, wandb_project, wandb_entity, output_dir, overwrite, **flags)
+    pretrain(config, tensorboard, wandb, wandb_project, wandb_entity, output_dir, overwrite, processed_dir=processed_dir, downstream_dir=downstream_dir, experiment_name=experiment_name,
+             encoder_type=encoder_type, moco=moco, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, include_heldout_subjects=include_heldout_subjects)

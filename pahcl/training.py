@@ -8,7 +8,8 @@ __all__ = ['FORMAT_VERSION', 'save_checkpoint', 'load_checkpoint', 'decays', 'pa
            'explain_memory', 'epoch_values', 'train_epoch', 'epoch_seed', 'own_randomness', 'epoch_line',
            'resume_state', 'fit', 'save_epoch', 'watch']
 
-# %% ../nbs/04c_training.ipynb #b8c3540c
+# %% ../nbs/04c_training.ipynb #cad861a4
+import datetime
 import math
 import os
 import shutil
@@ -27,7 +28,7 @@ from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import broadcast_object_list, gather_object, is_tensorboard_available, is_wandb_available
 from fastcore.basics import patch
 
-from .basics import PahclError, atomic_path, existing, generator, log_to, logger, progress, write_json, write_text
+from .basics import PahclError, atomic_path, existing, generator, log_to, logger, progress, read_json, write_json, write_text
 
 # %% ../nbs/04c_training.ipynb #cc0e5217
 FORMAT_VERSION = 1
@@ -39,7 +40,7 @@ def save_checkpoint(
     "Write a checkpoint atomically."
     with atomic_path(path) as temporary: torch.save(content | dict(format_version=FORMAT_VERSION), temporary)
 
-# %% ../nbs/04c_training.ipynb #c9746cc7
+# %% ../nbs/04c_training.ipynb #f1a69dd3
 def load_checkpoint(
     path,          # a checkpoint of `pahcl_pretrain` or `pahcl_finetune`
     kind=None,     # 'pretrain' or 'finetune': any other kind is an error
@@ -48,7 +49,7 @@ def load_checkpoint(
     path = existing(path, 'checkpoint', 'Give the path of a .pt file that a training wrote.')
     try: content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise PahclError(f'{path} is not a checkpoint, or is damaged ({type(e).__name__}). Give a .pt file of pahcl_pretrain or pahcl_finetune.') from e
-    if not isinstance(content, dict) or 'model_state_dict' not in content: raise PahclError(f'{path} holds no model_state_dict. Give a .pt file of pahcl_pretrain or pahcl_finetune.')
+    if not isinstance(content, dict) or not isinstance(content.get('model_state_dict'), dict): raise PahclError(f'{path} holds no model_state_dict. Give a .pt file of pahcl_pretrain or pahcl_finetune.')
     if content.get('format_version', 0) > FORMAT_VERSION: raise PahclError(f'{path} was written by a newer pahcl (format {content["format_version"]}, this one reads {FORMAT_VERSION}). Update pahcl.')
     if kind and content.get('kind') != kind: raise PahclError(f'{path} is a checkpoint of kind {content.get("kind")}, but {kind} is needed.')
     return content
@@ -89,7 +90,7 @@ def learning_rate(
     done = (step-warmup)/max(1, total-1-warmup)
     return lowest+(highest-lowest)*(1+math.cos(math.pi*min(1., done)))/2
 
-# %% ../nbs/04c_training.ipynb #10cd9e96
+# %% ../nbs/04c_training.ipynb #7a12ebcf
 def first_difference(
     old: dict, new: dict,   # nested configurations
     before='',              # prefix of the dotted names
@@ -101,25 +102,33 @@ def first_difference(
             if found := first_difference(a, b, f'{before}{key}.'): return found
         elif a != b: return f'{before}{key}', a, b
 
-# %% ../nbs/04c_training.ipynb #e1075be2
+# The same holds for what it learns from: `inputs.json` keeps fingerprints of the cycles and of the checkpoint it started from. With other inputs nothing is resumed or called finished, for a
+# model that saw some persons under one split must not be tested on them under another.
+
+# %% ../nbs/04c_training.ipynb #e537495c
 def open_folder(
     folder,            # of the run
     config: dict,      # the resolved configuration, plain types
-    overwrite=False,   # start anew, whatever is there
+    overwrite=False,   # start anew where a run is
+    inputs=None,       # name -> fingerprint of what the run learns from
 ) -> str:              # 'new', 'resume' or 'finished'
     "Decide what a run's folder means for this configuration; raises `PahclError` where it belongs to another experiment."
     folder = Path(folder)
-    if overwrite and folder.exists(): shutil.rmtree(folder)
+    if overwrite and any((folder/n).exists() for n in ('config.yaml', 'status.json')): shutil.rmtree(folder)
     if not folder.exists() or not any(folder.iterdir()): return 'new'
     if not (folder/'config.yaml').exists(): raise PahclError(f'{folder} exists and is no run of pahcl (no config.yaml). Choose another --experiment-name or --output-dir.')
     try: old = yaml.safe_load((folder/'config.yaml').read_text()) or {}
     except yaml.YAMLError as e: raise PahclError(f'{folder}/config.yaml is damaged. Choose another --experiment-name, or start anew with --overwrite.') from e
     if differs := first_difference(old, config):
         key, a, b = differs
-        raise PahclError(f'{folder} holds another experiment: {key} is {a} there and {b} here. Choose another --experiment-name, or start anew with --overwrite.')
-    return 'finished' if (folder/'final_metrics.json').exists() else 'resume'
+        raise PahclError(f'{folder} holds another experiment: {key} is {a} there and {b} here. Choose another --experiment-name or --output-dir, or start anew with --overwrite.')
+    if differs := first_difference(read_json(folder/'inputs.json') if (folder/'inputs.json').exists() else {}, inputs or {}):
+        raise PahclError(f'{folder} was made from other inputs: {differs[0]} has changed since. Choose another --experiment-name or --output-dir, or start anew with --overwrite.')
+    if not (folder/'final_metrics.json').exists(): return 'resume'
+    if not (folder/'best_model.pt').exists(): raise PahclError(f'{folder} is a finished run, but its best_model.pt is gone. Repeat it with --overwrite.')
+    return 'finished'
 
-# %% ../nbs/04c_training.ipynb #465170cf
+# %% ../nbs/04c_training.ipynb #c3aa1c4a
 def make_trackers(
     folder,                 # of the run
     config: dict,           # all of it is shown in the trackers
@@ -139,10 +148,11 @@ def make_trackers(
         trackers[-1].writer.add_text('config', f'```yaml\n{yaml.safe_dump(config, sort_keys=False)}```')
     if wandb:
         trackers.append(WandBTracker(wandb_project, entity=wandb_entity, name=Path(folder).name, group=group, dir=str(folder), config=config))
-        trackers[-1].start()
+        try: trackers[-1].start()
+        except Exception as e: raise PahclError(f'Weights & Biases did not start ({str(e).splitlines()[0] if str(e) else type(e).__name__}). Run wandb login, or set WANDB_MODE=offline.') from e
     return trackers
 
-# %% ../nbs/04c_training.ipynb #2f8cc83b
+# %% ../nbs/04c_training.ipynb #332d65f5
 class Run:
     "One training run: its folder, devices, log and trackers. Use it in a `with` block."
     def __init__(self,
@@ -151,16 +161,17 @@ class Run:
         seed=42,
         overwrite=False,    # start anew in a folder that holds a run
         use_amp=True,       # bfloat16 autocast where the CUDA device has it
+        inputs=None,        # name -> fingerprint of what it learns from
         **trackers,         # see `make_trackers`
     ):
-        self.folder, self.config, self.seed, self.tracker_options = Path(folder), config, seed, trackers
+        self.folder, self.config, self.seed, self.inputs, self.tracker_options = Path(folder), config, seed, inputs or {}, trackers
         bfloat = use_amp and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         AcceleratorState._reset_state()  # a second run in one process may use another precision
         several = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.cuda.is_available()  # torchrun without a GPU: gloo
         self.accelerator = Accelerator(mixed_precision='bf16' if bfloat else 'no', cpu=several)
         answer = [None]
         if self.is_main:
-            try: answer = [open_folder(folder, config, overwrite)]
+            try: answer = [open_folder(folder, config, overwrite, inputs)]
             except PahclError as e: answer = [e]
         self.state = broadcast_object_list(answer)[0]  # all processes decide alike
         if isinstance(self.state, PahclError): raise self.state
@@ -173,16 +184,21 @@ class Run:
     def rank(self): return self.accelerator.process_index
     def __repr__(self): return f'Run({str(self.folder)!r}, {self.state}, {self.processes} process(es) on {self.accelerator.device.type}, precision {self.accelerator.mixed_precision})'
 
-# %% ../nbs/04c_training.ipynb #51024065
+# %% ../nbs/04c_training.ipynb #8577888f
 @patch
 def __enter__(self: Run):
     "Write `config.yaml` and start the log and the trackers (main process only)."
     self.trackers = []
     if self.is_main:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try: self.trackers = make_trackers(self.folder, self.config, **self.tracker_options)
+        except PahclError:
+            if self.state == 'new': shutil.rmtree(self.folder)
+            raise
+        write_json(self.folder/'inputs.json', self.inputs)
         write_text(self.folder/'config.yaml', yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120))
         self.log_file = log_to(self.folder/'train.log')
         self.log_file.__enter__()
-        self.trackers = make_trackers(self.folder, self.config, **self.tracker_options)
         self.set_status('running')
     self.say(repr(self))
     return self
@@ -324,14 +340,14 @@ def own_randomness(device):
     "Leave torch's global random state as it was, whatever happens inside."
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []): yield
 
-# %% ../nbs/04c_training.ipynb #0f9bd8b2
+# %% ../nbs/04c_training.ipynb #5fe1e11c
 def epoch_line(
     epoch: int, settings,    # epoch from 0; a TrainingSection
     train: dict, scores: dict, name: str,  # of training and validation; what the score is called
     best, best_epoch, seconds,             # best score and its epoch (from 0), seconds an epoch took
 ) -> str:
     "One line an epoch."
-    eta = time.strftime('%H:%M:%S', time.gmtime(seconds*(settings.num_epochs-epoch-1)))
+    eta = datetime.timedelta(seconds=round(seconds*(settings.num_epochs-epoch-1)))
     return (f'epoch {epoch+1}/{settings.num_epochs}: loss {train["loss"]:.4f}, validation {name} {scores["score"]:.4f}, '
             f'best {best:.4f} (epoch {best_epoch+1}), at most {eta} left')
 
@@ -346,7 +362,7 @@ def resume_state(run: Run, objective, optimiser, device) -> dict:
     run.say(f'goes on after epoch {saved["epoch"]} of {run.folder}')
     return saved
 
-# %% ../nbs/04c_training.ipynb #6826f06e
+# %% ../nbs/04c_training.ipynb #0d2907fc
 def fit(
     run: Run,            # an entered `Run`
     objective,           # module: `objective(batch) -> (mean loss, {name: tensor})`
@@ -364,7 +380,11 @@ def fit(
     rows = len(rows_of(0))
     steps_an_epoch = len(grouped(range(rows), settings.batch_size, settings.accumulation_steps, run.processes))
     if not steps_an_epoch: raise PahclError(f'{rows} cycles to train on are too few for {run.processes} processes. Prepare more data or start fewer processes.')
-    total, warmup = steps_an_epoch*settings.num_epochs, steps_an_epoch*settings.warmup_epochs
+    warmup_epochs = settings.warmup_epochs
+    if warmup_epochs >= settings.num_epochs:
+        warmup_epochs = settings.num_epochs//5
+        run.say(f'warmup_epochs {settings.warmup_epochs} does not fit into {settings.num_epochs} epochs: {warmup_epochs} are used')
+    total, warmup = steps_an_epoch*settings.num_epochs, steps_an_epoch*warmup_epochs
     rate_of = lambda step: learning_rate(step, total, warmup, settings.learning_rate, settings.min_lr)
     optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate)
     bare = objective.to(run.accelerator.device)

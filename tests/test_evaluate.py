@@ -30,7 +30,7 @@ def house(tmp_path, monkeypatch):
     def load_model(path):
         if str(path) not in saved: raise PahclError(f'{path} is not a checkpoint.')
         return saved[str(path)]['answer'], saved[str(path)]
-    for name, members in [('loader', dict(Cycles=Cycles)), ('classifier', dict(load_model=load_model, predict=lambda answer, cycles, batch_size=64: answer))]:
+    for name, members in [('loader', dict(Cycles=Cycles)), ('classifier', dict(load_model=load_model, predict=lambda answer, cycles, batch_size=64: answer, persons_seen=lambda saved: set(saved.get('training_persons', ()))))]:
         module = types.ModuleType(f'pahcl.{name}')
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, f'pahcl.{name}', module)
@@ -131,7 +131,7 @@ def test_ensemble(house, capsys):
     with pytest.raises(PahclError) as e: ensemble(pattern, 'circor_murmur', house.data)
     assert str(other) in str(e.value)
     assert pahcl_ensemble(['--checkpoints', 'no/*.pt', '--task', 'circor_murmur']) == 1 and 'no/*.pt' in capsys.readouterr().err
-    assert pahcl_ensemble(['--task', 'circor_murmur']) == 1
+    assert pahcl_ensemble(['--task', 'circor_murmur']) == 2
 
 
 def test_the_same_member_twice_counts_once(house):

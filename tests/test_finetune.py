@@ -134,7 +134,7 @@ def test_checkpoints_that_do_not_fit(work, pretrained, tmp_path, capsys):
     held = pd.read_csv(work/'downstream'/'pascal'/'test.csv', dtype=str)['subject_id'][0]
     person = pd.read_csv(work/'downstream'/'pascal'/'recordings.csv', dtype=str).set_index('subject_id')['person_id'][[held]].iloc[0]
     save_checkpoint(tmp_path/'leak.pt', saved | dict(pretrain_persons=[person]))
-    refused(capsys, *given, '--pretrained', tmp_path/'leak.pt', told=f'pretrained on 1 persons of the validation and test splits: {person}')
+    refused(capsys, *given, '--pretrained', tmp_path/'leak.pt', told=f'trained on 1 persons of the validation and test splits: {person}')
     save_checkpoint(tmp_path/'on_purpose.pt', saved | dict(pretrain_persons=[person], include_heldout_subjects=True))
     tune(work, tmp_path/'out', task='pascal', pretrained=tmp_path/'on_purpose.pt')
     assert 'no estimate for new persons' in (tmp_path/'out'/'pascal_downstream'/'train.log').read_text()
@@ -160,6 +160,37 @@ def test_a_person_in_two_splits_is_refused(work, tmp_path, capsys):
     table.to_csv(path, index=False)
     refused(capsys, '--task', 'pascal', '--pretrained', 'none', '--data-dir', tmp_path, '--output-dir', tmp_path/'out', told='1 persons are both in train and in test')
     assert not (tmp_path/'out').exists()
+
+
+def test_other_data_is_no_resume_and_no_test_of_the_same_run(work, tmp_path, capsys):
+    "The split is dealt anew: a run that was made before is neither gone on with nor called finished, and evaluating its model says who is in it."
+    from pahcl.evaluate import evaluate
+    from pahcl.splits import prepare
+    shutil.copytree(work/'downstream'/'pascal', tmp_path/'downstream'/'pascal')
+    given = dict(task='pascal', pretrained='none', encoder_type='cnn_mamba_small', data_dir=tmp_path/'downstream')
+    first = tune(work, tmp_path/'out', **given)
+    assert evaluate(tmp_path/'out'/'pascal_downstream'/'best_model.pt', 'pascal', tmp_path/'downstream', draws=5)['notes'] == []
+    (tmp_path/'out'/'pascal_downstream'/'final_metrics.json').unlink()  # as if it had been killed
+    prepare('pascal', tmp_path/'no raw', work/'processed', tmp_path/'downstream', seed=7)
+    with pytest.raises(PahclError, match='made from other inputs: train has changed'): tune(work, tmp_path/'out', **given)
+    notes = evaluate(tmp_path/'out'/'pascal_downstream'/'best_model.pt', 'pascal', tmp_path/'downstream', draws=5)['notes']
+    assert 'persons trained the model' in notes[0]
+    with pytest.raises(PahclError, match='was trained on .* persons of the validation and test splits'): tune(work, tmp_path/'out', **given | dict(pretrained=tmp_path/'out'/'pascal_downstream'/'best_model.pt', experiment_name='next', encoder_type=None))
+    assert tune(work, tmp_path/'out', **given, overwrite=True)['seed'] == first['seed']
+
+
+def test_overwrite_leaves_what_is_not_ours(work, tmp_path):
+    (tmp_path/'out'/'pascal_mine').mkdir(parents=True)
+    (tmp_path/'out'/'pascal_mine'/'thesis.txt').write_text('mine')
+    with pytest.raises(PahclError, match='is no run of pahcl'): tune(work, tmp_path/'out', task='pascal', pretrained='none', encoder_type='cnn_mamba_small', experiment_name='mine', overwrite=True)
+    assert (tmp_path/'out'/'pascal_mine'/'thesis.txt').exists()
+
+
+def test_wandb_without_a_key_leaves_nothing(work, tmp_path, monkeypatch):
+    def start(self): raise ValueError('api_key not configured (no-tty). Call wandb login.')
+    monkeypatch.setattr('pahcl.training.WandBTracker.start', start)
+    with pytest.raises(PahclError, match='wandb login, or set WANDB_MODE=offline'): tune(work, tmp_path/'out', task='pascal', pretrained='none', encoder_type='cnn_mamba_small', wandb=True)
+    assert not list((tmp_path/'out').glob('*'))
 
 
 def test_losses_add_up_over_any_split_of_a_batch():

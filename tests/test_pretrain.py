@@ -38,7 +38,7 @@ def metrics(path): return json.loads((path.parent/'final_metrics.json').read_tex
 def test_script_simclr(root, tmp_path):
     assert script(root, '--output_dir', str(tmp_path), '--tensorboard') == 0
     folder = tmp_path/'pahcl_pretrain'
-    assert {p.name for p in folder.iterdir()} == {'config.yaml', 'train.log', 'status.json', 'tensorboard', 'best_model.pt', 'final_model.pt', 'final_metrics.json'}
+    assert {p.name for p in folder.iterdir()} == {'config.yaml', 'inputs.json', 'train.log', 'status.json', 'tensorboard', 'best_model.pt', 'final_model.pt', 'final_metrics.json'}
     assert list((folder/'tensorboard').glob('events.out.tfevents.*'))
     saved, out = load_checkpoint(folder/'best_model.pt', 'pretrain'), heldout_persons(root/'downstream')
     assert saved['pretrain_persons'] and not set(saved['pretrain_persons']) & out and not saved['include_heldout_subjects']
