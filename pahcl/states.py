@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'FRAME_RATE', 'PERIODS', 'load_parameters', 'frame_features', 'standardise', 'with_context', 'state_logits',
            'mean_durations', 'duration_tables', 'decode', 'rhythm', 'best_states', 'segment', 'state_at',
-           'match_onsets', 'rates', 'score_states', 'pool_scores']
+           'match_onsets', 'rates', 'frame_scores', 'score_states', 'pool_scores']
 
 # %% ../nbs/01b_heart_states.ipynb #104a551b
 from functools import lru_cache
@@ -240,31 +240,47 @@ def _onset_counts(predicted, truth, state, tolerance_s):
     alone = np.delete(p, pairs[:, 0])
     return (len(pairs), len(t)-len(pairs), int((state_at(truth, alone) > 0).sum())), p[pairs[:, 0]]-t[pairs[:, 1]]
 
-# %% ../nbs/01b_heart_states.ipynb #4176d679
+# %% ../nbs/01b_heart_states.ipynb #35ea6d4d
+def frame_scores(
+    confusion_s,     # [4 true states, 5: predicted none, 1, 2, 3, 4] s
+) -> dict:           # `frame_accuracy`, `frame_f1_macro` over the states there are, `annotated_s` s; NaN where nothing is annotated
+    "How well states agree in time."
+    true, found, right = confusion_s.sum(1), confusion_s[:, 1:].sum(0), np.diag(confusion_s[:, 1:])
+    there = true+found > 0
+    f1 = 2*right[there]/(true+found)[there]
+    return dict(frame_accuracy=float(right.sum()/true.sum()) if true.sum() else float('nan'),
+                frame_f1_macro=float(f1.mean()) if true.sum() else float('nan'), annotated_s=float(true.sum()))
+
+def _confusion(predicted, truth):
+    "seconds of each pair of a true (1 to 4) and a predicted state (0 to 4)"
+    cuts = np.unique(np.r_[predicted.start_s, predicted.end_s, truth.start_s, truth.end_s])
+    cuts = cuts[np.isfinite(cuts)]
+    middle, out = (cuts[1:]+cuts[:-1])/2, np.zeros((4, 5))
+    true, found = state_at(truth, middle), state_at(predicted, middle)
+    np.add.at(out, (true[true > 0]-1, found[true > 0]), np.diff(cuts)[true > 0])
+    return out
+
+# %% ../nbs/01b_heart_states.ipynb #367629bf
 def score_states(
     predicted,           # DataFrame `start_s, end_s, state`, as `segment` returns it
     truth,               # the same, annotated; state 0 or a gap: not annotated
     tolerance_s=0.06,    # s
-):                       # dict: `s1`, `s2`, `pooled` (of `rates`); `frame_accuracy` over `annotated_s` s; median absolute `onset_error_s`, `onset_bias_s`
+):                       # dict: `s1`, `s2`, `pooled` (of `rates`), those of `frame_scores`, `confusion_s`; median and mean absolute `onset_error_s`, `onset_mean_error_s`, median `onset_bias_s` of the hits
     "How well predicted states agree with annotated ones, where these are."
     (s1, e1), (s2, e2) = (_onset_counts(predicted, truth, k, tolerance_s) for k in (1, 3))
-    cuts = np.unique(np.r_[predicted.start_s, predicted.end_s, truth.start_s, truth.end_s])
-    cuts = cuts[np.isfinite(cuts) & (cuts <= predicted.end_s.max())]
-    middle, width = (cuts[1:]+cuts[:-1])/2, np.diff(cuts)
-    true = state_at(truth, middle)
-    annotated, right = width[true > 0].sum(), width[(true > 0) & (true == state_at(predicted, middle))].sum()
-    errors = np.r_[e1, e2] if len(e1)+len(e2) else np.array([np.nan])
-    return dict(s1=rates(*s1), s2=rates(*s2), pooled=rates(*map(sum, zip(s1, s2))), frame_accuracy=right/annotated if annotated else float('nan'),
-                annotated_s=float(annotated), onset_error_s=float(np.median(np.abs(errors))), onset_bias_s=float(np.median(errors)))
+    confusion, errors = _confusion(predicted, truth), np.r_[e1, e2] if len(e1)+len(e2) else np.array([np.nan])
+    return dict(s1=rates(*s1), s2=rates(*s2), pooled=rates(*map(sum, zip(s1, s2))), **frame_scores(confusion), confusion_s=confusion,
+                onset_error_s=float(np.median(np.abs(errors))), onset_mean_error_s=float(np.abs(errors).mean()), onset_bias_s=float(np.median(errors)))
 
-# %% ../nbs/01b_heart_states.ipynb #dbbda2cf
+# %% ../nbs/01b_heart_states.ipynb #8b5018eb
 def pool_scores(
     scores,     # dicts of `score_states`
-) -> dict:      # the same keys over all recordings: counts summed, accuracy weighted by annotated time, median of the recordings' median errors
+) -> dict:      # the same keys over all recordings: counts and seconds summed, mean error over all hits, medians of the recordings' medians
     "One score for many recordings."
     scores = list(scores)
-    seconds = np.array([s['annotated_s'] for s in scores])
-    accuracy = np.nansum([s['frame_accuracy']*s['annotated_s'] for s in scores])
     total = {g: rates(*(sum(s[g][k] for s in scores) for k in ('hits', 'missed', 'extra'))) for g in ('s1', 's2', 'pooled')}
-    medians = {k: float(np.nanmedian([s[k] for s in scores])) if scores else float('nan') for k in ('onset_error_s', 'onset_bias_s')}
-    return dict(total, frame_accuracy=float(accuracy/seconds.sum()) if seconds.sum() else float('nan'), annotated_s=float(seconds.sum()), **medians)
+    confusion = sum((s['confusion_s'] for s in scores), np.zeros((4, 5)))
+    known = [s for s in scores if s['pooled']['hits']]
+    medians = {k: float(np.median([s[k] for s in known])) if known else float('nan') for k in ('onset_error_s', 'onset_bias_s')}
+    mean = np.average([s['onset_mean_error_s'] for s in known], weights=[s['pooled']['hits'] for s in known]) if known else float('nan')
+    return dict(total, **frame_scores(confusion), confusion_s=confusion, onset_mean_error_s=float(mean), **medians)
