@@ -10,7 +10,12 @@ from pahcl.score_states import annotation_files, f1_interval, pahcl_score_states
 from pahcl.simulate import simulate_dataset, simulate_recording
 from pahcl.states import segment
 
-logger().setLevel('ERROR')
+@pytest.fixture(autouse=True, scope='module')
+def quiet():
+    level = logger().level
+    logger().setLevel('ERROR')
+    yield
+    logger().setLevel(level)
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
