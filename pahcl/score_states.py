@@ -11,13 +11,13 @@ from pathlib import Path
 
 from .basics import PahclError, existing, generator, logger, progress, script, write_json, write_text
 
-# %% ../nbs/01f_score_states.ipynb #da4aba01
+# %% ../nbs/01f_score_states.ipynb #f08131f5
 def write_states(
     path,       # a `.tsv`
     states,     # DataFrame `start_s, end_s, state`
 ):
     "Write states in CirCor's format."
-    rows = states[['start_s', 'end_s', 'state']].itertuples(index=False)
+    rows = zip(*(states[c].tolist() for c in ('start_s', 'end_s', 'state')))
     write_text(path, ''.join(f'{a:.6f}\t{b:.6f}\t{int(k)}\n' for a, b, k in rows))
 
 # %% ../nbs/01f_score_states.ipynb #3da62a71
