@@ -26,11 +26,11 @@ def whole_beats(
     rows = np.c_[starts[first], (sure*np.diff(starts[first], axis=1)).sum(1)/(starts[first, 4]-starts[first, 0])]
     return pd.DataFrame(rows, columns=[*BOUNDS, 'confidence'], dtype=float).round(5)
 
-# %% ../nbs/01d_beats.ipynb #e24e6fe0
+# %% ../nbs/01d_beats.ipynb #dccaf2f1
 SHORTEST_S, LONGEST_S = 0.3, 1.72      # 200 and 35 beats a minute
-MINIMUM_CONFIDENCE = 0.45              # noise without a heart has 0.42 on average, CirCor's recordings 0.79
+MINIMUM_CONFIDENCE = 0.1               # that a beat is right: more would cost noisy recordings, of murmurs that are Unknown, more beats than others
 REASONS = {'too short': f'under {SHORTEST_S} s', 'too long': f'over {LONGEST_S} s', 'flat': 'half of it or more is silent, 60 dB under the recording',
-           'clipped': '5 % of its samples or more at the limit of a clipped recording', 'low confidence': 'the network is not sure of the states'}
+           'clipped': '5 % of its samples or more at the limit of a clipped recording', 'low confidence': 'less than one in ten such beats is right'}
 
 # %% ../nbs/01d_beats.ipynb #8447b956
 def judge(

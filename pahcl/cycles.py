@@ -22,16 +22,16 @@ from .basics import PahclError, atomic_path, file_fingerprint, fingerprint, logg
 from .score_states import write_states
 from .state_plots import plot_processed, plot_states, spread
 
-# %% ../nbs/01_cycle_segmentation.ipynb #4d49c0a6
+# %% ../nbs/01_cycle_segmentation.ipynb #19b85981
 def find_beats(
     row,                                     # of `recordings`, as a dict
     states='detected',                       # `detected`, or `annotated`: the data set's own where there is one
     minimum_confidence=MINIMUM_CONFIDENCE,
     band=(25., 400.),                        # Hz, of the band-pass
-):                                           # (band-passed signal [T], its sample rate, judged beats with `kept`, the states, dict of `states` used and `fallback`)
+):                                           # (band-passed signal [T], its sample rate, judged beats with `kept`, the states, dict of `states` used, `fallback`, `quality` of the recording)
     "Read a recording and find its beats."
     from pahcl.download import read_annotation
-    from pahcl.signal import bandpass, read_recording
+    from pahcl.signal import bandpass, quality_index, read_recording
     from pahcl.states import segment
     signal, sample_rate = read_recording(row['path'])
     heard, source = bandpass(signal, sample_rate, *band), 'detected'
@@ -43,7 +43,7 @@ def find_beats(
         beats = judge(whole_beats(table), signal, heard, sample_rate, minimum_confidence)
     kept, fallback = (beats.reason == '').to_numpy(), not (beats.reason == '').any()
     if fallback: beats, kept = best_effort(beats, table, len(signal)/sample_rate)
-    return heard, sample_rate, beats.assign(kept=kept), table, dict(states=source, fallback=fallback)
+    return heard, sample_rate, beats.assign(kept=kept), table, dict(states=source, fallback=fallback, quality=round(quality_index(signal, sample_rate), 4))
 
 # %% ../nbs/01_cycle_segmentation.ipynb #ebe8b770
 CYCLE_COLUMNS = ['cycle', 'file', *BOUNDS, 'valid_length', 'confidence', 'quality', 'kept', 'reason']
@@ -75,13 +75,13 @@ def write_beats(
     csv.writer(text, lineterminator='\n').writerows([CYCLE_COLUMNS, *zip(*(columns[c] for c in CYCLE_COLUMNS))])
     (folder/'cycles.csv').write_text(text.getvalue(), encoding='utf-8')       # the folder has a temporary name until all of it is there
 
-# %% ../nbs/01_cycle_segmentation.ipynb #05239e44
+# %% ../nbs/01_cycle_segmentation.ipynb #47a6e284
 def process_recording(
     row,              # of `recordings`, as a dict
     output_dir,       # the processed folder
     settings,         # dict as in `processing_stats.json`
     key,              # `fingerprint` of all that the result depends on
-) -> dict:            # `found`, `kept`, `rejected` (reason → count), `fallback`, `states`, `seconds`
+) -> dict:            # `found`, `kept`, `rejected` (reason → count), `fallback`, `states`, `quality`, mean `confidence` of the beats, `seconds`
     "Cut a recording, unless that was done before with the same key."
     folder = Path(output_dir)/row['folder']
     done = _done(folder)
@@ -95,7 +95,7 @@ def process_recording(
             write_beats(temporary, heard, rate, beats, settings['sample_rate'], settings['target_length'], settings['length_mode'])
         rejected = beats.reason[~beats.kept].value_counts().to_dict()
         found, seconds = int((beats.reason != 'no whole beat').sum()), round(len(heard)/rate, 3)
-        summary = dict(found=found, kept=int(beats.kept.sum()), rejected=rejected, **how, seconds=seconds)
+        summary = dict(found=found, kept=int(beats.kept.sum()), rejected=rejected, **how, confidence=round(float(beats.confidence.mean()), 4), seconds=seconds)
         write_json(temporary/'.done.json', dict(key=key, dataset=row['dataset'], summary=summary))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -161,17 +161,18 @@ def _each(jobs, num_workers, scheduler):
     finally:
         if scheduler: client.close()
 
-# %% ../nbs/01_cycle_segmentation.ipynb #631edf97
+# %% ../nbs/01_cycle_segmentation.ipynb #c158d6a1
 def tally(
     summaries,      # dicts of `process_recording`
-) -> dict:          # `recordings, fallback, found, kept, rejected` (reason → count), `kept_share`
+) -> dict:          # `recordings, fallback, found, kept, rejected` (reason → count), `kept_share`; means over recordings of `quality` and `confidence`
     "Counts over some recordings."
     summaries = list(summaries)
     total = {k: int(sum(s[k] for s in summaries)) for k in ('fallback', 'found', 'kept')}
     reasons = [r for r in REASONS if any(s['rejected'].get(r) for s in summaries)]
     rejected = {r: sum(s['rejected'].get(r, 0) for s in summaries) for r in reasons}
     good = total['found']-sum(rejected.values())                       # made-up beats are kept but were not found
-    return dict(recordings=len(summaries), **total, rejected=rejected, kept_share=round(good/total['found'], 4) if total['found'] else None)
+    means = {k: round(float(np.mean([s[k] for s in summaries])), 4) if summaries else None for k in ('quality', 'confidence')}
+    return dict(recordings=len(summaries), **total, rejected=rejected, kept_share=round(good/total['found'], 4) if total['found'] else None, **means)
 
 def tallies(
     table,          # from `recordings`, a row for each summary
@@ -265,12 +266,12 @@ def preprocess(
     draw_figures(table, output_dir, figures)
     return stats
 
-# %% ../nbs/01_cycle_segmentation.ipynb #bea32e06
+# %% ../nbs/01_cycle_segmentation.ipynb #da95b0e9
 def _key(settings):
     "a function row → all that its folder depends on: settings, fitted parameters, the files"
     from pahcl.states import load_parameters
     fitted = {k: v for k, v in load_parameters().items() if k != 'made_from'}
-    base = [2, settings, fingerprint(fitted)]                                   # 2: raise when the cutting changes
+    base = [3, settings, fingerprint(fitted)]                                   # 3: raise when the cutting changes
     annotated = settings['states'] == 'annotated'
     def key(row):
         used = [row['path'], *([row['annotation_path']] if annotated and isinstance(row['annotation_path'], str) else [])]
@@ -296,23 +297,23 @@ def _process(raw_dir, output_dir, table, broken, settings, names, num_workers, s
     summaries = list(_each([(away(r), output_dir.absolute(), settings, keys[r['folder']]) for r in rows], num_workers, scheduler))
     return _write_results(raw_dir, results, table, summaries, settings, broken)
 
-# %% ../nbs/01_cycle_segmentation.ipynb #96489921
+# %% ../nbs/01_cycle_segmentation.ipynb #b831f981
 def _write_results(raw_dir, results, table, summaries, settings, broken):
     "write the two files that describe the folder; return the statistics"
     table = table.copy()
     for c in ('path', 'annotation_path'): table[c] = [os.path.relpath(p, raw_dir) if isinstance(p, str) else None for p in table[c]]
-    for c, k in (('cycles_found', 'found'), ('cycles_kept', 'kept'), ('fallback', 'fallback')): table[c] = [s[k] for s in summaries]
+    for c, k in (('cycles_found', 'found'), ('cycles_kept', 'kept'), ('fallback', 'fallback'), ('quality', 'quality'), ('confidence', 'confidence')): table[c] = [s[k] for s in summaries]
     broken = [dict(b, path=os.path.relpath(b['path'], raw_dir)) for b in broken]
     stats = dict(settings=settings, **tallies(table, summaries), recordings=dict(zip(table.folder, summaries)), broken=broken)
     write_text(results[0], table.to_csv(index=False))
     write_json(results[1], stats)
     return stats
 
-# %% ../nbs/01_cycle_segmentation.ipynb #f5493cbe
+# %% ../nbs/01_cycle_segmentation.ipynb #28752fc9
 def _line(name, t):
     "one line of the summary"
     share = '–' if t['kept_share'] is None else f'{100*t["kept_share"]:.1f} %'
-    return f'{name:<32}{t["recordings"]:>8} recordings{t["found"]:>8} found{t["kept"]:>8} kept ({share}){t["fallback"]:>6} fallback'
+    return f'{name:<32}{t["recordings"]:>8} recordings{t["found"]:>8} found{t["kept"]:>8} kept ({share}){t["fallback"]:>6} fallback  quality {t["quality"]:.2f}  confidence {t["confidence"]:.2f}'
 
 @script
 def pahcl_preprocess(

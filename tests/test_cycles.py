@@ -39,7 +39,7 @@ def table_of(folder): return pd.read_csv(folder/'cycles.csv', keep_default_na=Fa
 def test_layout(made):
     raw, out, stats = made
     recs, source = pd.read_csv(out/'recordings.csv', dtype={'subject_id': str}), recordings(raw)
-    assert list(recs.recording_id) == list(source.recording_id) and list(recs.columns) == [*source.columns, 'cycles_found', 'cycles_kept', 'fallback']
+    assert list(recs.recording_id) == list(source.recording_id) and list(recs.columns) == [*source.columns, 'cycles_found', 'cycles_kept', 'fallback', 'quality', 'confidence'] and recs.quality.between(0, 1).all() and recs.confidence.between(0, 1).all()
     assert all((raw/p).exists() for p in recs.path) and (recs.cycles_kept >= 1).all() and json.loads((out/'processing_stats.json').read_text())['total'] == stats['total']
     assert set(recs.folder) == {str(p.parent.relative_to(out)) for p in out.glob('*/*/cycles.csv')} == set(stats['recordings'])
     for r in recs.itertuples():
