@@ -22,7 +22,7 @@ from .basics import PahclError, atomic_path, file_fingerprint, fingerprint, logg
 from .score_states import write_states
 from .state_plots import plot_processed, plot_states, spread
 
-# %% ../nbs/01_cycle_segmentation.ipynb #19b85981
+# %% ../nbs/01_cycle_segmentation.ipynb #8ec85628
 def find_beats(
     row,                                     # of `recordings`, as a dict
     states='detected',                       # `detected`, or `annotated`: the data set's own where there is one
@@ -32,18 +32,19 @@ def find_beats(
     "Read a recording and find its beats."
     from pahcl.download import read_annotation
     from pahcl.signal import bandpass, quality_index, read_recording
-    from pahcl.states import segment
+    from pahcl.states import frame_features, segment_features
     signal, sample_rate = read_recording(row['path'])
-    heard, source = bandpass(signal, sample_rate, *band), 'detected'
+    heard, features, source = bandpass(signal, sample_rate, *band), frame_features(signal, sample_rate), 'detected'
     if states == 'annotated' and row['annotation_path']:
         table = read_annotation(row['annotation_path'], len(signal)/sample_rate)
         beats, source = judge(whole_beats(table), signal, heard, sample_rate, minimum_confidence), 'annotated'
     if source == 'detected' or not (beats.reason == '').any():
-        table, source = segment(signal, sample_rate), 'detected'
+        table, source = segment_features(features, len(signal)/sample_rate)[0], 'detected'
         beats = judge(whole_beats(table), signal, heard, sample_rate, minimum_confidence)
     kept, fallback = (beats.reason == '').to_numpy(), not (beats.reason == '').any()
     if fallback: beats, kept = best_effort(beats, table, len(signal)/sample_rate)
-    return heard, sample_rate, beats.assign(kept=kept), table, dict(states=source, fallback=fallback, quality=round(quality_index(signal, sample_rate), 4))
+    quality = quality_index(signal, sample_rate, heard=heard, curve=features[:, 1])
+    return heard, sample_rate, beats.assign(kept=kept), table, dict(states=source, fallback=fallback, quality=round(quality, 4))
 
 # %% ../nbs/01_cycle_segmentation.ipynb #ebe8b770
 CYCLE_COLUMNS = ['cycle', 'file', *BOUNDS, 'valid_length', 'confidence', 'quality', 'kept', 'reason']

@@ -217,25 +217,29 @@ def autocorrelation(
     out = products/products[0] if products[0] > 1e-12*loudness**2 else np.zeros(len(lags))
     return np.pad(out, (0, longest+1-len(out)))
 
-# %% ../nbs/01a_signal.ipynb #c6b091c6
+# %% ../nbs/01a_signal.ipynb #d4aaa31c
 def quality_parts(
     signal,            # [T], as recorded
     sample_rate,       # Hz
     slowest_s=1.72,    # longest beat, s (35 per minute)
     fastest_s=0.3,     # shortest, s (200 per minute)
+    heard=None,        # [T], the signal band-passed, where it is known
+    curve=None,        # its homomorphic envelope at 50 frames a second, where it is known
 ) -> dict:             # `unclipped`, `sounding`, `repeating`, each 0 to 1
     "What `quality_index` is made of."
-    heard = bandpass(resample(signal, sample_rate, 1000), 1000)
-    curve = frame_means(homomorphic_envelope(heard, 1000), 1000)
+    rate = sample_rate
+    if heard is None: heard, rate = bandpass(resample(signal, sample_rate, 1000), 1000), 1000
+    if curve is None: curve = frame_means(homomorphic_envelope(heard, rate), rate)
     longest = min(int(slowest_s*50), len(curve)//2)
     lags = autocorrelation(curve, max(longest, 1))[int(fastest_s*50):]
     return dict(unclipped=max(0., 1-20*clipped_share(signal)),   # 5 % of the samples at the limit: every loud sound is cut
-                sounding=1-flat_share(heard, 1000), repeating=float(np.clip(lags.max(initial=0), 0, 1)))
+                sounding=1-flat_share(heard, rate), repeating=float(np.clip(lags.max(initial=0), 0, 1)))
 
-# %% ../nbs/01a_signal.ipynb #6f6a0d81
+# %% ../nbs/01a_signal.ipynb #39a8defa
 def quality_index(
     signal,            # [T], as recorded
     sample_rate,       # Hz
+    **known,           # `heard` and `curve` of `quality_parts`
 ) -> float:            # 0 to 1
     "The worst of `quality_parts`: blind to the spectrum, so that a murmur costs nothing."
-    return float(min(quality_parts(signal, sample_rate).values()))
+    return float(min(quality_parts(signal, sample_rate, **known).values()))
