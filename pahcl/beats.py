@@ -83,7 +83,7 @@ def best_effort(
     made_up = pd.DataFrame([[*bounds.round(5), round(sure, 5), 0., 'no whole beat']], columns=judged.columns)
     return (pd.concat([judged, made_up], ignore_index=True) if len(judged) else made_up), np.arange(len(judged)+1) == len(judged)
 
-# %% ../nbs/01d_beats.ipynb #8f097a1d
+# %% ../nbs/01d_beats.ipynb #6d57f3d3
 def cut_beat(
     heard,                 # [T], band-passed, at the stored sample rate
     sample_rate,           # Hz
@@ -98,4 +98,6 @@ def cut_beat(
         where = sample_rate*(onset_s+(offset_s-onset_s)*np.arange(target_length)/target_length)
         return map_coordinates(heard, [where], order=3, mode='nearest').astype(np.float32), target_length       # cubic: 400 Hz is far below half the rate
     beat = heard[round(onset_s*sample_rate):round(offset_s*sample_rate)][:target_length]
-    return np.pad(beat, (0, target_length-len(beat))).astype(np.float32), len(beat)
+    out = np.zeros(target_length, np.float32)
+    out[:len(beat)] = beat
+    return out, len(beat)

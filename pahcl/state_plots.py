@@ -23,13 +23,13 @@ def colour_states(
     for a, b, k in states[['start_s', 'end_s', 'state']].itertuples(index=False):
         if k: ax.axvspan(a, b, low, high, color=STATE_COLOURS[int(k)], lw=0, **keys)
 
-# %% ../nbs/01g_state_plots.ipynb #485c648d
+# %% ../nbs/01g_state_plots.ipynb #d487868e
 def _beat_strip(ax, beats):
     "a bar a beat below the signal, between −1.6 and −1.1"
-    for number, b in enumerate(beats.itertuples()):
+    for b in beats.itertuples():
         colour, middle = KEPT if b.kept else REJECTED, (b.onset_s+b.offset_s)/2
         ax.bar(middle, 0.1+0.4*b.confidence, 0.94*(b.offset_s-b.onset_s), -1.6, color=colour, alpha=0.8)
-        ax.text(middle, -1.4, number if b.kept else b.reason.replace(' ', '\n'), ha='center', va='center', fontsize=5, clip_on=True)
+        ax.text(middle, -1.4, b.Index if b.kept else b.reason.replace(' ', '\n'), ha='center', va='center', fontsize=5, clip_on=True)
 
 def plot_states(
     signal,          # [T], as recorded
@@ -45,6 +45,7 @@ def plot_states(
     from matplotlib import pyplot
     from pahcl.signal import bandpass, homomorphic_envelope
     heard, seconds = bandpass(signal, sample_rate), len(signal)/sample_rate
+    if beats is not None: beats = beats.reset_index(drop=True)                      # numbered as in `cycles.csv`
     scale = max(float(np.quantile(np.abs(heard), 0.999)), 1e-12)                    # a click must not make the heart invisible
     envelope, time = homomorphic_envelope(heard, sample_rate)/scale, np.arange(len(heard))/sample_rate
     rows = max(1, int(np.ceil(seconds/row_s-0.05)))
