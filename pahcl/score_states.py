@@ -34,7 +34,7 @@ def annotation_files(
     if not found: raise PahclError(f'{folder} holds no states: no file in it ends in .tsv or _StateAns.mat.')
     return dict(sorted(found.items()))
 
-# %% ../nbs/01f_score_states.ipynb #d3ce525a
+# %% ../nbs/01f_score_states.ipynb #ed61daeb
 TOLERANCES = (0.06, 0.1)      # s: what later work uses, and Springer et al. 2016
 
 def score_folders(
@@ -53,8 +53,9 @@ def score_folders(
     if missing: logger().warning(f'{len(missing)} of {len(truth)} annotated recordings have no prediction and {"are left out" if only_predicted else "count as missed"}')
     nothing, scores = pd.DataFrame(dict(start_s=[], end_s=[], state=[]), dtype=float), {}
     for name in progress([n for n in truth if not (only_predicted and n in missing)], 'scoring'):
-        true = read_annotation(truth[name])
         found = read_annotation(predicted[name]) if name in predicted else nothing
+        end = found.end_s.max() if len(found) and truth[name].suffix == '.mat' else None       # a `.mat` does not say where its last state ends
+        true = read_annotation(truth[name], end)
         scores[name] = {s: score_states(found, true, s) for s in TOLERANCES}
     return scores
 
