@@ -9,7 +9,7 @@ __all__ = ['BOUNDS', 'SHORTEST_S', 'LONGEST_S', 'MINIMUM_CONFIDENCE', 'REASONS',
 # %% ../nbs/01d_beats.ipynb #df77b44d
 import numpy as np
 
-# %% ../nbs/01d_beats.ipynb #0ae2ead7
+# %% ../nbs/01d_beats.ipynb #9adffd97
 BOUNDS = ['onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s']
 
 def whole_beats(
@@ -17,22 +17,22 @@ def whole_beats(
 ):                # DataFrame `onset_s, s1_end_s, s2_start_s, s2_end_s, offset_s` s, `confidence`: mean over the beat's time, 1 for annotated states
     "All beats from S1 onset to S1 onset."
     import pandas as pd
+    if len(states) < 5: return pd.DataFrame(columns=[*BOUNDS, 'confidence'], dtype=float)
     start, end, state = (states[c].to_numpy() for c in ('start_s', 'end_s', 'state'))
-    sure = states.confidence.to_numpy() if 'confidence' in states else np.ones(len(states))
-    rows = []
-    for i in range(len(states)-4):
-        five = slice(i, i+5)
-        if start[i] <= 0 or list(state[five]) != [1, 2, 3, 4, 1] or (np.abs(start[i+1:i+5]-end[i:i+4]) > 0.025).any(): continue   # s; one frame is 20 ms
-        rows.append([*start[five], np.average(sure[i:i+4], weights=np.diff(start[five]))])
+    five, starts = (np.lib.stride_tricks.sliding_window_view(x, 5) for x in (state, start))
+    joined = np.lib.stride_tricks.sliding_window_view(np.abs(start[1:]-end[:-1]) <= 0.025, 4)               # s; one frame is 20 ms
+    first = np.flatnonzero((five == [1, 2, 3, 4, 1]).all(1) & joined.all(1) & (start[:-4] > 0))
+    sure = states.confidence.to_numpy()[first[:, None]+np.arange(4)] if 'confidence' in states else np.ones((len(first), 4))
+    rows = np.c_[starts[first], (sure*np.diff(starts[first], axis=1)).sum(1)/(starts[first, 4]-starts[first, 0])]
     return pd.DataFrame(rows, columns=[*BOUNDS, 'confidence'], dtype=float).round(5)
 
-# %% ../nbs/01d_beats.ipynb #e24e6fe0
+# %% ../nbs/01d_beats.ipynb #dccaf2f1
 SHORTEST_S, LONGEST_S = 0.3, 1.72      # 200 and 35 beats a minute
-MINIMUM_CONFIDENCE = 0.45              # noise without a heart has 0.42 on average, CirCor's recordings 0.79
+MINIMUM_CONFIDENCE = 0.1               # that a beat is right: more would cost noisy recordings, of murmurs that are Unknown, more beats than others
 REASONS = {'too short': f'under {SHORTEST_S} s', 'too long': f'over {LONGEST_S} s', 'flat': 'half of it or more is silent, 60 dB under the recording',
-           'clipped': '5 % of its samples or more at the limit of a clipped recording', 'low confidence': 'the network is not sure of the states'}
+           'clipped': '5 % of its samples or more at the limit of a clipped recording', 'low confidence': 'less than one in ten such beats is right'}
 
-# %% ../nbs/01d_beats.ipynb #3cb47ee3
+# %% ../nbs/01d_beats.ipynb #8447b956
 def judge(
     beats,                                   # from `whole_beats`
     signal,                                  # [T], as recorded
@@ -44,10 +44,17 @@ def judge(
     from pahcl.signal import clipped_share
     size, window = np.abs(signal), max(1, int(0.1*sample_rate))
     at_limit = size >= size.max()*(1-1e-4) if clipped_share(signal) else np.zeros(len(signal), bool)
-    quiet, out = 1e-3*np.std(heard), beats.copy()
-    edges = (beats[['onset_s', 'offset_s']].to_numpy()*sample_rate).astype(int)
-    clipped = np.array([at_limit[a:b].mean() for a, b in edges])
-    flat = np.array([np.mean([heard[i:i+window].std() <= quiet for i in range(a, b, window)]) for a, b in edges])
+    edges, out = (beats[['onset_s', 'offset_s']].to_numpy()*sample_rate).astype(int), beats.copy()
+    flat, clipped = np.zeros(len(beats)), np.zeros(len(beats))
+    if len(beats):
+        powers = [np.r_[0, np.cumsum(np.float64(heard)**k)] for k in (1, 2)]                    # sums of any stretch in no time
+        count = -(-np.diff(edges)[:, 0]//window)
+        starts = np.repeat(edges[:, 0], count)+window*(np.arange(count.sum())-np.repeat(count.cumsum()-count, count))
+        ends = np.minimum(starts+window, len(heard))
+        mean, square = ((p[ends]-p[starts])/(ends-starts) for p in powers)
+        flat = np.add.reduceat(square-mean**2 <= (1e-3*np.std(heard))**2, count.cumsum()-count, dtype=float)/count
+        limit = np.r_[0, np.cumsum(at_limit)]
+        clipped = (limit[edges[:, 1]]-limit[edges[:, 0]])/np.diff(edges)[:, 0]
     length = beats.offset_s-beats.onset_s
     faults = [length < SHORTEST_S, length > LONGEST_S, flat >= 0.5, clipped >= 0.05, beats.confidence < minimum_confidence]
     out['quality'] = np.round(np.minimum(1-flat, np.maximum(0, 1-20*clipped)), 4)
@@ -76,7 +83,7 @@ def best_effort(
     made_up = pd.DataFrame([[*bounds.round(5), round(sure, 5), 0., 'no whole beat']], columns=judged.columns)
     return (pd.concat([judged, made_up], ignore_index=True) if len(judged) else made_up), np.arange(len(judged)+1) == len(judged)
 
-# %% ../nbs/01d_beats.ipynb #8f097a1d
+# %% ../nbs/01d_beats.ipynb #6d57f3d3
 def cut_beat(
     heard,                 # [T], band-passed, at the stored sample rate
     sample_rate,           # Hz
@@ -91,4 +98,6 @@ def cut_beat(
         where = sample_rate*(onset_s+(offset_s-onset_s)*np.arange(target_length)/target_length)
         return map_coordinates(heard, [where], order=3, mode='nearest').astype(np.float32), target_length       # cubic: 400 Hz is far below half the rate
     beat = heard[round(onset_s*sample_rate):round(offset_s*sample_rate)][:target_length]
-    return np.pad(beat, (0, target_length-len(beat))).astype(np.float32), len(beat)
+    out = np.zeros(target_length, np.float32)
+    out[:len(beat)] = beat
+    return out, len(beat)

@@ -4,44 +4,56 @@
 
 # %% auto #0
 __all__ = ['CYCLE_COLUMNS', 'find_beats', 'write_beats', 'process_recording', 'problem', 'sound_recordings', 'tally', 'tallies',
-           'preprocess', 'pahcl_preprocess']
+           'write_state_files', 'draw_figures', 'preprocess', 'pahcl_preprocess']
 
-# %% ../nbs/01_cycle_segmentation.ipynb #4196e075
+# %% ../nbs/01_cycle_segmentation.ipynb #4f9be7ca
+import csv
+import io
 import os
 import shutil
 import uuid
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from .beats import BOUNDS, MINIMUM_CONFIDENCE, REASONS, best_effort, cut_beat, judge, whole_beats
-from .basics import PahclError, file_fingerprint, fingerprint, logger, progress, read_json, script, write_json, write_text
+from .basics import PahclError, atomic_path, file_fingerprint, fingerprint, logger, progress, read_json, script, write_json, write_text
+from .score_states import write_states
+from .state_plots import plot_processed, plot_states, spread
 
-# %% ../nbs/01_cycle_segmentation.ipynb #b38b52e5
+# %% ../nbs/01_cycle_segmentation.ipynb #8ec85628
 def find_beats(
     row,                                     # of `recordings`, as a dict
     states='detected',                       # `detected`, or `annotated`: the data set's own where there is one
     minimum_confidence=MINIMUM_CONFIDENCE,
     band=(25., 400.),                        # Hz, of the band-pass
-):                                           # (band-passed signal [T], its sample rate, judged beats with `kept`, dict of `states` used and `fallback`)
+):                                           # (band-passed signal [T], its sample rate, judged beats with `kept`, the states, dict of `states` used, `fallback`, `quality` of the recording)
     "Read a recording and find its beats."
     from pahcl.download import read_annotation
-    from pahcl.signal import bandpass, read_recording
-    from pahcl.states import segment
+    from pahcl.signal import bandpass, quality_index, read_recording
+    from pahcl.states import frame_features, segment_features
     signal, sample_rate = read_recording(row['path'])
-    heard, source = bandpass(signal, sample_rate, *band), 'detected'
+    heard, features, source = bandpass(signal, sample_rate, *band), frame_features(signal, sample_rate), 'detected'
     if states == 'annotated' and row['annotation_path']:
         table = read_annotation(row['annotation_path'], len(signal)/sample_rate)
         beats, source = judge(whole_beats(table), signal, heard, sample_rate, minimum_confidence), 'annotated'
     if source == 'detected' or not (beats.reason == '').any():
-        table, source = segment(signal, sample_rate), 'detected'
+        table, source = segment_features(features, len(signal)/sample_rate)[0], 'detected'
         beats = judge(whole_beats(table), signal, heard, sample_rate, minimum_confidence)
     kept, fallback = (beats.reason == '').to_numpy(), not (beats.reason == '').any()
     if fallback: beats, kept = best_effort(beats, table, len(signal)/sample_rate)
-    return heard, sample_rate, beats.assign(kept=kept), dict(states=source, fallback=fallback)
+    quality = quality_index(signal, sample_rate, heard=heard, curve=features[:, 1])
+    return heard, sample_rate, beats.assign(kept=kept), table, dict(states=source, fallback=fallback, quality=round(quality, 4))
 
-# %% ../nbs/01_cycle_segmentation.ipynb #2cae09e6
+# %% ../nbs/01_cycle_segmentation.ipynb #ebe8b770
 CYCLE_COLUMNS = ['cycle', 'file', *BOUNDS, 'valid_length', 'confidence', 'quality', 'kept', 'reason']
+
+def _npy_header(length):
+    "what stands before the numbers in a .npy file of float32 [length]"
+    whole = io.BytesIO()
+    np.save(whole, np.zeros(length, np.float32))
+    return whole.getvalue()[:-4*length]
 
 def write_beats(
     folder,           # an empty folder
@@ -54,48 +66,57 @@ def write_beats(
 ):
     "Write the kept beats and `cycles.csv`."
     from pahcl.signal import resample
-    stored, beats = resample(heard, rate, sample_rate), beats.reset_index(drop=True)
-    beats['cycle'], beats['file'], beats['valid_length'] = np.arange(len(beats)), '', 0
+    stored, header = resample(heard, rate, sample_rate), _npy_header(target_length)
+    columns = {c: beats[c].tolist() for c in beats} | dict(cycle=list(range(len(beats))), file=['']*len(beats), valid_length=[0]*len(beats))
     for number, i in enumerate(np.flatnonzero(beats.kept)):
-        cycle, beats.loc[i, 'valid_length'] = cut_beat(stored, sample_rate, beats.onset_s[i], beats.offset_s[i], target_length, length_mode)
-        beats.loc[i, 'file'] = f'cycle_{number:03d}.npy'
-        np.save(folder/beats.file[i], cycle)
-    write_text(folder/'cycles.csv', beats[CYCLE_COLUMNS].to_csv(index=False))
+        cycle, columns['valid_length'][i] = cut_beat(stored, sample_rate, columns['onset_s'][i], columns['offset_s'][i], target_length, length_mode)
+        columns['file'][i] = f'cycle_{number:03d}.npy'
+        (folder/columns['file'][i]).write_bytes(header+cycle.tobytes())       # as numpy.save, in a third of the time
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([CYCLE_COLUMNS, *zip(*(columns[c] for c in CYCLE_COLUMNS))])
+    (folder/'cycles.csv').write_text(text.getvalue(), encoding='utf-8')       # the folder has a temporary name until all of it is there
 
-# %% ../nbs/01_cycle_segmentation.ipynb #c49f962a
+# %% ../nbs/01_cycle_segmentation.ipynb #47a6e284
 def process_recording(
     row,              # of `recordings`, as a dict
     output_dir,       # the processed folder
     settings,         # dict as in `processing_stats.json`
     key,              # `fingerprint` of all that the result depends on
-) -> dict:            # `found`, `kept`, `rejected` (reason → count), `fallback`, `states`, `seconds`
+) -> dict:            # `found`, `kept`, `rejected` (reason → count), `fallback`, `states`, `quality`, mean `confidence` of the beats, `seconds`
     "Cut a recording, unless that was done before with the same key."
-    import threadpoolctl
     folder = Path(output_dir)/row['folder']
     done = _done(folder)
     if done.get('key') == key: return done['summary']
     temporary = folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}.tmp')
     try:
-        with threadpoolctl.threadpool_limits(1):                              # recordings run beside each other, and sums do not depend on the worker count
-            heard, rate, beats, how = find_beats(row, settings['states'], settings['minimum_confidence'], settings['band_hz'])
+        with _controller().limit(limits=1):                                   # recordings run beside each other, and sums do not depend on the worker count
+            heard, rate, beats, found_states, how = find_beats(row, settings['states'], settings['minimum_confidence'], settings['band_hz'])
             temporary.mkdir(parents=True)
+            write_states(temporary/'states.tsv', found_states)
             write_beats(temporary, heard, rate, beats, settings['sample_rate'], settings['target_length'], settings['length_mode'])
         rejected = beats.reason[~beats.kept].value_counts().to_dict()
         found, seconds = int((beats.reason != 'no whole beat').sum()), round(len(heard)/rate, 3)
-        summary = dict(found=found, kept=int(beats.kept.sum()), rejected=rejected, **how, seconds=seconds)
+        summary = dict(found=found, kept=int(beats.kept.sum()), rejected=rejected, **how, confidence=round(float(beats.confidence.mean()), 4), seconds=seconds)
         write_json(temporary/'.done.json', dict(key=key, dataset=row['dataset'], summary=summary))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return summary
 
+@lru_cache
+def _controller():
+    "of the numerical libraries' threads; looking for these libraries takes a millisecond, so it is done once"
+    import threadpoolctl
+    import pahcl.states                                                       # loads them  # noqa: F401
+    return threadpoolctl.ThreadpoolController()
+
 def _done(folder):
     "what a finished folder says about itself; empty when it is not complete"
     try: done = read_json(folder/'.done.json')
     except PahclError: return {}
-    return done if (folder/'cycles.csv').exists() and len(list(folder.glob('cycle_*.npy'))) == done['summary']['kept'] else {}
+    return done if (folder/'cycles.csv').exists() and (folder/'states.tsv').exists() and len(list(folder.glob('cycle_*.npy'))) == done['summary']['kept'] else {}
 
-# %% ../nbs/01_cycle_segmentation.ipynb #54bd43dc
+# %% ../nbs/01_cycle_segmentation.ipynb #77b8af3f
 def problem(
     path,           # a recording
 ) -> str:           # why it cannot be used, '' when it can
@@ -105,7 +126,8 @@ def problem(
     try:
         info = None if missing_bytes(path) else soundfile.info(str(path))
         if info is None or info.subtype in ('FLOAT', 'DOUBLE') or info.frames < 0.5*info.samplerate: read_recording(path)
-    except (PahclError, OSError, soundfile.LibsndfileError) as e: return str(e)
+    except soundfile.LibsndfileError as e: return f'{path} cannot be read as audio ({e}). Download it again.'
+    except (PahclError, OSError) as e: return str(e)
     return ''
 
 def sound_recordings(
@@ -118,7 +140,7 @@ def sound_recordings(
     more = f' {len(broken)-1} more recordings are broken.' if len(broken) > 1 else ''
     if broken and not skip_broken: raise PahclError(f'{broken[0]["problem"]}{more} Nothing was written; skip_broken leaves broken recordings out.')
     for b in broken: logger().warning(f'left out: {b["problem"]}')
-    return table[[not x for x in problems]].reset_index(drop=True), broken
+    return table[[not x for x in problems]].reset_index(drop=True).astype(dict(sample_rate=int)), broken
 
 # %% ../nbs/01_cycle_segmentation.ipynb #89164a5d
 def _each(jobs, num_workers, scheduler):
@@ -140,17 +162,18 @@ def _each(jobs, num_workers, scheduler):
     finally:
         if scheduler: client.close()
 
-# %% ../nbs/01_cycle_segmentation.ipynb #631edf97
+# %% ../nbs/01_cycle_segmentation.ipynb #c158d6a1
 def tally(
     summaries,      # dicts of `process_recording`
-) -> dict:          # `recordings, fallback, found, kept, rejected` (reason → count), `kept_share`
+) -> dict:          # `recordings, fallback, found, kept, rejected` (reason → count), `kept_share`; means over recordings of `quality` and `confidence`
     "Counts over some recordings."
     summaries = list(summaries)
     total = {k: int(sum(s[k] for s in summaries)) for k in ('fallback', 'found', 'kept')}
     reasons = [r for r in REASONS if any(s['rejected'].get(r) for s in summaries)]
     rejected = {r: sum(s['rejected'].get(r, 0) for s in summaries) for r in reasons}
     good = total['found']-sum(rejected.values())                       # made-up beats are kept but were not found
-    return dict(recordings=len(summaries), **total, rejected=rejected, kept_share=round(good/total['found'], 4) if total['found'] else None)
+    means = {k: round(float(np.mean([s[k] for s in summaries])), 4) if summaries else None for k in ('quality', 'confidence')}
+    return dict(recordings=len(summaries), **total, rejected=rejected, kept_share=round(good/total['found'], 4) if total['found'] else None, **means)
 
 def tallies(
     table,          # from `recordings`, a row for each summary
@@ -163,7 +186,7 @@ def tallies(
     classes = {f'{d} {c}': by([r[c] if r['dataset'] == d else None for r, _ in rows]) for d, c in columns}
     return dict(total=tally(summaries), datasets=by([r['dataset'] for r, _ in rows]), classes={k: v for k, v in classes.items() if v})
 
-# %% ../nbs/01_cycle_segmentation.ipynb #517ddafb
+# %% ../nbs/01_cycle_segmentation.ipynb #af094dbb
 def _settle(output_dir, table, keys):
     "remove what was left half-written, and finished folders that are not of this run; return how many of the latter"
     stale = 0
@@ -182,12 +205,37 @@ def _done_before(raw_dir, output_dir, names, key_of):
     found = {_done(p.parent).get('dataset') for p in Path(output_dir).glob('subject_*/*/.done.json')}
     tables = []
     for name in (n for n in SOURCES if n in found and n not in names):
-        try: table = recordings(raw_dir, name)
+        try: table = recordings(raw_dir, name, unreadable=True)
         except PahclError: continue                                            # its raw data are gone
+        table = table[table.seconds.notna()].astype(dict(sample_rate=int))
         tables.append(table[[_done(Path(output_dir)/r['folder']).get('key') == key_of(r) for r in table.to_dict('records')]])
     return pd.concat(tables) if tables else None
 
-# %% ../nbs/01_cycle_segmentation.ipynb #f0e4a6fc
+# %% ../nbs/01_cycle_segmentation.ipynb #121af156
+def write_state_files(
+    table,           # from `recordings`
+    output_dir,      # the processed folder
+    states_dir,      # gets a `<stem of the wav>.tsv` each; where two data sets share a stem, `<data set>/<stem>.tsv` for both
+):
+    "Copy every recording's states into one folder."
+    shared = table.recording_id.duplicated(keep=False)
+    for r, twice in zip(progress(table.itertuples(), 'states', len(table)), shared):
+        with atomic_path(Path(states_dir)/(r.dataset if twice else '')/f'{r.recording_id}.tsv') as path: shutil.copyfile(Path(output_dir)/r.folder/'states.tsv', path)
+
+def draw_figures(
+    table,           # from `recordings`
+    output_dir,      # the processed folder; figures go to `figures/<recording>.png` in it
+    count,           # how many, spread evenly over the table
+):
+    "Draw some recordings as they were cut; figures of an earlier run are removed."
+    if not count: return
+    shutil.rmtree(Path(output_dir)/'figures', ignore_errors=True)
+    for r in table.iloc[spread(len(table), count)].itertuples():
+        labels = [str(x) for x in (r.dataset, r.recording_id, r.murmur, r.outcome, r.label) if isinstance(x, str)]
+        path = Path(output_dir)/'figures'/f'{r.folder.replace("/", "_")}.png'
+        with atomic_path(path) as t: plot_processed(r.path, Path(output_dir)/r.folder, ', '.join(labels)).savefig(t, format='png', dpi=130)
+
+# %% ../nbs/01_cycle_segmentation.ipynb #d8236577
 def preprocess(
     raw_dir='data/raw',                      # folder of all raw data
     output_dir='data/processed',             # where cycles go
@@ -201,25 +249,30 @@ def preprocess(
     minimum_confidence=MINIMUM_CONFIDENCE,   # of a beat that is kept
     band=(25., 400.),                        # Hz, of the band-pass
     scheduler=None,                          # address of a Dask scheduler, e.g. `tcp://host:8786`
+    states_dir=None,                         # also write the states of each recording there, see `write_state_files`
+    figures=0,                               # how many recordings to draw, see `draw_figures`
 ) -> dict:                                   # what `processing_stats.json` holds
     "Cut all recordings into cycles; run again to go on where it stopped. A broken file or a senseless setting is a `PahclError`."
     from pahcl.download import chosen, recordings
     for name, value, choices in (('states', states, ('detected', 'annotated')), ('length_mode', length_mode, ('pad', 'phase'))):
         if value not in choices: raise PahclError(f'{name} is {value!r}; choose {" or ".join(choices)}.')
-    for name, value, least in (('sample_rate', sample_rate, 2*band[1]), ('target_length', target_length, 16)):
+    for name, value, least in (('sample_rate', sample_rate, 2*band[1]), ('target_length', target_length, 16), ('figures', figures, 0)):
         if value < least: raise PahclError(f'{name} is {value}; give at least {least:g}.')
     settings = dict(sample_rate=sample_rate, target_length=target_length, length_mode=length_mode, states=states, band_hz=list(band),
                     minimum_confidence=minimum_confidence)
     raw_dir, output_dir = Path(raw_dir), Path(output_dir)
-    table, broken = sound_recordings(recordings(raw_dir, dataset), skip_broken)
-    return _process(raw_dir, output_dir, table, broken, settings, chosen(dataset), num_workers, scheduler)
+    table, broken = sound_recordings(recordings(raw_dir, dataset, skip_broken), skip_broken)
+    stats = _process(raw_dir, output_dir, table, broken, settings, chosen(dataset), num_workers, scheduler)
+    if states_dir: write_state_files(table, output_dir, states_dir)
+    draw_figures(table, output_dir, figures)
+    return stats
 
-# %% ../nbs/01_cycle_segmentation.ipynb #d44d15f7
+# %% ../nbs/01_cycle_segmentation.ipynb #da95b0e9
 def _key(settings):
     "a function row → all that its folder depends on: settings, fitted parameters, the files"
     from pahcl.states import load_parameters
     fitted = {k: v for k, v in load_parameters().items() if k != 'made_from'}
-    base = [1, settings, fingerprint(fitted)]                                   # 1: raise when the cutting changes
+    base = [3, settings, fingerprint(fitted)]                                   # 3: raise when the cutting changes
     annotated = settings['states'] == 'annotated'
     def key(row):
         used = [row['path'], *([row['annotation_path']] if annotated and isinstance(row['annotation_path'], str) else [])]
@@ -245,23 +298,23 @@ def _process(raw_dir, output_dir, table, broken, settings, names, num_workers, s
     summaries = list(_each([(away(r), output_dir.absolute(), settings, keys[r['folder']]) for r in rows], num_workers, scheduler))
     return _write_results(raw_dir, results, table, summaries, settings, broken)
 
-# %% ../nbs/01_cycle_segmentation.ipynb #96489921
+# %% ../nbs/01_cycle_segmentation.ipynb #b831f981
 def _write_results(raw_dir, results, table, summaries, settings, broken):
     "write the two files that describe the folder; return the statistics"
     table = table.copy()
     for c in ('path', 'annotation_path'): table[c] = [os.path.relpath(p, raw_dir) if isinstance(p, str) else None for p in table[c]]
-    for c, k in (('cycles_found', 'found'), ('cycles_kept', 'kept'), ('fallback', 'fallback')): table[c] = [s[k] for s in summaries]
+    for c, k in (('cycles_found', 'found'), ('cycles_kept', 'kept'), ('fallback', 'fallback'), ('quality', 'quality'), ('confidence', 'confidence')): table[c] = [s[k] for s in summaries]
     broken = [dict(b, path=os.path.relpath(b['path'], raw_dir)) for b in broken]
     stats = dict(settings=settings, **tallies(table, summaries), recordings=dict(zip(table.folder, summaries)), broken=broken)
     write_text(results[0], table.to_csv(index=False))
     write_json(results[1], stats)
     return stats
 
-# %% ../nbs/01_cycle_segmentation.ipynb #976f789d
+# %% ../nbs/01_cycle_segmentation.ipynb #28752fc9
 def _line(name, t):
     "one line of the summary"
     share = '–' if t['kept_share'] is None else f'{100*t["kept_share"]:.1f} %'
-    return f'{name:<32}{t["recordings"]:>8} recordings{t["found"]:>8} found{t["kept"]:>8} kept ({share}){t["fallback"]:>6} fallback'
+    return f'{name:<32}{t["recordings"]:>8} recordings{t["found"]:>8} found{t["kept"]:>8} kept ({share}){t["fallback"]:>6} fallback  quality {t["quality"]:.2f}  confidence {t["confidence"]:.2f}'
 
 @script
 def pahcl_preprocess(
@@ -275,9 +328,12 @@ def pahcl_preprocess(
     length_mode: str = 'pad',               # pad: crop or zero-pad; phase: stretch every cycle to the target length
     skip_broken: bool = False,              # leave broken recordings out rather than stop
     scheduler: str = None,                  # address of a Dask scheduler, e.g. tcp://host:8786
+    states_dir: str = None,                 # also write the states of each recording there, as <name of the wav>.tsv in CirCor's format
+    figures: int = 0,                       # draw so many recordings with states and beats into the output folder's figures/
 ):
     "Cut recordings into heart cycles; run again to go on where it stopped."
-    stats = preprocess(raw_dir, output_dir, dataset, states, num_workers, sample_rate, target_length, length_mode, skip_broken, scheduler=scheduler)
+    stats = preprocess(raw_dir, output_dir, dataset, states, num_workers, sample_rate, target_length, length_mode, skip_broken,
+                       scheduler=scheduler, states_dir=states_dir, figures=figures)
     for group in (dict(all=stats['total']), stats['datasets'], *({f'{c} {k}': t for k, t in v.items()} for c, v in stats['classes'].items())):
         for name, t in group.items(): print(_line(name, t))
     print(f'{output_dir}: cycles, recordings.csv and processing_stats.json'+(f'; {len(stats["broken"])} broken recordings left out' if stats['broken'] else ''))

@@ -295,16 +295,18 @@ def _pascal(folder):
                              label=PASCAL_TASK_LABELS.get(p['label']), raw_label=p['label'], folder=f'rec_{place or wav.stem}'))
     return rows
 
-# %% ../nbs/00_data_download.ipynb #bd89766e
+# %% ../nbs/00_data_download.ipynb #66ed3b70
 READERS = {'circor': _circor, 'physionet2016': _physionet2016, 'pascal': _pascal}
 COLUMNS = ['dataset', 'subject_id', 'person_id', 'recording_id', 'location', 'path', 'sample_rate', 'seconds', 'murmur', 'outcome', 'label', 'annotation_path',
            'folder', 'source', 'raw_label', 'murmur_locations']
 
-def _header(path):
-    "(sample rate in Hz, seconds) of an audio file, from its header"
+def _header(path, unreadable=False):
+    "(sample rate in Hz, seconds) of an audio file, from its header; NaN for a file that cannot be read, where that is allowed"
     import soundfile
     try: info = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, RuntimeError) as e: raise PahclError(f'{path} cannot be read as audio ({e}). Download it again, or remove it.') from e
+    except (soundfile.LibsndfileError, RuntimeError) as e:
+        if unreadable: return float('nan'), float('nan')
+        raise PahclError(f'{path} cannot be read as audio ({e}). Download it again, or remove it.') from e
     return info.samplerate, info.frames/info.samplerate
 
 # %% ../nbs/00_data_download.ipynb #27bcc3a2
@@ -319,10 +321,11 @@ def _nothing_found(raw_dir, names):
     return PahclError(f'no labels found for {", ".join(names)} in {raw_dir}. Expected: {expected}. Seen: {"; ".join(map(seen, folders))}. '
                       f'Run pahcl_download, or give the folder that holds {" or ".join(names)}.')
 
-# %% ../nbs/00_data_download.ipynb #06d5589d
+# %% ../nbs/00_data_download.ipynb #e98355df
 def recordings(
     raw_dir,          # the folder of all raw data, e.g. `data/raw`
     dataset='all',    # `circor`, `physionet2016`, `pascal`, `all` (those that are there), or a list
+    unreadable=False, # keep files that cannot be read, with NaN for sample rate and seconds, rather than stop
 ):                    # DataFrame, a row a recording, with the columns `COLUMNS`; missing values are NA; sorted by data set, subject, recording
     "Every recording of the raw data, whatever its layout; no labels at all, or a file that cannot be read, is a `PahclError`."
     import pandas as pd
@@ -334,7 +337,7 @@ def recordings(
         rows += [dict(row, dataset=name) for row in found]
     if not rows: raise _nothing_found(raw_dir, names)
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(['dataset', 'subject_id', 'recording_id'], kind='stable', ignore_index=True)
-    table['sample_rate'], table['seconds'] = zip(*map(_header, table.path))
+    table['sample_rate'], table['seconds'] = zip(*(_header(p, unreadable) for p in table.path))
     text = [c for c in COLUMNS if c not in ('sample_rate', 'seconds')]
     table[text] = table[text].astype(object).map(lambda v: None if v is None or v is pd.NA or v != v or v == '' else str(v)).astype('string')
     table['source'] = table.source.fillna('')

@@ -7,7 +7,7 @@ __all__ = ['missing_bytes', 'read_recording', 'resample', 'bandpass_sections', '
            'homomorphic_envelope', 'band_powers', 'frame_means', 'clipped_share', 'flat_share', 'autocorrelation',
            'quality_parts', 'quality_index']
 
-# %% ../nbs/01a_signal.ipynb #17adfcff
+# %% ../nbs/01a_signal.ipynb #37b02781
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import soxr
 
 from .basics import PahclError, existing
 
-# %% ../nbs/01a_signal.ipynb #da177281
+# %% ../nbs/01a_signal.ipynb #86086817
 def missing_bytes(
     path,      # a file
 ) -> int:      # how many bytes of audio a RIFF/WAV header promises that the file does not have; 0 for other formats
@@ -34,7 +34,7 @@ def missing_bytes(
             f.seek(length+length%2, 1)
     return 0
 
-# %% ../nbs/01a_signal.ipynb #67a4c339
+# %% ../nbs/01a_signal.ipynb #2612a602
 def read_recording(
     path,                  # wav (any format libsndfile reads): int16, int32, float; any sample rate; channels are averaged
     minimum_seconds=0.5,   # shorter than this is an error: less than half a heartbeat has no states to find
@@ -52,7 +52,7 @@ def read_recording(
         raise PahclError(f'{path} is too short: {len(signal)/sample_rate:.2f} s, at least {minimum_seconds} s are needed.')
     return signal, sample_rate
 
-# %% ../nbs/01a_signal.ipynb #189635aa
+# %% ../nbs/01a_signal.ipynb #0787094b
 def resample(
     signal,          # [T]
     from_rate,       # its sample rate, Hz
@@ -64,7 +64,7 @@ def resample(
     out = soxr.resample(np.asarray(signal, np.float32), from_rate, to_rate)
     return np.pad(out[:length], (0, max(0, length-len(out))))
 
-# %% ../nbs/01a_signal.ipynb #e0bde2d5
+# %% ../nbs/01a_signal.ipynb #00028afe
 @lru_cache(maxsize=64)
 def bandpass_sections(
     sample_rate,     # Hz
@@ -77,7 +77,7 @@ def bandpass_sections(
     edges, kind = ([low, high], 'bandpass') if low and top else (low, 'highpass') if low else (high, 'lowpass')
     return scipy.signal.butter(order, edges, kind, fs=sample_rate, output='sos') if low or top else None
 
-# %% ../nbs/01a_signal.ipynb #164593a1
+# %% ../nbs/01a_signal.ipynb #e8e5f6c3
 def bandpass(
     signal,          # [T]
     sample_rate,     # Hz
@@ -91,7 +91,7 @@ def bandpass(
     pad = min(3*(2*len(sections)+1), len(signal)-1)
     return scipy.signal.sosfiltfilt(sections, signal, padlen=pad).astype(np.float32)
 
-# %% ../nbs/01a_signal.ipynb #2c82bb83
+# %% ../nbs/01a_signal.ipynb #afae4287
 def remove_spikes(
     signal,             # [T], band-passed
     sample_rate,        # Hz
@@ -117,7 +117,7 @@ def remove_spikes(
         largest[w] = np.abs(row).max()
     return out
 
-# %% ../nbs/01a_signal.ipynb #d0e2c667
+# %% ../nbs/01a_signal.ipynb #6611a9e9
 def hilbert_envelope(
     signal,          # [T], band-passed
 ) -> np.ndarray:     # [T] float32
@@ -125,18 +125,19 @@ def hilbert_envelope(
     length = scipy.fft.next_fast_len(len(signal), real=True)   # a prime length would cost ten times as much
     return np.abs(scipy.signal.hilbert(np.asarray(signal, np.float32), length)[:len(signal)]).astype(np.float32)
 
-# %% ../nbs/01a_signal.ipynb #dc7d4bc1
+# %% ../nbs/01a_signal.ipynb #4affeb31
 def homomorphic_envelope(
     signal,          # [T], band-passed
     sample_rate,     # Hz
     cutoff=8.,       # Hz, of the zero-phase first-order low-pass on the logarithm (Schmidt et al. 2010)
+    envelope=None,   # from `hilbert_envelope`, where it is known
 ) -> np.ndarray:     # [T] float32
     "exp(low-pass(log(Hilbert envelope)))."
-    envelope = hilbert_envelope(signal)
+    if envelope is None: envelope = hilbert_envelope(signal)
     log = np.log(np.maximum(envelope, 1e-5*max(float(envelope.max()), 1e-12)))  # digital silence has no logarithm
     return np.exp(bandpass(log, sample_rate, 0, cutoff, order=1))
 
-# %% ../nbs/01a_signal.ipynb #649bb946
+# %% ../nbs/01a_signal.ipynb #558ea4d3
 @lru_cache(maxsize=16)
 def _band_matrices(window, sample_rate, bands):
     "cos and sin rows [window, lines] of a Hann-windowed DFT, and which line belongs to which band [lines, bands]"
@@ -147,7 +148,7 @@ def _band_matrices(window, sample_rate, bands):
     inside = np.stack([(lines >= low) & (lines < high) for low, high in bands], 1)
     return (taper*np.cos(phase)).astype(np.float32), (taper*np.sin(phase)).astype(np.float32), (inside/inside.sum(0)).astype(np.float32)
 
-# %% ../nbs/01a_signal.ipynb #76d35cbe
+# %% ../nbs/01a_signal.ipynb #2be75ab5
 def band_powers(
     signal,              # [T]
     sample_rate,         # Hz
@@ -164,7 +165,7 @@ def band_powers(
     real, imaginary, inside = _band_matrices(window, sample_rate, tuple(map(tuple, bands)))
     return ((pieces@real)**2+(pieces@imaginary)**2)@inside
 
-# %% ../nbs/01a_signal.ipynb #53c3964c
+# %% ../nbs/01a_signal.ipynb #3f5aeb44
 def frame_means(
     envelope,        # [T]
     sample_rate,     # Hz
@@ -175,7 +176,7 @@ def frame_means(
     total = np.r_[0, np.cumsum(envelope, dtype=np.float64)]
     return ((total[edges[1:]]-total[edges[:-1]])/np.diff(edges)).astype(np.float32)
 
-# %% ../nbs/01a_signal.ipynb #4045fcb0
+# %% ../nbs/01a_signal.ipynb #86dec82c
 def clipped_share(
     signal,          # [T], as it was recorded, before any filter
     run=3,           # equal neighbours at the limit that make a clip; two happen by chance at 16 bits
@@ -189,7 +190,7 @@ def clipped_share(
     lengths = edges[1::2]-edges[::2]
     return float(lengths[lengths >= run].sum()/len(signal))
 
-# %% ../nbs/01a_signal.ipynb #8585f85c
+# %% ../nbs/01a_signal.ipynb #df731481
 def flat_share(
     signal,           # [T], band-passed
     sample_rate,      # Hz
@@ -201,40 +202,44 @@ def flat_share(
     pieces = signal[:len(signal)//window*window].reshape(-1, window) if len(signal) >= window else np.asarray(signal)[None]
     return float((pieces.std(1) <= floor*np.std(signal)).mean())
 
-# %% ../nbs/01a_signal.ipynb #61c43c0f
+# %% ../nbs/01a_signal.ipynb #f5a76e92
 def autocorrelation(
-    curve,            # [n], e.g. an envelope at the frame rate
+    curve,            # [n], e.g. an envelope at the frame rate; or [n, curves], whose products are summed
     longest,          # the largest lag, samples
 ) -> np.ndarray:      # [longest + 1], 1 at lag 0; each lag divided by how many products it is the mean of
     "Normalised, unbiased autocorrelation."
-    loudness = np.abs(curve).max()
-    curve = np.asarray(curve, np.float64)-np.mean(curve)
-    size = scipy.fft.next_fast_len(2*len(curve))
-    spectrum = scipy.fft.rfft(curve, size)
-    lags = np.arange(min(longest, len(curve)-1)+1)
-    products = scipy.fft.irfft(np.abs(spectrum)**2, size)[lags]/(len(curve)-lags)
+    loudness, n = np.abs(curve).max(), len(curve)
+    curve = np.asarray(curve, np.float64).reshape(n, -1)
+    size = scipy.fft.next_fast_len(2*n, real=True)
+    spectrum = scipy.fft.rfft(curve-curve.mean(0), size, axis=0)
+    lags = np.arange(min(longest, n-1)+1)
+    products = scipy.fft.irfft((spectrum.real**2+spectrum.imag**2).sum(1), size)[lags]/(n-lags)
     out = products/products[0] if products[0] > 1e-12*loudness**2 else np.zeros(len(lags))
     return np.pad(out, (0, longest+1-len(out)))
 
-# %% ../nbs/01a_signal.ipynb #61566fe5
+# %% ../nbs/01a_signal.ipynb #d4aaa31c
 def quality_parts(
     signal,            # [T], as recorded
     sample_rate,       # Hz
     slowest_s=1.72,    # longest beat, s (35 per minute)
     fastest_s=0.3,     # shortest, s (200 per minute)
+    heard=None,        # [T], the signal band-passed, where it is known
+    curve=None,        # its homomorphic envelope at 50 frames a second, where it is known
 ) -> dict:             # `unclipped`, `sounding`, `repeating`, each 0 to 1
     "What `quality_index` is made of."
-    heard = bandpass(resample(signal, sample_rate, 1000), 1000)
-    curve = frame_means(homomorphic_envelope(heard, 1000), 1000)
+    rate = sample_rate
+    if heard is None: heard, rate = bandpass(resample(signal, sample_rate, 1000), 1000), 1000
+    if curve is None: curve = frame_means(homomorphic_envelope(heard, rate), rate)
     longest = min(int(slowest_s*50), len(curve)//2)
     lags = autocorrelation(curve, max(longest, 1))[int(fastest_s*50):]
     return dict(unclipped=max(0., 1-20*clipped_share(signal)),   # 5 % of the samples at the limit: every loud sound is cut
-                sounding=1-flat_share(heard, 1000), repeating=float(np.clip(lags.max(initial=0), 0, 1)))
+                sounding=1-flat_share(heard, rate), repeating=float(np.clip(lags.max(initial=0), 0, 1)))
 
-# %% ../nbs/01a_signal.ipynb #e44b6836
+# %% ../nbs/01a_signal.ipynb #39a8defa
 def quality_index(
     signal,            # [T], as recorded
     sample_rate,       # Hz
+    **known,           # `heard` and `curve` of `quality_parts`
 ) -> float:            # 0 to 1
     "The worst of `quality_parts`: blind to the spectrum, so that a murmur costs nothing."
-    return float(min(quality_parts(signal, sample_rate).values()))
+    return float(min(quality_parts(signal, sample_rate, **known).values()))

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'held_out', 'annotated', 'read_annotated', 'beats', 'fit_durations', 'training_frames', 'fit_emission',
-           'fit_parameters', 'score_recordings', 'score_table', 'onset_confidence']
+           'beats_right', 'beat_means', 'beat_evidence', 'fit_confidence', 'heartless_features', 'fit_parameters',
+           'score_recordings', 'score_table', 'reliability', 'beat_confidence']
 
-# %% ../nbs/01c_state_fitting.ipynb #e245fcf2
+# %% ../nbs/01c_state_fitting.ipynb #dfbab7a6
 import numpy as np
 import pandas as pd
 
 from .basics import PahclError, generator, progress
 from .download import read_annotation, recordings
 from .signal import read_recording
-from .states import FRAME_RATE, PERIODS, frame_features, match_onsets, pool_scores, score_states, segment, standardise, state_at, with_context
+from .states import FRAME_RATE, PERIODS, frame_features, pool_scores, score_states, segment, segment_features, standardise, state_at, with_context
 
 # %% ../nbs/01c_state_fitting.ipynb #774224c4
 def held_out(
@@ -115,20 +116,100 @@ def fit_emission(
     log_prior = np.log(np.bincount(y, minlength=5)[1:]/len(y))
     return dict(offsets=np.array(offsets), hidden_weights=w1, hidden_bias=b1, output_weights=w2, output_bias=b2, log_prior=log_prior)
 
-# %% ../nbs/01c_state_fitting.ipynb #1501ce5c
-WEIGHTS = dict(sharpness=0.3, rhythm=0.4)     # a compromise of both data sets, from 0.2, 0.3, 0.45 and 0 to 1.5 on a quarter of the training persons; flat
+# %% ../nbs/01c_state_fitting.ipynb #c26954e3
+def beats_right(
+    predicted,           # from `segment`
+    truth,               # annotated
+    tolerance_s=0.06,    # s
+):                       # (row of the S1 of each whole beat in annotated time [beats], whether it is right [beats] bool)
+    "Which of the beats that were found are true."
+    start, state = predicted.start_s.to_numpy(), predicted.state.to_numpy()
+    first = np.flatnonzero((state[:-4] == 1) & (start[:-4] > 0))
+    first = first[(state_at(truth, start[first]) > 0) & (state_at(truth, start[first+4]-0.01) > 0)]
+    right = np.ones(len(first), bool)
+    for step, k in ((0, 1), (2, 3), (4, 1)):
+        true = np.r_[-np.inf, np.sort(truth.start_s[truth.state == k]), np.inf]
+        after = np.searchsorted(true, start[first+step])
+        right &= np.minimum(true[after]-start[first+step], start[first+step]-true[after-1]) <= tolerance_s
+    return first, right
+
+def beat_means(
+    table,     # from `segment`
+    values,    # [segments, …] something about each segment
+    first,     # [beats] rows
+):             # [beats, …] means over each beat's time
+    "What four segments in a row have on average."
+    four = np.asarray(first)[:, None]+np.arange(4)
+    width = (table.end_s-table.start_s).to_numpy()[four]
+    return np.einsum('bs,bs...->b...', width/width.sum(1, keepdims=True), np.asarray(values)[four])
+
+# %% ../nbs/01c_state_fitting.ipynb #93218ace
+def beat_evidence(
+    data,              # from `read_annotated`; without an annotation (None) no beat is right
+    parameters,        # fitted on others
+):                     # (evidence [beats, 3], right [beats] bool)
+    "What the beats of many recordings give to be sure by, and which are right."
+    evidence, right = [np.zeros((0, 3))], [np.zeros(0, bool)]
+    for features, _, annotation in data:
+        table, given = segment_features(features, len(features)/FRAME_RATE, parameters=parameters)
+        nowhere = annotation is None
+        first, true = beats_right(table, table if nowhere else annotation)
+        evidence.append(beat_means(table, given, first))
+        right.append(true & (not nowhere))
+    return np.concatenate(evidence), np.concatenate(right)
+
+def fit_confidence(
+    evidence,          # [beats, 3] from `beat_evidence`
+    right,             # [beats] bool
+    heartless,         # [n, 3] evidence of sounds without a heart
+    share=0.05,        # what these count for against all beats: annotated stretches are the good ones, the rest of a recording is not
+) -> dict:             # what `states.confidence_of` reads
+    "Probability that a beat is right."
+    from sklearn.linear_model import LogisticRegression
+    weight = np.r_[np.ones(len(right)), np.full(len(heartless), share*len(right)/max(len(heartless), 1))]
+    fitted = LogisticRegression(C=10).fit(np.r_[evidence, heartless], np.r_[right, np.zeros(len(heartless), bool)], sample_weight=weight)
+    return dict(weights=fitted.coef_[0], bias=fitted.intercept_[0])
+
+# %% ../nbs/01c_state_fitting.ipynb #74567942
+def heartless_features(
+    count=60,      # of each kind
+    seconds=20,
+):                 # list of [frames, 7]
+    "Noise of any colour, steady, gusty, and with voices: there is no heart in it."
+    from pahcl.hard_cases import voices
+    from pahcl.heart_sounds import coloured_noise
+    rng, out = generator(0, 'heartless'), []
+    for n in range(3*count):
+        sound = coloured_noise(2000*seconds, 2000, rng, rng.uniform(0, 2))
+        if n%3 == 1: sound = sound*np.repeat(rng.lognormal(0, 1, 5*seconds), 400)
+        if n%3 == 2: sound = 0.1*sound+voices(len(sound), 2000, rng)
+        out.append(frame_features(sound.astype(np.float32), 2000))
+    return out
+
+# %% ../nbs/01c_state_fitting.ipynb #84f4c21c
+WEIGHTS = dict(sharpness=0.3, rhythm=1., entropy=0.3)     # from 0.2 to 0.5, 0 to 1 and 0 to 0.5, crosswise on the training persons and on simulated hearts; flat
 
 def fit_parameters(
-    data,          # from `read_annotated`
-    **options,     # of `fit_emission`
-) -> dict:         # what `states.segment(parameters=…)` takes; rounded to four digits
+    data,           # from `read_annotated`
+    persons=None,   # [recordings] person of each, for the confidence; None: every recording its own
+    sure=True,      # fit the confidence too; False: in a quarter of the time, and it is 0.5 everywhere
+    **options,      # of `fit_emission`
+) -> dict:          # what `states.segment(parameters=…)` takes; rounded to four digits
     "All numbers of the segmenter."
-    def rounded(v): return np.vectorize(lambda x: float(f'{x:.4g}'))(v)
-    emission, durations = fit_emission(data, **options), fit_durations(a for _, _, a in data)
-    emission = {k: v if k == 'offsets' else rounded(v) for k, v in emission.items()}
-    return dict(emission=emission, durations={k: rounded(v) for k, v in durations.items()}, weights=dict(WEIGHTS))
+    rounded = lambda group: {k: v if k == 'offsets' else np.vectorize(lambda x: float(f'{x:.4g}'))(v) for k, v in group.items()}
+    def fit(part): return dict(emission=rounded(fit_emission(part, **options)), durations=rounded(fit_durations(a for _, _, a in part)), weights=dict(WEIGHTS),
+                               confidence=dict(weights=np.zeros(3), bias=0.))
+    parameters, folds = fit(data), 3
+    if not sure: return parameters
+    if persons is None: persons = range(len(data))
+    fold = np.array([generator(0, 'confidence', p).integers(folds) for p in persons])
+    def part(chosen): return [d for d, c in zip(data, chosen) if c]
+    pairs = [beat_evidence(part(fold == k), fit(part(fold != k))) for k in range(folds)]
+    evidence, right = (np.concatenate(x) for x in zip(*pairs))
+    heartless = beat_evidence([(f, None, None) for f in heartless_features()], parameters)[0]
+    return dict(parameters, confidence=rounded(fit_confidence(evidence, right, heartless)))
 
-# %% ../nbs/01c_state_fitting.ipynb #8aafd60b
+# %% ../nbs/01c_state_fitting.ipynb #7aa09b9f
 def score_recordings(
     table,               # rows of `annotated`
     parameters=None,     # None: the packaged ones
@@ -145,28 +226,35 @@ def score_recordings(
 def score_table(
     scores,       # from `score_recordings`
     groups,       # name → bool [recordings]
-) -> dict:        # name → recordings, onsets, S1, S2 and pooled F1, sensitivity, ppv, frame accuracy
+) -> dict:        # name → recordings, onsets, S1, S2 and pooled F1, sensitivity, ppv, frame accuracy and macro F1, share of recordings with F1 below 0.5, errors
     "The scores of groups of recordings, ready to be shown or written."
     out = {}
     for name, rows in groups.items():
         s = pool_scores(x for x, use in zip(scores, rows) if use)
-        f = dict(s1_f1=s['s1']['f1'], s2_f1=s['s2']['f1'], **{k: s['pooled'][k] for k in ('f1', 'sensitivity', 'ppv')}, frame_accuracy=s['frame_accuracy'])
+        each = np.array([x['pooled']['f1'] for x, use in zip(scores, rows) if use])
+        f = dict(s1_f1=s['s1']['f1'], s2_f1=s['s2']['f1'], **{k: s['pooled'][k] for k in ('f1', 'sensitivity', 'ppv')},
+                 **{k: s[k] for k in ('frame_accuracy', 'frame_f1_macro')}, below_half=(each < 0.5).sum()/max((each == each).sum(), 1),
+                 mean_error_ms=1000*s['onset_mean_error_s'], median_error_ms=1000*s['onset_error_s'])
         out[name] = dict(recordings=int(np.sum(rows)), onsets=s['pooled']['hits']+s['pooled']['missed'], **{k: round(float(v), 4) for k, v in f.items()})
     return out
 
-# %% ../nbs/01c_state_fitting.ipynb #b9aaf225
-def onset_confidence(
+# %% ../nbs/01c_state_fitting.ipynb #8ad636c0
+def reliability(
+    sure,       # [beats] confidence
+    right,      # [beats] bool
+    edges=(0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.),
+) -> dict:      # range → beats, mean confidence, share right
+    "Confidence beside what became of it."
+    group, out = np.clip(np.digitize(sure, edges)-1, 0, len(edges)-2), {}
+    for g in np.unique(group):
+        here = group == g
+        out[f'{edges[g]:g} to {edges[g+1]:g}'] = dict(beats=int(here.sum()), confidence=round(float(sure[here].mean()), 3), right=round(float(right[here].mean()), 3))
+    return out
+
+def beat_confidence(
     predicted,           # from `segment`
     truth,               # annotated
-    tolerance_s=0.06,    # s
-):                       # (confidence [n] of the predicted S1 and S2 that begin in annotated time, whether each was right [n] bool)
+):                       # (confidence [beats], whether each is right [beats] bool), in annotated time
     "What confidence is worth."
-    sure, right = [], []
-    for k in (1, 3):
-        p = predicted[(predicted.state == k) & (predicted.start_s > 0)]
-        hit = np.zeros(len(p), bool)
-        hit[match_onsets(p.start_s.to_numpy(), np.sort(truth.start_s[(truth.state == k) & (truth.start_s > 0)]), tolerance_s)[:, 0]] = True
-        known = state_at(truth, p.start_s.to_numpy()) > 0
-        sure.append(p.confidence.to_numpy()[known])
-        right.append(hit[known])
-    return np.concatenate(sure), np.concatenate(right)
+    first, right = beats_right(predicted, truth)
+    return beat_means(predicted, predicted.confidence, first), right

@@ -10,7 +10,12 @@ from pahcl.signal import bandpass, read_recording, resample
 from pahcl.simulate import simulate_dataset, simulate_recording
 from pahcl.states import segment
 
-logger().setLevel('ERROR')
+@pytest.fixture(autouse=True, scope='module')
+def quiet():
+    level = logger().level
+    logger().setLevel('ERROR')
+    yield
+    logger().setLevel(level)
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -34,7 +39,7 @@ def table_of(folder): return pd.read_csv(folder/'cycles.csv', keep_default_na=Fa
 def test_layout(made):
     raw, out, stats = made
     recs, source = pd.read_csv(out/'recordings.csv', dtype={'subject_id': str}), recordings(raw)
-    assert list(recs.recording_id) == list(source.recording_id) and list(recs.columns) == [*source.columns, 'cycles_found', 'cycles_kept', 'fallback']
+    assert list(recs.recording_id) == list(source.recording_id) and list(recs.columns) == [*source.columns, 'cycles_found', 'cycles_kept', 'fallback', 'quality', 'confidence'] and recs.quality.between(0, 1).all() and recs.confidence.between(0, 1).all()
     assert all((raw/p).exists() for p in recs.path) and (recs.cycles_kept >= 1).all() and json.loads((out/'processing_stats.json').read_text())['total'] == stats['total']
     assert set(recs.folder) == {str(p.parent.relative_to(out)) for p in out.glob('*/*/cycles.csv')} == set(stats['recordings'])
     for r in recs.itertuples():
@@ -180,6 +185,54 @@ def test_dask_is_asked_for_when_missing(made, tmp_path):
     except ImportError:
         with pytest.raises(PahclError, match='pip install'): preprocess(made[0], tmp_path, 'pascal', scheduler='tcp://localhost:1')
     else: pytest.skip('Dask is installed')
+
+def test_a_dask_cluster_of_two_workers_gives_the_same_bytes(made, tmp_path):
+    distributed = pytest.importorskip('dask.distributed', reason='Dask is not installed')
+    raw, out, stats = made
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        there = preprocess(raw, tmp_path/'cluster', 'pascal', scheduler=cluster.scheduler_address, num_workers=1)
+        assert there['datasets']['pascal'] == stats['datasets']['pascal']
+        assert preprocess(raw, tmp_path/'cluster', 'pascal', scheduler=cluster.scheduler_address) == there            # all of it is done
+    one = {k: v for k, v in content(out).items() if k.startswith('subject_pascal')}
+    assert one == {k: v for k, v in content(tmp_path/'cluster').items() if k.startswith('subject_')} and len(one) > 30
+
+def test_no_scheduler_answers(made, tmp_path):
+    pytest.importorskip('dask.distributed', reason='Dask is not installed')
+    with pytest.raises(PahclError, match='tcp://127.0.0.1:9'): preprocess(made[0], tmp_path, 'pascal', scheduler='tcp://127.0.0.1:9')
+
+def test_states_as_files_of_their_own(made, tmp_path):
+    "one file a recording, the states the beats were cut by, also from a folder that was done before; stems that two data sets share do not overwrite each other"
+    raw, out, stats = made
+    shutil.copytree(raw, tmp_path/'raw')
+    for wav in (tmp_path/'raw'/'pascal'/'set_b').glob('*.wav'): twin = wav.rename(wav.with_name('a0001.wav')); break
+    for again in range(2):
+        preprocess(tmp_path/'raw', tmp_path/'out', num_workers=1, states_dir=tmp_path/'states')
+        table = recordings(tmp_path/'raw')
+        files = {str(p.relative_to(tmp_path/'states')) for p in (tmp_path/'states').rglob('*.tsv')}
+        twice = {f'{d}/a0001.tsv' for d in ('pascal', 'physionet2016')}
+        assert files == twice | {f'{r}.tsv' for r in table.recording_id if r != 'a0001'}
+    preprocess(tmp_path/'raw', tmp_path/'out', 'circor', num_workers=1, states_dir=tmp_path/'circor')
+    assert {p.stem for p in (tmp_path/'circor').iterdir()} == set(table.recording_id[table.dataset == 'circor'])
+    for r in recordings(tmp_path/'raw', 'circor').iloc[::6].itertuples():
+        states, found = read_annotation(tmp_path/'circor'/f'{r.recording_id}.tsv'), segment(*read_recording(r.path))
+        assert np.allclose(states.start_s, found.start_s, atol=1e-6) and (states.state == found.state).all() and states.start_s[0] == 0 and abs(states.end_s.iloc[-1]-r.seconds) < 1e-5
+        beats = table_of(tmp_path/'out'/r.folder)
+        assert np.abs(beats.onset_s.to_numpy()[:, None]-states.start_s[states.state == 1].to_numpy()).min(1).max() < 1e-4
+
+def test_figures(made, tmp_path):
+    raw, out, _ = made
+    shutil.copytree(out, tmp_path/'out')
+    for n in (3, 2): preprocess(raw, tmp_path/'out', 'pascal', num_workers=1, figures=n)
+    drawn = list((tmp_path/'out'/'figures').iterdir())
+    assert len(drawn) == 2 and all(p.read_bytes()[:4] == b'\x89PNG' for p in drawn)
+
+def test_a_file_without_a_header_can_be_skipped(raw, tmp_path):
+    wavs = [Path(p) for p in recordings(raw).path]
+    wavs[2].write_bytes(b'')
+    wavs[5].write_text('<html>404</html>')
+    with pytest.raises(PahclError, match=wavs[2].name): preprocess(raw, tmp_path/'out', num_workers=1)
+    stats = preprocess(raw, tmp_path/'out', num_workers=1, skip_broken=True, states_dir=tmp_path/'states')
+    assert [Path(b['path']).name for b in stats['broken']] == [wavs[2].name, wavs[5].name] and len(stats['recordings']) == len(wavs)-2 == len(list((tmp_path/'states').iterdir()))
 
 def test_console_script(made, tmp_path, capsys):
     raw, out, stats = made

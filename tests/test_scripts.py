@@ -17,7 +17,9 @@ GUIDE = dict(
     pahcl_download='dataset output-dir', pahcl_preprocess='raw-dir output-dir num-workers', pahcl_prepare='dataset raw-dir processed-dir output-dir seed copy verbose',
     pahcl_pretrain='config processed-dir downstream-dir output-dir experiment-name encoder-type moco epochs lr batch-size seed include-heldout-subjects tensorboard wandb wandb-project wandb-entity overwrite',
     pahcl_finetune='task config pretrained data-dir output-dir experiment-name linear-eval few-shot shot-ratio epochs lr batch-size seed tensorboard wandb wandb-project wandb-entity',
-    pahcl_evaluate='checkpoint task data-dir split', pahcl_ensemble='checkpoints task', pahcl_summarize='', pahcl_downstream='demo epochs pretrain-epochs', pahcl_simulate='output-dir dataset subjects seed')
+    pahcl_evaluate='checkpoint task data-dir split', pahcl_ensemble='checkpoints task', pahcl_summarize='', pahcl_downstream='demo epochs pretrain-epochs', pahcl_simulate='output-dir dataset subjects seed',
+    pahcl_score_states='groups columns only-predicted output')
+POSITIONAL = dict(pahcl_score_states=('found', 'true'))
 
 
 def call(name, *arguments):
@@ -41,7 +43,7 @@ def test_help(name):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_unknown_flag_is_a_usage_error(name):
-    done = call(name, '--no-such-flag')
+    done = call(name, *POSITIONAL.get(name, ()), '--no-such-flag')
     assert done.returncode == 2 and 'Traceback' not in done.stderr and '--no-such-flag' in done.stderr
 
 
@@ -55,6 +57,8 @@ def test_one_script_a_module_and_all_are_installed():
 
 
 BAD = [
+    ('pahcl_score_states', '{0}/none {0}/empty', 'none'),
+    ('pahcl_score_states', '{0}/empty {0}/empty', 'no states'),
     ('pahcl_preprocess', '--raw_dir {0}/none --output_dir {0}/out', 'none'),
     ('pahcl_preprocess', '--raw-dir {0}/empty --output-dir {0}/out', 'no labels found'),
     ('pahcl_prepare', '--raw-dir {0}/empty --processed-dir {0}/none --output-dir {0}/out', 'no labels found'),

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 from pahcl.basics import PahclError
 from pahcl.simulate import simulate_recording
-from pahcl.state_fitting import annotated, beats, fit_emission, held_out, onset_confidence, score_recordings
+from pahcl.state_fitting import annotated, beats, beat_confidence, beats_right, fit_emission, held_out, reliability, score_recordings
 from pahcl.states import (PERIODS, best_states, decode, duration_tables, frame_features, load_parameters, match_onsets, mean_durations, pool_scores, score_states, segment, standardise,
                           state_at, state_logits, with_context)
 
@@ -121,10 +121,42 @@ def test_simulated_floor(rate, murmur, noise, floor):
     assert pool_scores(score_states(segment(s, 2000), t) for s, t in made)['pooled']['f1'] > floor
 
 def test_confidence_means_something():
-    "right onsets are surer than wrong ones"
+    "right beats are surer than wrong ones"
     made = [simulate_recording(15, 2000, 90, None, noise, seed=s) for noise in (0, 6) for s in range(4)]
-    sure, right = map(np.concatenate, zip(*(onset_confidence(segment(s, 2000), t) for s, t in made)))
+    sure, right = map(np.concatenate, zip(*(beat_confidence(segment(s, 2000), t) for s, t in made)))
     assert 10 < right.sum() < len(right)-10 and sure[right].mean() > sure[~right].mean()+0.05
+
+def test_right_beats_agree_with_an_oracle():
+    "three onsets, each within 60 ms of a true one, looked for one by one"
+    signal, truth = simulate_recording(20, 2000, 75, None, 3, seed=2)
+    found = segment(signal, 2000)
+    first, right = beats_right(found, truth)
+    assert 0 < right.sum() and len(first) > 10
+    for i, ok in zip(first, right):
+        assert list(found.state[i:i+5]) == [1, 2, 3, 4, 1]
+        assert ok == all((np.abs(truth.start_s[truth.state == k]-found.start_s[i+n]) <= 0.06).any() for n, k in ((0, 1), (2, 3), (4, 1)))
+    table = reliability(np.array([0.05, 0.5, 0.97, 1.]), np.array([False, True, True, True]))
+    assert sum(r['beats'] for r in table.values()) == 4 and table['0.95 to 1'] == dict(beats=2, confidence=0.985, right=1.)
+
+def test_noise_is_no_heart():
+    "the confidence of sounds without a heart is far below that of hearts"
+    rng = np.random.default_rng(5)
+    noise = np.concatenate([segment(rng.standard_normal(40000), 2000).confidence for _ in range(5)])
+    hearts = np.concatenate([segment(simulate_recording(20, 2000, 60+10*s, 'holosystolic', -10, seed=s)[0], 2000).confidence for s in range(5)])
+    assert np.median(noise) < 0.5 and np.median(hearts) > 0.9 and np.quantile(hearts, 0.1) > np.quantile(noise, 0.9)
+    assert segment(np.zeros(20000), 2000).confidence.max() < 0.5
+
+def test_fast_hearts_are_not_halved():
+    "the entropy term: 170 beats a minute come out at 85 without it"
+    p = load_parameters()
+    flat = dict(p, weights=dict(p['weights'], entropy=0.))
+    features = [frame_features(simulate_recording(20, 2000, r, noise_db=-15, seed=s)[0], 2000) for r in (170, 175) for s in range(4)]
+    rates = np.array([[60/best_states(f, parameters=q)[1] for f in features] for q in (p, flat)])
+    assert (np.abs(rates[0]-172) < 18).mean() > (np.abs(rates[1]-172) < 18).mean() and (np.abs(rates[0]-172) < 18).mean() > 0.7
+
+def test_one_known_rate_can_be_given():
+    signal, truth = simulate_recording(10, 2000, 75, seed=4)
+    assert score_states(segment(signal, 2000, periods=[0.8]), truth)['pooled']['f1'] > 0.9
 
 def test_logistic_regression_as_network():
     from sklearn.linear_model import LogisticRegression
