@@ -173,11 +173,12 @@ def scan_mamba_ssm(
     exact = lambda v: v if v is None else v.float()
     return selective_scan_fn(u, like(delta), exact(A), like(B), like(C), exact(D), like(z), exact(delta_bias), delta_softplus, True)
 
-# %% ../nbs/03a_selective_scan.ipynb #33efbb56
+# %% ../nbs/03a_selective_scan.ipynb #4ff988eb
 def scan_c(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,  # see `selective_scan`; on the CPU
 ):                                                                             # (y [B, D, L], last state [B, D, N])
-    "The scan in C."
+    "The scan in C; of nothing it is left to PyTorch."
+    if not u.numel() or not A.numel(): return scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return compiled_scan(*widen(u, delta, A, B, C, D, z, delta_bias), delta_softplus)
 
 # %% ../nbs/03a_selective_scan.ipynb #b0ce048d
