@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'BACKENDS', 'widen', 'step_sizes', 'skip_and_gate', 'scan_reference', 'advance', 'scan_forward',
            'scan_backward', 'ChunkedScan', 'scan_torch', 'have_mamba_ssm', 'scan_mamba_ssm', 'scan_c', 'choose_backend',
-           'check_shapes', 'selective_scan', 'inverse_softplus', 'MambaBlock']
+           'check_shapes', 'selective_scan', 'inverse_softplus', 'MambaBlock', 'memories']
 
 # %% ../nbs/03a_selective_scan.ipynb #57a829e4
 import math
@@ -283,3 +283,10 @@ class MambaBlock(nn.Module):
         u, delta, B, C, z = (v.transpose(1, 2) for v in (x, delta, B, C, z))
         y = selective_scan(u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z, self.dt_proj.bias.float(), True, backend=self.backend)
         return self.out_proj(y.transpose(1, 2))
+
+# %% ../nbs/03a_selective_scan.ipynb #2c0de5e6
+def memories(
+    block: MambaBlock,
+):                      # [d_inner, d_state] steps
+    "After how many steps each number of the state is down to 1/e, for the step size that the bias alone gives."
+    return 1/(F.softplus(block.dt_proj.bias.detach())[:, None]*block.A_log.detach().exp())
