@@ -1,4 +1,4 @@
-"Time and peak memory of the selective scan, forward + backward: python benchmarks/scan.py [--quick]"
+"Time and peak memory of the selective scan, forward + backward: python benchmarks/scan.py [--quick] [--one-thread]"
 import os, subprocess, sys
 import torch
 from torch.utils.benchmark import Timer
@@ -32,21 +32,22 @@ def peak_mib(form):
             f"scan.once({form!r}, a, w)\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)")
     return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
 
-def main(quick=False):
-    torch.set_num_threads(2)
+def main(quick=False, threads=2):
+    torch.set_num_threads(threads)
     a = arguments(**SIZES)
     weights = torch.randn_like(a['u'])
     forms = [f for f in FORMS if f != 'c' or have_compiled()]
-    rounds = 3 if quick else 7
+    rounds = 2 if quick else 7
     times = {f: [] for f in forms}
     for form in forms[:2]: once(form, a, weights)  # warm; the others are too slow for it to matter
     for _ in range(rounds):  # one after the other, so that other load of the machine meets all of them
         for form in forms:
-            timer = Timer('once(form, a, weights)', globals=dict(once=once, form=form, a=a, weights=weights), num_threads=2)
+            timer = Timer('once(form, a, weights)', globals=dict(once=once, form=form, a=a, weights=weights), num_threads=threads)
             times[form].append(timer.timeit(1 if form in ('sliced', 'parallel', 'unbind') else 5).mean)
-    median = {f: sorted(v)[len(v)//2] for f, v in times.items()}
+            print(f'  {form} {times[form][-1]*1000:.0f} ms', file=sys.stderr, flush=True)
+    median = {f: sorted(v)[(len(v)-1)//2] for f, v in times.items()}
     memory = {f: peak_mib(f) for f in forms}
-    print(f'selective scan, forward + backward, {SIZES}, float32, 2 threads, medians of {rounds} rounds; load average {os.getloadavg()[0]:.1f}')
+    print(f'selective scan, forward + backward, {SIZES}, float32, {threads} threads, medians of {rounds} rounds; load average {os.getloadavg()[0]:.1f}')
     print(f'{"form":10}{"ms":>9}{"peak MiB":>10}')
     for form in forms: print(f'{form:10}{median[form]*1000:9.0f}{memory[form]:10.0f}')
     for (fast, slow), goal in GOALS.items():
@@ -54,4 +55,4 @@ def main(quick=False):
     for fast in ('c', 'torch'):
         if fast in memory: print(f'peak memory of {fast}: 1/{memory["sliced"]/max(memory[fast], 0.1):.0f} of the sliced loop (goal 1/10)')
 
-if __name__ == '__main__': main('--quick' in sys.argv)
+if __name__ == '__main__': main('--quick' in sys.argv, 1 if '--one-thread' in sys.argv else 2)
