@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TQDM_MININTERVAL ?= 1
 
-.PHONY: install demo test notebooks readme docs clean
+.PHONY: install demo test bench notebooks readme docs clean
 
 install: .venv/.installed
 
-.venv/.installed: settings.ini setup.py constraints.txt
+.venv/.installed: settings.ini setup.py constraints.txt pahcl/csrc/selective_scan.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -29,6 +29,10 @@ test: install
 	python tools/readme.py --check
 	timeout 1200 nbdev_test --timing --n_workers 2
 	pytest --quiet --durations=10 --cov=pahcl --cov-report=term --cov-fail-under=85 tests
+
+# Speed and memory of the scan and of whole training steps, side by side in one process; takes some minutes.
+bench: install
+	. $(BIN)/activate && OMP_NUM_THREADS=2 python benchmarks/scan.py && OMP_NUM_THREADS=2 python benchmarks/encoders.py
 
 # Rerun all notebooks in a Jupyter kernel, so that their saved outputs are those of this code.
 notebooks: install

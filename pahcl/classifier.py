@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'PACKAGED', 'Classifier', 'predict', 'classifier_content', 'load_model', 'persons_seen', 'sort_keys',
-           'encoder_config', 'find_checkpoint', 'pretrained_encoder', 'loading_line', 'encoder_alone']
+           'encoder_config', 'read_pretrained', 'find_checkpoint', 'pretrained_encoder', 'loading_line',
+           'encoder_alone']
 
-# %% ../nbs/05a_classifier.ipynb #0fa40cc9
+# %% ../nbs/05a_classifier.ipynb #6514e440
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from .basics import PahclError, progress
 from .encoder import ClassifierHead, build_encoder, load_weights
+from .foreign import adapted, read_foreign
 from .training import load_checkpoint, save_checkpoint
 
 # %% ../nbs/05a_classifier.ipynb #39309d98
@@ -105,7 +107,7 @@ def sort_keys(
     if not sorted_keys['encoder']: raise PahclError(f'{source} holds no encoder (no key begins with "encoder.").')
     return sorted_keys
 
-# %% ../nbs/05a_classifier.ipynb #42405aad
+# %% ../nbs/05a_classifier.ipynb #5af7d37a
 def encoder_config(
     saved: dict,      # a checkpoint's content
     wanted: dict,     # keys of `model:` that were set
@@ -117,7 +119,19 @@ def encoder_config(
     for key, value in wanted.items():
         if key != 'dropout' and key in inside and inside[key] != value:
             raise PahclError(f'{source} holds an encoder with {key} {inside[key]}, but model.{key} is {value}. Leave model: out, or give a checkpoint of this encoder.')
-    return inside | ({'dropout': wanted['dropout']} if 'dropout' in wanted else {})
+    return inside | {k: v for k, v in wanted.items() if k == 'dropout' or k not in inside}
+
+# %% ../nbs/05a_classifier.ipynb #77e41b4b
+def read_pretrained(
+    path,      # a checkpoint of `pahcl_pretrain` or `pahcl_finetune`, or of the original project
+) -> dict:     # its content, with the keys of our own
+    "Read any checkpoint with an encoder in it, without running anything that is in the file."
+    try: saved = load_checkpoint(path)
+    except PahclError as ours:
+        if not Path(path).is_file(): raise
+        try: return adapted(read_foreign(path))
+        except PahclError: raise ours from None
+    return saved if 'format_version' in saved else adapted(saved)
 
 # %% ../nbs/05a_classifier.ipynb #2275f1fa
 PACKAGED = 'pahcl/parameters/pretrained_small.pt'
@@ -128,13 +142,13 @@ def find_checkpoint(
     "Where a checkpoint is."
     return Path(str(files('pahcl')/'parameters'/'pretrained_small.pt')) if str(source) == 'packaged' else Path(source)
 
-# %% ../nbs/05a_classifier.ipynb #0a4ab536
+# %% ../nbs/05a_classifier.ipynb #90a6a0f2
 def pretrained_encoder(
-    path,          # a checkpoint of `pahcl_pretrain` (SimCLR or MoCo) or `pahcl_finetune`, or `packaged`
+    path,          # a checkpoint of `pahcl_pretrain` (SimCLR or MoCo), `pahcl_finetune` or the original project, or `packaged`
     wanted=None,   # keys of `model:` that were set
 ):                 # (encoder, the checkpoint's content, {'moco', 'momentum', 'queue_size', 'moco_skipped', 'heads_skipped', 'loaded'})
     "Build the encoder of a checkpoint."
-    saved = load_checkpoint(find_checkpoint(path))
+    saved = read_pretrained(find_checkpoint(path))
     parts = sort_keys(saved['model_state_dict'], path)
     encoder = build_encoder(encoder_config(saved, wanted or {}, path))
     load_weights(encoder, parts['encoder'], path)

@@ -50,7 +50,7 @@ class DataSection(Section):
     num_substructures: int = Field(4, ge=1)                      # 4: S1, systole, S2, diastole; other numbers: equal parts
     length_mode: Literal['pad', 'phase'] = 'pad'                 # crop or zero-pad, or stretch every cycle to the target length
 
-# %% ../nbs/00b_config.ipynb #99a5ad36
+# %% ../nbs/00b_config.ipynb #27f83127
 class ModelSection(Section):
     "The encoder; None means the preset's own value."
     encoder_type: Optional[str] = None
@@ -62,6 +62,8 @@ class ModelSection(Section):
     mamba_d_state: Optional[int] = Field(None, gt=0)
     mamba_d_conv: Optional[int] = Field(None, gt=0)
     mamba_expand: Optional[int] = Field(None, gt=0)
+    mamba_dt_rank: Optional[int] = Field(None, gt=0)   # None: mamba_d_model / 16, rounded up
+    mamba_bidirectional: Optional[bool] = None         # a second block a layer reads backwards
     dropout: Optional[float] = Field(None, ge=0, lt=1)
 
 # %% ../nbs/00b_config.ipynb #3b56fc36

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'BACKENDS', 'widen', 'step_sizes', 'skip_and_gate', 'scan_reference', 'advance', 'scan_forward',
-           'scan_backward', 'ChunkedScan', 'scan_torch', 'have_mamba_ssm', 'scan_mamba_ssm', 'choose_backend',
-           'check_shapes', 'selective_scan', 'inverse_softplus', 'MambaBlock']
+           'scan_backward', 'ChunkedScan', 'scan_torch', 'have_mamba_ssm', 'scan_mamba_ssm', 'scan_c', 'choose_backend',
+           'check_shapes', 'selective_scan', 'inverse_softplus', 'MambaBlock', 'memories']
 
-# %% ../nbs/03a_selective_scan.ipynb #b4b49a16
+# %% ../nbs/03a_selective_scan.ipynb #57a829e4
 import math
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .basics import PahclError
+from .compiled_scan import compiled_scan, have_compiled
 
 # %% ../nbs/03a_selective_scan.ipynb #87624b42
 def widen(
@@ -172,15 +173,25 @@ def scan_mamba_ssm(
     exact = lambda v: v if v is None else v.float()
     return selective_scan_fn(u, like(delta), exact(A), like(B), like(C), exact(D), like(z), exact(delta_bias), delta_softplus, True)
 
-# %% ../nbs/03a_selective_scan.ipynb #68a5322f
-BACKENDS = dict(reference=scan_reference, torch=scan_torch, mamba_ssm=scan_mamba_ssm)
+# %% ../nbs/03a_selective_scan.ipynb #4ff988eb
+def scan_c(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,  # see `selective_scan`; on the CPU
+):                                                                             # (y [B, D, L], last state [B, D, N])
+    "The scan in C; of nothing it is left to PyTorch."
+    if not u.numel() or not A.numel(): return scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return compiled_scan(*widen(u, delta, A, B, C, D, z, delta_bias), delta_softplus)
+
+# %% ../nbs/03a_selective_scan.ipynb #b0ce048d
+BACKENDS = dict(reference=scan_reference, torch=scan_torch, c=scan_c, mamba_ssm=scan_mamba_ssm)
 
 def choose_backend(
     u,               # the scan's input
     backend='auto',  # `auto` or a key of `BACKENDS`
 ) -> str:            # a key of `BACKENDS`
     "What `auto` means for this input; an unknown name is a `PahclError` that lists the valid ones."
-    if backend == 'auto': return 'mamba_ssm' if u.is_cuda and u.dtype != torch.float64 and have_mamba_ssm() else 'torch'
+    if backend == 'auto':
+        if u.is_cuda: return 'mamba_ssm' if u.dtype != torch.float64 and have_mamba_ssm() else 'torch'
+        return 'c' if u.device.type == 'cpu' and have_compiled() else 'torch'
     if backend not in BACKENDS: raise PahclError(f'selective_scan: this version has no backend {backend!r}; use one of auto, {", ".join(BACKENDS)}.')
     return backend
 
@@ -272,3 +283,10 @@ class MambaBlock(nn.Module):
         u, delta, B, C, z = (v.transpose(1, 2) for v in (x, delta, B, C, z))
         y = selective_scan(u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z, self.dt_proj.bias.float(), True, backend=self.backend)
         return self.out_proj(y.transpose(1, 2))
+
+# %% ../nbs/03a_selective_scan.ipynb #2c0de5e6
+def memories(
+    block: MambaBlock,
+):                      # [d_inner, d_state] steps
+    "After how many steps each number of the state is down to 1/e, for the step size that the bias alone gives."
+    return 1/(F.softplus(block.dt_proj.bias.detach())[:, None]*block.A_log.detach().exp())

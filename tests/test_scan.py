@@ -1,8 +1,10 @@
 "The scan against formulas that know no loop, the fast backend against the reference, the block against a step-by-step recurrence"
-import math, sys, types
+import ctypes.util, logging, math, multiprocessing, os, pickle, subprocess, sys, types
+from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pahcl import scan
+from pahcl import compiled_scan as compiled
 from pahcl.basics import PahclError
 from pahcl.scan import CHUNK, MambaBlock, inverse_softplus, scan_reference, selective_scan
 
@@ -14,6 +16,8 @@ def one_thread():
     yield
     torch.set_num_threads(threads)
 
+needs_c = pytest.mark.skipif(not compiled.have_compiled(), reason='pahcl was installed without a C compiler')
+FAST = ['torch', pytest.param('c', marks=needs_c)]
 NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
 
 def arguments(b=2, d=3, n=4, length=40, dtype=torch.float64, seed=0, scale=0.1):
@@ -35,25 +39,28 @@ def assert_same(one, other, relative):
         size = other[k].abs().max().clamp(min=1e-30)
         assert ((one[k]-other[k]).abs().max()/size) < relative, k
 
+@pytest.mark.parametrize('backend', FAST)
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.one_of(st.integers(1, 2*CHUNK+2), st.integers(1, 600)),
+@given(st.integers(1, 3), st.integers(1, 37), st.integers(1, 5), st.one_of(st.integers(1, 2*CHUNK+2), st.integers(1, 600)),
        st.sampled_from([1e-4, 0.01, 0.3, 3.0, 50.0]), st.sets(st.sampled_from(['D', 'z', 'delta_bias'])), st.booleans(), st.integers(0, 2**20))
-def test_torch_is_the_reference(b, d, n, length, scale, optional, softplus, seed):
+def test_fast_backends_are_the_reference(backend, b, d, n, length, scale, optional, softplus, seed):
     a = {k: v for k, v in arguments(b, d, n, length, seed=seed, scale=scale).items() if k in NAMES[:5] or k in optional}
     if 'delta_bias' in a and not softplus: a['delta_bias'] = a['delta_bias'].abs()*scale  # steps stay positive
-    assert_same(outcomes('torch', a, a.keys(), delta_softplus=softplus), outcomes('reference', a, a.keys(), delta_softplus=softplus), 1e-9)
+    assert_same(outcomes(backend, a, a.keys(), delta_softplus=softplus), outcomes('reference', a, a.keys(), delta_softplus=softplus), 1e-9)
 
+@pytest.mark.parametrize('backend', FAST)
 @settings(max_examples=20, deadline=None)
 @given(st.sets(st.sampled_from(NAMES), min_size=1), st.integers(1, 40))
-def test_only_some_gradients_are_wanted(wanted, length):
+def test_only_some_gradients_are_wanted(backend, wanted, length):
     a = arguments(length=length)
-    some, every = outcomes('torch', a, wanted, delta_softplus=True), outcomes('reference', a, delta_softplus=True)
+    some, every = outcomes(backend, a, wanted, delta_softplus=True), outcomes('reference', a, delta_softplus=True)
     assert_same(some, {k: every[k] for k in some}, 1e-9)
 
+@pytest.mark.parametrize('backend', FAST)
 @pytest.mark.parametrize('length', [1, CHUNK-1, CHUNK, CHUNK+1, 2*CHUNK+3])
-def test_gradients_are_finite_differences(length):
+def test_gradients_are_finite_differences(backend, length):
     a = tuple(v.requires_grad_() for v in arguments(1, 2, 2, length).values())
-    function = lambda *v: selective_scan(*v, delta_softplus=True, return_last_state=True, backend='torch')
+    function = lambda *v: selective_scan(*v, delta_softplus=True, return_last_state=True, backend=backend)
     assert torch.autograd.gradcheck(function, a, fast_mode=length > 1)
 
 @settings(max_examples=15, deadline=None)
@@ -81,15 +88,16 @@ def test_a_sequence_can_be_cut_in_two_at_its_state():
     torch.testing.assert_close(y[..., 23:], rest+carried)
     torch.testing.assert_close(last, end+(time[..., -1:]*a['A']).exp()*state)
 
+@pytest.mark.parametrize('backend', FAST)
 @pytest.mark.parametrize('scale', [1e-4, 0.1, 100.0])
-def test_float32_stays_close_to_float64(scale):
+def test_float32_stays_close_to_float64(backend, scale):
     a = arguments(2, 8, 16, 600, scale=scale)
-    single = outcomes('torch', {k: v.float() for k, v in a.items()}, delta_softplus=True)
+    single = outcomes(backend, {k: v.float() for k, v in a.items()}, delta_softplus=True)
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in single.values())
     assert_same({k: v.double() for k, v in single.items()}, outcomes('torch', a, delta_softplus=True), 1e-4)
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('backend', ['torch', 'reference'])
+@pytest.mark.parametrize('backend', [*FAST, 'reference'])
 def test_half_precision_is_computed_in_float32(dtype, backend):
     a = arguments(length=300, dtype=dtype)
     half, full = outcomes(backend, a, delta_softplus=True), outcomes(backend, {k: v.float() for k, v in a.items()}, delta_softplus=True)
@@ -99,28 +107,31 @@ def test_half_precision_is_computed_in_float32(dtype, backend):
         under = outcomes(backend, {k: v.float() for k, v in a.items()}, delta_softplus=True)
     assert all(torch.equal(under[k], full[k]) for k in full)
 
-def test_any_memory_layout():
+@pytest.mark.parametrize('backend', FAST)
+def test_any_memory_layout(backend):
     a = arguments(length=33)
     turned = {k: v.transpose(1, 2).contiguous().transpose(1, 2) if v.dim() == 3 else v for k, v in a.items()}
-    assert_same(outcomes('torch', turned, delta_softplus=True), outcomes('torch', a, delta_softplus=True), 1e-12)
+    assert_same(outcomes(backend, turned, delta_softplus=True), outcomes(backend, a, delta_softplus=True), 1e-12)
     base = {k: v.clone() for k, v in a.items()}
-    selective_scan(**a, delta_softplus=True)
+    selective_scan(**a, delta_softplus=True, backend=backend)
     assert all(torch.equal(a[k], base[k]) for k in a)  # inputs are not written to
 
-def test_memory_is_that_of_checkpoints():
+@pytest.mark.parametrize('backend', FAST)
+def test_memory_is_that_of_checkpoints(backend):
     a, kept = {k: v.requires_grad_() for k, v in arguments(2, 16, 16, 320).items()}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        selective_scan(**a, delta_softplus=True, backend='torch')
+        selective_scan(**a, delta_softplus=True, backend=backend)
     state = 2*16*16
     assert max(kept) < 320*state/8 and sum(kept) < (320/CHUNK)*state + 20*2*16*320  # checkpoints, and a few tensors as large as u
     calls = []
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(1) or t, lambda t: t): selective_scan(**a, backend='torch')
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(1) or t, lambda t: t): selective_scan(**a, backend=backend)
     assert not calls
 
-def test_second_derivatives_are_refused_not_wrong():
+@pytest.mark.parametrize('backend', FAST)
+def test_second_derivatives_are_refused_not_wrong(backend):
     a = arguments(length=5)
     a['u'].requires_grad_()
-    g, = torch.autograd.grad(selective_scan(**a, delta_softplus=True).square().sum(), a['u'], create_graph=True)
+    g, = torch.autograd.grad(selective_scan(**a, delta_softplus=True, backend=backend).square().sum(), a['u'], create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'): g.sum().backward()
 
 @pytest.mark.parametrize('name', NAMES)
@@ -134,14 +145,14 @@ def test_wrong_shapes_are_named(name):
 def test_wrong_dimensions_and_backends_are_named():
     a = arguments()
     with pytest.raises(PahclError, match=r'u must be \[B, D, L\]'): selective_scan(**{**a, 'u': a['u'][0]})
-    for name in ('c', 'cuda'):
-        with pytest.raises(PahclError, match=f"no backend '{name}'; use one of auto, reference, torch, mamba_ssm"): selective_scan(**a, backend=name)
+    for name in ('C', 'cuda'):
+        with pytest.raises(PahclError, match=f"no backend '{name}'; use one of auto, reference, torch, c, mamba_ssm"): selective_scan(**a, backend=name)
 
 def test_without_mamba_ssm(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mamba_ssm', None)
     scan.have_mamba_ssm.cache_clear()
     with pytest.raises(PahclError, match='mamba_ssm.*cannot be imported; pip install'): selective_scan(**arguments(), backend='mamba_ssm')
-    assert scan.choose_backend(torch.zeros(1)) == 'torch'
+    assert scan.choose_backend(types.SimpleNamespace(is_cuda=True, dtype=torch.float32)) == 'torch'
     scan.have_mamba_ssm.cache_clear()
 
 def test_what_mamba_ssm_is_given(monkeypatch):
@@ -159,8 +170,165 @@ def test_what_mamba_ssm_is_given(monkeypatch):
     assert torch.equal(selective_scan(**a, delta_softplus=True, backend='mamba_ssm'), selective_scan(**a, delta_softplus=True, backend='reference'))
     on_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.float32)
     assert scan.choose_backend(on_gpu) == 'mamba_ssm' and scan.choose_backend(types.SimpleNamespace(is_cuda=True, dtype=torch.float64)) == 'torch'
-    assert scan.choose_backend(torch.zeros(1)) == 'torch'
+    assert scan.choose_backend(torch.zeros(1)) == ('c' if compiled.have_compiled() else 'torch')
     scan.have_mamba_ssm.cache_clear()
+
+LEVELS = [pytest.param(k, marks=needs_c) for k in range(1, 1+(compiled.library().pahcl_levels() if compiled.have_compiled() else 1))]
+
+@pytest.mark.parametrize('level', LEVELS)
+@pytest.mark.parametrize('dtype,relative', [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+def test_every_instruction_set_gives_the_reference(monkeypatch, level, dtype, relative):
+    plain = compiled.compiled_scan
+    monkeypatch.setattr(scan, 'compiled_scan', lambda *a: plain(*a, level=level))
+    for d, length, scale in [(1, 1, 0.1), (16, 16, 1e-4), (33, 15, 3.0), (70, 65, 0.1), (5, 4096, 0.01), (5, 4096, 50.0)]:
+        a = arguments(2, d, 3, length, scale=scale, seed=d)
+        ours = outcomes('c', {k: v.to(dtype) for k, v in a.items()}, delta_softplus=True)
+        assert_same({k: v.double() for k, v in ours.items() if v.abs().max() > 1e-30}, outcomes('torch', a, delta_softplus=True), relative)
+
+@pytest.mark.parametrize('level', LEVELS)
+@pytest.mark.parametrize('dtype,relative', [(torch.float32, 4e-7), (torch.float64, 5e-16)])
+def test_elementary_functions(level, dtype, relative):
+    exact = dict(exp=np.exp, softplus=lambda x: np.logaddexp(np.longdouble(0), x), logistic=lambda x: 1/(1+np.exp(-x)))
+    edge = 87 if dtype == torch.float32 else 708
+    x = torch.cat([torch.linspace(-30, 30, 30001), torch.linspace(-edge, edge, 30001), torch.logspace(-12, 0, 999), -torch.logspace(-12, 0, 999)]).to(dtype)
+    for name, function in exact.items():
+        truth = function(x.numpy().astype(np.longdouble))
+        near = np.where(x.numpy() > 20, relative+np.exp(-20.), relative) if name == 'softplus' else relative  # PyTorch's threshold: x itself
+        near = near*(2 if name != 'exp' and dtype == torch.float64 else 1)
+        small = np.finfo(x.numpy().dtype).tiny*4
+        assert (np.abs(compiled.elementary(name, x, level).numpy()-truth) <= near*truth+small).all(), name
+
+@needs_c
+@pytest.mark.parametrize('softplus', [True, False])
+def test_extremes_are_finite_and_nan_is_not_hidden(softplus):
+    for rate, step in [(-1e4, 1e3), (-1e-6, 1e-8), (-1e4, 1e-8), (0.0, 1.0)]:
+        a = {k: v.float() for k, v in arguments(1, 40, 4, 100).items()}
+        a['A'], a['delta'], a['delta_bias'] = torch.full_like(a['A'], rate), torch.full_like(a['delta'], step), torch.zeros(40)
+        one, other = outcomes('c', a, delta_softplus=softplus), outcomes('torch', a, delta_softplus=softplus)
+        assert all(v.isfinite().all() for v in one.values())
+        assert_same({k: v for k, v in one.items() if other[k].abs().max() > 1e-30}, other, 1e-4)
+    for name in NAMES[:5]:
+        a = {k: v.float() for k, v in arguments(1, 4, 4, 30).items()}
+        a[name].flatten()[0] = float('nan')
+        assert selective_scan(**a, delta_softplus=softplus, backend='c').isnan().any(), name
+
+@needs_c
+def test_growing_states_overflow_as_in_the_reference():
+    a = {k: v.float() for k, v in arguments(1, 4, 4, 30).items()}
+    a['A'], a['delta'] = a['A'].abs(), torch.full_like(a['delta'], 100)
+    ours, theirs = (selective_scan(**a, backend=b, return_last_state=True)[1] for b in ('c', 'reference'))
+    assert torch.equal(ours.isfinite(), theirs.isfinite()) and not ours.isfinite().all()
+
+@needs_c
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 80), st.integers(1, 5), st.integers(1, 70), st.integers(0, 1000))
+def test_the_number_of_threads_changes_nothing(b, d, n, length, seed):
+    a, before = {k: v.float() for k, v in arguments(b, d, n, length, seed=seed).items()}, torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(outcomes('c', a, delta_softplus=True))
+    finally: torch.set_num_threads(before)
+    assert all(torch.equal(results[0][k], r[k]) for r in results[1:] for k in r)
+
+@needs_c
+def test_floating_point_mode_is_left_alone():
+    "Numbers below the smallest normal one still count, on this thread and on new ones, in PyTorch and in NumPy."
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        outcomes('c', {k: v.float() for k, v in arguments(2, 64, 4, 40).items()}, delta_softplus=True)
+        assert float(np.float32(1e-38)*np.float32(1e-3)) > 0 and float(torch.tensor(1e-38)*torch.tensor(1e-3)) > 0
+        assert ((torch.full((10**6,), 1e-38)*1e-3) > 0).all()
+    finally: torch.set_num_threads(threads)
+
+def in_child(a):
+    "The scan with PyTorch's threads set to two; then gradients, with one, as PyTorch's own operators need it in a forked process."
+    threads, y = torch.get_num_threads(), selective_scan(**a, delta_softplus=True, backend='c')
+    torch.set_num_threads(1)
+    rest = outcomes('c', a, delta_softplus=True)
+    assert torch.equal(y, rest['y'])
+    return pickle.dumps({k: v.numpy() for k, v in rest.items()}), compiled.library().pahcl_forked(), threads
+
+class Scans(torch.utils.data.Dataset):
+    "A data set whose items are scans, as a worker process would compute them."
+    def __init__(self, a): self.a = a
+    def __len__(self): return 4
+    def __getitem__(self, i): return selective_scan(**self.a, delta_softplus=True, backend='c')
+
+@needs_c
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+@pytest.mark.filterwarnings('ignore:.*fork')
+def test_in_a_forked_worker():
+    "The parent's threads are gone in a child: it must neither hang nor compute anything else."
+    a, threads = {k: v.float() for k, v in arguments(2, 64, 4, 40).items()}, torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        here = outcomes('c', a, delta_softplus=True)  # the parent has used its threads
+        with multiprocessing.get_context('fork').Pool(1) as pool: there, forked, count = pool.apply_async(in_child, (a,)).get(timeout=60)
+        assert forked == 1 and count == 2 and compiled.library().pahcl_forked() == 0
+        assert all(np.array_equal(here[k].numpy(), v) for k, v in pickle.loads(there).items())
+        loader = torch.utils.data.DataLoader(Scans(a), num_workers=1, multiprocessing_context='fork', batch_size=2, timeout=60)
+        for batch in loader: assert torch.equal(batch[0], here['y'])
+    finally: torch.set_num_threads(threads)
+
+@pytest.fixture
+def no_library(monkeypatch):
+    "As if pahcl had been installed without a compiler; yields what the log says."
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    compiled.logger().addHandler(handler)
+    monkeypatch.setattr(compiled, 'find_spec', lambda name: None)
+    compiled.library.cache_clear()
+    yield lines
+    compiled.logger().removeHandler(handler)
+    compiled.library.cache_clear()
+
+def test_without_the_library_it_falls_back_and_says_so(no_library):
+    a = arguments()
+    y = selective_scan(**a, delta_softplus=True)
+    selective_scan(**a, delta_softplus=True)
+    assert torch.equal(y, selective_scan(**a, delta_softplus=True, backend='torch'))
+    assert len(no_library) == 1 and 'falling back to the torch backend' in no_library[0] and 'install a C compiler' in no_library[0]
+    with pytest.raises(PahclError, match="backend 'c' was not compiled here; install a C compiler"): selective_scan(**a, backend='c')
+
+@needs_c
+def test_a_foreign_library_is_not_called(no_library, monkeypatch, tmp_path):
+    (tmp_path/'rubbish.so').write_bytes(b'no library')
+    for path, why in [(ctypes.util.find_library('m') or 'libm.so.6', 'has no pahcl_size'), (str(tmp_path/'rubbish.so'), 'rubbish.so')]:
+        no_library.clear()
+        monkeypatch.setattr(compiled, 'find_spec', lambda name: types.SimpleNamespace(origin=path))
+        compiled.library.cache_clear()
+        assert not compiled.have_compiled() and why in no_library[0]
+
+@needs_c
+def test_tensors_elsewhere_are_refused():
+    a = {k: v.to('meta') for k, v in arguments().items()}
+    with pytest.raises(PahclError, match="backend 'c' runs on the CPU, and u is on meta"): scan.scan_c(**a)
+
+@pytest.mark.parametrize('backend', FAST)
+@pytest.mark.parametrize('sizes', [(0, 3, 4, 5), (2, 3, 4, 0), (0, 0, 1, 0)])
+def test_nothing_gives_nothing(backend, sizes):
+    got = outcomes(backend, arguments(*sizes), delta_softplus=True)
+    assert got['y'].shape == (sizes[0], sizes[1], sizes[3]) and all(not v.abs().sum() for k, v in got.items() if k != 'y')
+
+@needs_c
+def test_no_copy_of_the_blocks_layout():
+    "What leaves the scan has the layout of what came in, and so have the gradients."
+    base = torch.randn(2, 40, 24)
+    u, delta, z = (v.transpose(1, 2).requires_grad_() for v in base.chunk(3, -1))
+    y = selective_scan(u, delta, -torch.ones(8, 4), torch.randn(2, 4, 40), torch.randn(2, 4, 40), z=z, delta_softplus=True, backend='c')
+    assert y.transpose(1, 2).is_contiguous()
+    assert all(g.transpose(1, 2).is_contiguous() for g in torch.autograd.grad(y.sum(), (u, delta, z)))
+
+def test_build_without_a_compiler(tmp_path):
+    "setup.py ends well, says what is missing, and leaves no half of a library."
+    root = Path(scan.__file__).resolve().parent.parent
+    if not (root/'setup.py').exists(): pytest.skip('installed without its sources')
+    done = subprocess.run([sys.executable, 'setup.py', '-q', 'build_ext', '--build-lib', tmp_path/'lib', '--build-temp', tmp_path/'temp'], cwd=root,
+                          env={**os.environ, 'CC': '/no/compiler'}, capture_output=True, text=True)
+    assert done.returncode == 0 and 'the selective scan will run in PyTorch' in done.stdout and not list(tmp_path.rglob('*_selective_scan*.so'))
 
 # the sizes that mamba_ssm/modules/mamba_simple.py gives its layers
 @pytest.mark.parametrize('d_model,options,inner,rank,state,conv', [

@@ -1,0 +1,56 @@
+"A training step of cnn_mamba against the same network with the sliced loop, and all encoders: python benchmarks/encoders.py [--quick] [--one-thread]"
+import os, sys
+import torch
+from torch.utils.benchmark import Timer
+from loops import sliced
+from pahcl import scan
+from pahcl.encoder import PRESETS, build_encoder
+
+B, T = 32, 4000
+
+def use_loop(encoder, wanted):
+    "Let every Mamba block use the sliced loop, or what it used before."
+    scan.BACKENDS['sliced'] = lambda u, delta, A, B, C, D, z, bias, softplus: (sliced(*scan.widen(u, delta, A, B, C, D, z, bias)), None)
+    for m in encoder.modules():
+        if isinstance(m, scan.MambaBlock): m.backend = 'sliced' if wanted else 'auto'
+
+def step(encoder, optimiser, x, length, half):
+    optimiser.zero_grad()
+    with torch.autocast('cpu', torch.bfloat16, enabled=half): y = encoder(x, length)
+    y.float().square().mean().backward()
+    optimiser.step()
+
+def seconds(function, repeats=1): return Timer('f()', globals=dict(f=function), num_threads=torch.get_num_threads()).timeit(repeats).mean
+
+def main(quick=False, threads=2):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    x, length = torch.randn(B, 1, T), torch.randint(2000, T+1, (B,))
+    encoder = build_encoder('cnn_mamba').train()
+    optimiser = torch.optim.AdamW(encoder.parameters(), 1e-4)
+    times = {}
+    for _ in range(1 if quick else 5):
+        for half in (False, True):
+            for loop in (False, True):
+                use_loop(encoder, loop)
+                times.setdefault((half, loop), []).append(seconds(lambda: step(encoder, optimiser, x, length, half)))
+                print(f'  half {half}, loop {loop}: {times[half, loop][-1]:.2f} s', file=sys.stderr, flush=True)
+    use_loop(encoder, False)
+    median = {k: sorted(v)[(len(v)-1)//2] for k, v in times.items()}
+    print(f'training step of cnn_mamba, B {B}, {threads} threads, medians; load average {os.getloadavg()[0]:.1f}')
+    print(f'{"":14}{"ours, cycles/s":>16}{"sliced loop":>14}{"ratio":>8}')
+    for half, name in ((False, 'float32'), (True, 'bf16 autocast')):
+        print(f'{name:14}{B/median[half, False]:16.1f}{B/median[half, True]:14.1f}{median[half, True]/median[half, False]:8.1f}')
+    print(f'bf16 autocast against the sliced loop in float32: {median[False, True]/median[True, False]:.1f} times (goals: 4 in float32, 6 in bf16)')
+    print(f'\n{"seconds for 1000 cycles":24}{"training":>10}{"inference":>11}')
+    for name in PRESETS:
+        model = build_encoder(name)
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-4)
+        def infer():
+            with torch.no_grad(): model(x, length)
+        model.train(); step(model, optimiser, x, length, False)
+        train = sorted(seconds(lambda: step(model, optimiser, x, length, False)) for _ in range(3))[1]
+        model.eval(); infer()
+        print(f'{name:24}{train*1000/B:10.1f}{sorted(seconds(infer) for _ in range(3))[1]*1000/B:11.1f}')
+
+if __name__ == '__main__': main('--quick' in sys.argv, 1 if '--one-thread' in sys.argv else 2)

@@ -1,0 +1,180 @@
+"Checkpoints of the original project load, and nothing in any file is run"
+import collections, io, os, pickle, subprocess, sys, types, zipfile
+from pathlib import Path
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from pahcl.basics import PahclError
+from pahcl.classifier import loading_line, pretrained_encoder
+from pahcl.encoder import build_encoder
+from pahcl.foreign import CarefulUnpickler, Inert, adapted, inferred_config, plain, read_foreign
+
+class Omega:
+    "Modules and classes with OmegaConf's names and state, there while a file is written and gone when it is read."
+    def __enter__(self):
+        self.modules = {n: types.ModuleType(n) for n in ('omegaconf', 'omegaconf.dictconfig', 'omegaconf.listconfig', 'omegaconf.nodes', 'omegaconf.base')}
+        for module, name in [('dictconfig', 'DictConfig'), ('listconfig', 'ListConfig'), ('nodes', 'AnyNode'), ('base', 'ContainerMetadata')]:
+            setattr(self.modules[f'omegaconf.{module}'], name, type(name, (), {'__module__': f'omegaconf.{module}'}))
+        sys.modules.update(self.modules)
+        return self
+    def __exit__(self, *_):
+        for n in self.modules: del sys.modules[n]
+    def make(self, value, parent=None):
+        kind = ('dictconfig', 'DictConfig') if isinstance(value, dict) else ('listconfig', 'ListConfig') if isinstance(value, list) else ('nodes', 'AnyNode')
+        node = getattr(self.modules[f'omegaconf.{kind[0]}'], kind[1])()
+        meta = self.modules['omegaconf.base'].ContainerMetadata()
+        meta.__dict__.update(object_type=dict, ref_type=int, key=None)
+        node.__dict__.update(_metadata=meta, _parent=parent, _flags_cache=None)
+        if isinstance(value, dict): node._content = {k: self.make(v, node) for k, v in value.items()}
+        elif isinstance(value, list): node._content = [self.make(v, node) for v in value]
+        else: node._val = value
+        return node
+
+CONFIG = dict(model=dict(encoder_type='cnn_mamba', cnn_strides=[2, 2, 2, 2], mamba_d_model=256), training=dict(batch_size=64, learning_rate=2e-3), name=None)
+
+def original(moco=False, **overrides):
+    "An encoder as the original project has it, and its checkpoint's `model_state_dict`."
+    torch.manual_seed(0)
+    e = build_encoder('cnn_mamba', mamba_dt_rank=1, **overrides)
+    state = collections.OrderedDict((f'encoder.{k}', v) for k, v in e.state_dict().items())
+    state |= {'cycle_projector.net.0.weight': torch.zeros(512, 256), 'substructure_projector.net.0.weight': torch.zeros(256, 256)}
+    if moco:
+        state |= {k.replace('encoder.', 'encoder_momentum.', 1): v+1 for k, v in state.items() if k.startswith('encoder.')}
+        state |= {'cycle_projector_momentum.net.0.weight': torch.zeros(512, 256), 'substructure_projector_momentum.net.0.weight': torch.zeros(256, 256),
+                  'queue': torch.randn(128, 8192), 'queue_ptr': torch.zeros(1, dtype=torch.long)}
+    return e.eval(), state
+
+@pytest.mark.parametrize('moco', [False, True])
+@pytest.mark.parametrize('legacy', [False, True])
+def test_checkpoints_of_the_original_project(tmp_path, moco, legacy):
+    e, state = original(moco)
+    assert state['encoder.mamba.layers.0.ssm.x_proj.weight'].shape == (33, 512) and state['encoder.mamba.layers.0.ssm.dt_proj.weight'].shape == (512, 1)
+    path, content = tmp_path/'best_model.pt', dict(epoch=99, global_step=torch.tensor(7), model_state_dict=state, optimizer_state_dict=dict(state={}, param_groups=[dict(lr=1e-3)]), best_metric=0.5)
+    if moco: content['moco_metadata'] = dict(is_moco=True, momentum=0.999, queue_size=8192)
+    with Omega() as omega: torch.save(content | dict(config=omega.make(CONFIG)), path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(Exception): torch.load(path, weights_only=True)
+    again, saved, found = pretrained_encoder(path)
+    x = torch.randn(2, 1, 800)
+    with torch.no_grad(): assert torch.equal(again.eval()(x), e(x))
+    assert saved['config'] == CONFIG and saved['epoch'] == 99 and again.config['mamba_dt_rank'] == 1
+    line = loading_line(path, found)
+    n = len(e.state_dict())
+    if moco: assert f'MoCo detected: True, momentum 0.999, queue size 8192, {n+4} MoCo parameters skipped, 2 parameters of heads skipped, {n} parameters loaded' in line
+    else: assert f'MoCo detected: False, 2 parameters of heads skipped, {n} parameters loaded' in line
+
+def test_without_pickled_objects_and_with_the_prefix_of_ddp(tmp_path):
+    e, state = original(True, mamba_n_layers=1, cnn_channels=[8, 16], cnn_kernel_sizes=[7, 3], cnn_strides=[4, 4], mamba_d_model=16, mamba_d_state=4)
+    torch.save(dict(model_state_dict={f'module.{k}': v for k, v in state.items()}, config=dict(model=dict(cnn_strides=[4, 4]))), tmp_path/'a.pt')
+    again, saved, found = pretrained_encoder(tmp_path/'a.pt')
+    x = torch.randn(2, 1, 800)
+    with torch.no_grad(): assert torch.equal(again.eval()(x), e(x))
+    assert found['moco'] and found['queue_size'] == 8192 and found['momentum'] is None
+
+def test_strides_that_the_file_does_not_say_come_from_the_configuration(tmp_path):
+    e, state = original(mamba_n_layers=1, cnn_channels=[8, 16], cnn_kernel_sizes=[7, 3], cnn_strides=[4, 4], mamba_d_model=16)
+    torch.save(dict(model_state_dict=state), tmp_path/'a.pt')
+    assert pretrained_encoder(tmp_path/'a.pt', dict(cnn_strides=[4, 4]))[0].config == e.config
+    with pytest.raises(PahclError, match='mamba_n_layers 1, but model.mamba_n_layers is 4'): pretrained_encoder(tmp_path/'a.pt', dict(mamba_n_layers=4))
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.sampled_from([4, 6]), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(0, 2))
+def test_sizes_are_read_off_the_weights(layers, width, state_numbers, conv, rank, both, mamba_layers):
+    config = dict(cnn_channels=[4]*layers, cnn_kernel_sizes=[5]*layers, cnn_strides=[2]*layers, mamba_d_model=width, dropout=0.1)
+    if mamba_layers: config |= dict(mamba_n_layers=mamba_layers, mamba_d_state=state_numbers, mamba_d_conv=conv, mamba_expand=3, mamba_dt_rank=rank, mamba_bidirectional=both)
+    e = build_encoder('cnn_mamba' if mamba_layers else 'cnn', **config)
+    found = inferred_config(e.state_dict(), dict(cnn_strides=[2]*layers))
+    again = build_encoder({'mamba_d_model': width, **found, 'dropout': 0.1})
+    assert again.config == e.config
+
+@pytest.mark.parametrize('name,begin', [('sincnext_bm', 'sinc_conv.'), ('resnet34_1d', 'stem.')])
+def test_other_encoders_are_told_by_their_names(tmp_path, name, begin):
+    e = build_encoder(name)
+    assert any(k.startswith(begin) for k in e.state_dict())
+    torch.save(dict(model_state_dict={f'encoder.{k}': v for k, v in e.state_dict().items()}), tmp_path/'a.pt')
+    assert pretrained_encoder(tmp_path/'a.pt')[0].config == e.config
+    torch.save(dict(model_state_dict={'encoder.layer1.0.conv1.weight': torch.zeros(64, 64, 3)}), tmp_path/'b.pt')
+    with pytest.raises(PahclError, match='does not fit the encoder .* superfluous: layer1.0.conv1.weight'): pretrained_encoder(tmp_path/'b.pt')
+
+class Call:
+    "Pickles as a call of any function."
+    def __init__(self, function, *args, state=None): self.call = (function, args) if state is None else (function, args, state)
+    def __reduce__(self): return self.call
+
+HIT = []
+def hit(*args, **kwargs): HIT.append(args)
+
+def hostile(folder):
+    marker = str(folder/'marker')
+    return dict(
+        system=Call(os.system, f'touch {marker}'), popen=Call(subprocess.Popen, ['touch', marker]), evaluate=Call(eval, f"open({marker!r}, 'w')"), own=Call(hit, 1),
+        write=Call(open, marker, 'w'), attribute=Call(getattr, collections.OrderedDict, 'fromkeys'), code=Call(exec, f"open({marker!r}, 'w')"), module=Call(__import__, 'antigravity'),
+        state=Call(collections.OrderedDict, state={'a': Call(os.mkdir, marker)}), nested=Call(map, hit, [1, 2]), torch_load=Call(torch.load, marker), hub=Call(torch.hub.load, 'a/b', 'c'),
+        items=[Call(os.mkdir, marker)], again=Call(hit))
+
+@pytest.mark.parametrize('which', list(hostile(Path('x'))))
+@pytest.mark.parametrize('legacy', [False, True])
+def test_hostile_files_run_nothing(tmp_path, which, legacy):
+    HIT.clear()
+    _, state = original(mamba_n_layers=1)
+    path = tmp_path/'evil.pt'
+    torch.save(dict(model_state_dict=state, config=hostile(tmp_path)[which]), path, _use_new_zipfile_serialization=not legacy)
+    before = set(sys.modules)
+    encoder, saved, found = pretrained_encoder(path)
+    assert not (tmp_path/'marker').exists() and not HIT and found['loaded'] == len(encoder.state_dict())
+    assert 'antigravity' not in set(sys.modules)-before
+
+def test_the_test_is_sharp(tmp_path):
+    "The same file does run something in the hands of plain pickle."
+    HIT.clear()
+    pickle.loads(pickle.dumps(hostile(tmp_path)['own']))
+    assert HIT == [(1,)]
+
+def test_hostile_weights_and_whole_files(tmp_path):
+    HIT.clear()
+    path = tmp_path/'evil.pt'
+    for content in (Call(hit), [Call(hit)], dict(model_state_dict=Call(hit)), dict(model_state_dict={'encoder.a': Call(hit)}), {'model_state_dict': {}, 'a': Call(hit)}):
+        torch.save(content, path)
+        with pytest.raises(PahclError): pretrained_encoder(path)
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(PahclError): pretrained_encoder(path)
+    assert not HIT
+
+def test_programs_of_torchscript_are_refused(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path/'a.pt')
+    with pytest.raises(PahclError, match='TorchScript'): read_foreign(tmp_path/'a.pt')
+    with pytest.raises(PahclError): pretrained_encoder(tmp_path/'a.pt')
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_pickles_are_errors_or_values(data):
+    try: plain(CarefulUnpickler(io.BytesIO(b'\x80\x04'+data)).load())
+    except Exception as e: assert not isinstance(e, (SystemExit, KeyboardInterrupt))
+
+def test_lists_of_lists_of_lists_do_not_fill_the_memory():
+    value = [0]
+    for _ in range(200): value = [value, value]
+    assert len(plain(value)) == 2
+    loop = []; loop.append(loop)
+    assert plain(loop) == [None]
+
+@pytest.mark.parametrize('damage', ['cut', 'rubbish', 'empty', 'zip', 'tensor'])
+def test_damaged_files_are_named(tmp_path, damage):
+    _, state = original(mamba_n_layers=1)
+    path = tmp_path/'a.pt'
+    with Omega() as omega: torch.save(dict(model_state_dict=state, config=omega.make(CONFIG)), path)
+    if damage == 'cut': path.write_bytes(path.read_bytes()[:-2000])
+    elif damage == 'rubbish': path.write_bytes(os.urandom(500))
+    elif damage == 'empty': path.write_bytes(b'')
+    elif damage == 'zip':
+        with zipfile.ZipFile(path, 'w') as archive: archive.writestr('a/b', 'c')
+    else: torch.save(torch.zeros(3), path)
+    with pytest.raises(PahclError, match='a.pt'): pretrained_encoder(path)
+    with pytest.raises(PahclError, match='a.pt'): read_foreign(path)
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(PahclError, match='none.pt'): pretrained_encoder(tmp_path/'none.pt')
+
+def test_stubs_take_whatever_a_pickle_does_to_them():
+    stub = Inert(1, a=2)
+    stub.append(1), stub.extend([2]), stub.add(3), stub.__setitem__('a', 4)
+    assert stub.items == [1, 2, 3, ('a', 4)] and isinstance(stub(5), Inert) and plain(stub) == '<.>'
+    with pytest.raises(PahclError, match='something else than tensors: encoder.a'): adapted(dict(model_state_dict={'encoder.a': 3}))
