@@ -172,14 +172,14 @@ def read_table(
     if missing: raise PahclError(f'{path} has no column {missing[0]!r}; it has {", ".join(table.columns[:8])}. Download it again.')
     return table.apply(lambda column: column.str.strip())
 
-# %% ../nbs/00_data_download.ipynb #c07824d2
+# %% ../nbs/00_data_download.ipynb #134374f7
 def one_of(
     value,          # a cell
     choices,        # what it may be
     where,          # file, column and row, for the message
 ):                  # the value
     "`value` if it is one of `choices`; anything else is a `PahclError`."
-    if value not in choices: raise PahclError(f'{where} is {value!r}; expected one of {", ".join(map(str, choices))}.')
+    if value not in choices: raise PahclError(f'{where} is {value!r}; expected one of {", ".join(str(c) for c in choices if c != "")}. Correct it, or download the data set again.')
     return value
 
 # %% ../nbs/00_data_download.ipynb #c30ed5f9
@@ -231,12 +231,14 @@ def _circor(folder):
     _warn_missing((listed-found).total(), path, folder/'training_data')
     return rows
 
-# %% ../nbs/00_data_download.ipynb #83e3fe6d
+# %% ../nbs/00_data_download.ipynb #5a11ce52
 def _references(paths):
     "record → normal or abnormal, from REFERENCE.csv files; later ones win"
     labels = {}
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding='utf-8-sig').splitlines(), 1):
+        try: lines = path.read_text(encoding='utf-8-sig').splitlines()
+        except UnicodeDecodeError as e: raise PahclError(f'{path} is not a text file in UTF-8 ({e.reason}). Download it again.') from e
+        for number, line in enumerate(lines, 1):
             if not line.strip(): continue
             record, value = [part.strip() for part in f'{line},'.split(',')[:2]]
             one_of(value, ('-1', '1'), f'{path} line {number}, the label of {record!r},')
@@ -251,7 +253,7 @@ def _appendix_subjects(folder):
     table = read_table(tables[0], ['Challenge record name', 'Subject ID'])
     return {r: f'bS{int(float(s))}' for r, s in zip(table['Challenge record name'], table['Subject ID']) if r[:1] == 'b' and s not in ('', 'nan', 'NaN')}
 
-# %% ../nbs/00_data_download.ipynb #9cbfd08e
+# %% ../nbs/00_data_download.ipynb #f595d8a6
 def _physionet2016(folder):
     "rows of the 2016 challenge; nothing if no REFERENCE.csv is found"
     places = [p for base in (folder, folder/'training') for p in sorted(base.glob('training-*')) if p.is_dir()]
@@ -261,6 +263,8 @@ def _physionet2016(folder):
     annotations = {p.name.removesuffix('_StateAns.mat'): p for p in (folder/'annotations').rglob('*_StateAns.mat')}
     wavs = {wav.stem: wav for place in reversed(places) for wav in _wavs(place)}           # the first folder wins
     _warn_missing(len(labels.keys()-wavs.keys()), 'REFERENCE.csv', folder)
+    unknown = sum(r[:1] == 'b' and r not in subjects for r in wavs)
+    if unknown: logger().warning(f'the subjects of {unknown} recordings of training-b are not known (no Online_Appendix_training_set.csv in {folder/"annotations"}): each counts as a person, and one person may be on both sides of a split')
     return [dict(subject_id=subjects.get(record, record), person_id=subjects.get(record, record), recording_id=record, path=wav, source=wav.parent.name,
                  label=labels.get(record), raw_label=labels.get(record), annotation_path=annotations.get(record), folder=f'rec_{record}')
             for record, wav in wavs.items()]
@@ -321,7 +325,7 @@ def _nothing_found(raw_dir, names):
     return PahclError(f'no labels found for {", ".join(names)} in {raw_dir}. Expected: {expected}. Seen: {"; ".join(map(seen, folders))}. '
                       f'Run pahcl_download, or give the folder that holds {" or ".join(names)}.')
 
-# %% ../nbs/00_data_download.ipynb #e98355df
+# %% ../nbs/00_data_download.ipynb #c2f6b4e6
 def recordings(
     raw_dir,          # the folder of all raw data, e.g. `data/raw`
     dataset='all',    # `circor`, `physionet2016`, `pascal`, `all` (those that are there), or a list
@@ -338,11 +342,19 @@ def recordings(
     if not rows: raise _nothing_found(raw_dir, names)
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(['dataset', 'subject_id', 'recording_id'], kind='stable', ignore_index=True)
     table['sample_rate'], table['seconds'] = zip(*(_header(p, unreadable) for p in table.path))
+    _tell_unlabelled(table)
     text = [c for c in COLUMNS if c not in ('sample_rate', 'seconds')]
     table[text] = table[text].astype(object).map(lambda v: None if v is None or v is pd.NA or v != v or v == '' else str(v)).astype('string')
     table['source'] = table.source.fillna('')
     table['folder'] = 'subject_'+table.subject_id+'/'+_unique(table)
     return table
+
+# %% ../nbs/00_data_download.ipynb #4b4f2fbe
+def _tell_unlabelled(table):
+    "log how many recordings have no label at all, by data set"
+    bare = table[['murmur', 'outcome', 'raw_label']].map(lambda v: v is None or v != v or v == '').all(axis=1)
+    for name, count in bare.groupby(table.dataset).sum().items():
+        if count: logger().info(f'{name}: {count} recordings are there that no table labels')
 
 # %% ../nbs/00_data_download.ipynb #4926be9c
 def _unique(table):

@@ -336,7 +336,7 @@ def finetune(
         run.say(', '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k.startswith('test_') and isinstance(v, float)))
     return metrics
 
-# %% ../nbs/05_finetune.ipynb #d7d5344e
+# %% ../nbs/05_finetune.ipynb #2037c55f
 @script
 def pahcl_finetune(
     task: str = None,                       # circor_murmur, circor_outcome, physionet2016 or pascal; needed unless --config names it
@@ -345,7 +345,7 @@ def pahcl_finetune(
     data_dir: str = None,                   # folder of the prepared tasks (default: data/downstream)
     output_dir: str = 'outputs',            # the run's folder is made in it
     experiment_name: str = None,            # the run's folder is <task>_<experiment name> (default: downstream)
-    encoder_type: str = None,               # encoder of a random start: cnn_mamba (default), cnn_mamba_small, cnn
+    encoder_type: str = None,               # encoder of a random start: cnn_mamba (default), cnn_mamba_small, cnn, cnn_transformer, cnn_lstm, resnet34_1d, sincnext_bm
     linear_eval: bool = False,              # freeze the encoder; only the head learns
     few_shot: bool = False,                 # train on a share of the subjects
     shot_ratio: float = None,               # that share (default: 0.1); given alone it means --few-shot too

@@ -209,7 +209,7 @@ def pretrain(
             run.finish(run_pretraining(run, config, data, facts, model))
     return folder/'best_model.pt'
 
-# %% ../nbs/04_pretrain.ipynb #3a2ac9cc
+# %% ../nbs/04_pretrain.ipynb #6544a2f4
 @script
 def pahcl_pretrain(
     config: str = 'pretrain',                # configuration: a path, or the name of a packaged one
@@ -217,7 +217,7 @@ def pahcl_pretrain(
     downstream_dir: str = None,              # prepared tasks, whose validation and test subjects are left out (default: data/downstream)
     output_dir: str = 'outputs',             # the run's folder is made in it
     experiment_name: str = None,             # name of the run's folder (default: pahcl_pretrain)
-    encoder_type: str = None,                # cnn_mamba (default), cnn_mamba_small, cnn
+    encoder_type: str = None,                # cnn_mamba (default), cnn_mamba_small, cnn, cnn_transformer, cnn_lstm, resnet34_1d, sincnext_bm
     moco: bool = False,                      # momentum encoder and queue instead of SimCLR
     epochs: int = None,                      # training epochs (default: from the configuration)
     lr: float = None,                        # learning rate
