@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
