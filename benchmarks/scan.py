@@ -22,14 +22,18 @@ GOALS = {('c', 'sliced'): 20, ('c', 'unbind'): 7, ('c', 'parallel'): 40, ('torch
 
 def once(form, a, weights): return torch.autograd.grad(FORMS[form](**a), list(a.values()), weights)
 
+def high_water():
+    "Largest resident size of this process so far, in MiB (Linux; getrusage's would start from that of the process that started this one)."
+    return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])/1024
+
 def peak_mib(form):
     "Growth of the largest resident size over a warm-up, in a process of its own."
-    code = (f"import sys; sys.path[:0] = {[os.path.dirname(__file__), *sys.path]!r}\nimport resource, torch, scan\ntorch.set_num_threads(2)\n"
+    code = (f"import sys; sys.path[:0] = {[os.path.dirname(__file__), *sys.path]!r}\nimport torch, scan\ntorch.set_num_threads(2)\n"
             "small = scan.arguments(1, 20, 32, 16)\n"
             f"scan.once({form!r}, small, torch.ones_like(small['u']))\n"
             "a = scan.arguments(**scan.SIZES); w = torch.randn_like(a['u'])\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            f"scan.once({form!r}, a, w)\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)")
+            "before = scan.high_water()\n"
+            f"scan.once({form!r}, a, w)\nprint(scan.high_water()-before)")
     return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
 
 def main(quick=False, threads=2):

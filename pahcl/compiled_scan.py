@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'TENSORS', 'MEMORY', 'LEVELS', 'ELEMENTARY', 'Strided', 'Job', 'open_library', 'library', 'have_compiled',
-           'elementary', 'strided', 'pieces', 'call', 'CompiledScan', 'compiled_scan']
+           'elementary', 'strided', 'pieces', 'groups', 'call', 'CompiledScan', 'compiled_scan']
 
 # %% ../nbs/03d_compiled_scan.ipynb #2ccc7c29
 import ctypes
@@ -21,7 +21,7 @@ class Strided(ctypes.Structure):
     "A tensor as C sees it: address and strides."
     _fields_ = [('data', ctypes.c_void_p), ('s0', ctypes.c_int64), ('s1', ctypes.c_int64), ('s2', ctypes.c_int64)]
 
-NUMBERS = 'batch channels states length softplus threads bytes level'.split()
+NUMBERS = 'batch channels states length softplus threads bytes level groups'.split()
 TENSORS = 'u delta A B C D z bias y last dy dlast du ddelta dA dB dC dD dz dbias'.split()
 MEMORY = 'checkpoints partial_BC partial_A partial_d'.split()
 
@@ -89,6 +89,12 @@ def pieces(
     lanes, steps = 128//u.element_size(), 16
     return u.shape[0], -(-u.shape[1]//lanes), -(-u.shape[2]//steps), A.shape[1], lanes, steps
 
+def groups(
+    u,       # [B, D, L]
+) -> int:
+    "Into how many groups the backward pass puts a sequence's blocks of channels: work for 64 threads at least where there are so many blocks, else little to add up."
+    return min(-(-u.shape[1]//(128//u.element_size())), -(-64//u.shape[0]))
+
 def call(
     which,           # 'forward' or 'backward'
     softplus, level, # see `CompiledScan`
@@ -96,7 +102,7 @@ def call(
 ):
     "Run one pass; raises `MemoryError` where the little that each thread needs is not there."
     u = given['u']
-    numbers = (*u.shape[:2], given['A'].shape[1], u.shape[2], softplus, torch.get_num_threads(), u.element_size(), level)
+    numbers = (*u.shape[:2], given['A'].shape[1], u.shape[2], softplus, torch.get_num_threads(), u.element_size(), level, groups(u))
     memory = {n: given[n].data_ptr() for n in MEMORY if given.get(n) is not None}
     job = Job(**dict(zip(NUMBERS, numbers)), **{n: strided(given.get(n)) for n in TENSORS}, **memory)
     if getattr(library(), f'pahcl_{which}')(job): raise MemoryError(f'selective scan: no memory for the {which} pass. Use a smaller --batch-size.')
@@ -125,7 +131,7 @@ class CompiledScan(torch.autograd.Function):
         if dy is None: dy = torch.zeros((), dtype=u.dtype).expand(u.shape)
         out = {'d'+k: None if v is None else torch.empty_like(v) for k, v in given.items()}
         call('backward', ctx.softplus, ctx.level, **given, **out, dy=dy, dlast=dlast, checkpoints=checkpoints,
-             partial_BC=u.new_empty(b, blocks, chunks, 2, n, steps), partial_A=u.new_empty(b, blocks, n, lanes), partial_d=u.new_empty(b, blocks, 2, lanes))
+             partial_BC=u.new_empty(b, groups(u), chunks, 2, n, steps), partial_A=u.new_empty(b, blocks, n, lanes), partial_d=u.new_empty(b, blocks, 2, lanes))
         return *(out['d'+k] for k in names), None, None, None
 
 # %% ../nbs/03d_compiled_scan.ipynb #6577c397

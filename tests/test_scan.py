@@ -122,7 +122,7 @@ def test_memory_is_that_of_checkpoints(backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         selective_scan(**a, delta_softplus=True, backend=backend)
     state = 2*16*16
-    assert max(kept) < 320*state/8 and sum(kept) < (320/CHUNK)*state + 20*2*16*320  # checkpoints, and a few tensors as large as u
+    assert max(kept) <= 320*state/8 and sum(kept) < (320/CHUNK)*state + 20*2*16*320  # checkpoints, and a few tensors as large as u
     calls = []
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(1) or t, lambda t: t): selective_scan(**a, backend=backend)
     assert not calls
