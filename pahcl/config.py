@@ -50,7 +50,7 @@ class DataSection(Section):
     num_substructures: int = Field(4, ge=1)                      # 4: S1, systole, S2, diastole; other numbers: equal parts
     length_mode: Literal['pad', 'phase'] = 'pad'                 # crop or zero-pad, or stretch every cycle to the target length
 
-# %% ../nbs/00b_config.ipynb #0036f039
+# %% ../nbs/00b_config.ipynb #1b6beb5b
 class ModelSection(Section):
     "The encoder; None means the preset's own value."
     encoder_type: Optional[str] = None
@@ -67,6 +67,7 @@ class ModelSection(Section):
     dropout: Optional[float] = Field(None, ge=0, lt=1)
     drop_path: Optional[float] = Field(None, ge=0, lt=1)  # share of cycles that skip the last Mamba layer in training, fewer the earlier ones
     channel_attention: Optional[bool] = None           # each convolutional layer weighs its channels by their means
+    norm: Optional[Literal['group', 'affine']] = None  # of resnet34_1d; affine: scale and shift alone, as what batch norms of foreign checkpoints come to
 
 # %% ../nbs/00b_config.ipynb #3b56fc36
 class ClassifierSection(Section):

@@ -270,7 +270,7 @@ class CNNMamba(Encoder):
         y = self.mamba(self.projection(self.cnn(x, valid_length).transpose(1, 2)), length)
         return y if valid_length is None else y*self.frame_mask(valid_length, x.shape[-1])[..., None]
 
-# %% ../nbs/03_encoder.ipynb #f124b44b
+# %% ../nbs/03_encoder.ipynb #daaa8375
 CONVOLUTIONS = dict(cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[7, 5, 5, 3], cnn_strides=[2, 2, 2, 2], dropout=0.1, channel_attention=False)
 MAMBA = dict(mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=None, mamba_bidirectional=False, drop_path=0.)
 PRESETS = dict(
@@ -280,7 +280,7 @@ PRESETS = dict(
     cnn=dict(**CONVOLUTIONS, mamba_d_model=256),
     cnn_transformer=dict(**CONVOLUTIONS, mamba_d_model=256, mamba_n_layers=4, mamba_expand=2),
     cnn_lstm=dict(**CONVOLUTIONS, mamba_d_model=256, mamba_n_layers=2),
-    resnet34_1d=dict(cnn_channels=[64, 128, 256, 512], cnn_kernel_sizes=[3, 3, 3, 3], cnn_strides=[1, 2, 2, 2], dropout=0.1),
+    resnet34_1d=dict(cnn_channels=[64, 128, 256, 512], cnn_kernel_sizes=[3, 3, 3, 3], cnn_strides=[1, 2, 2, 2], dropout=0.1, norm='group'),
     sincnext_bm=dict(cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[401, 7, 7, 7], cnn_strides=[4, 2, 2, 1], dropout=0.1,
                      **{**MAMBA, 'mamba_bidirectional': True}, mamba_d_model=256, mamba_n_layers=2))
 ENCODERS = dict(cnn_mamba=CNNMamba, cnn_mamba_small=CNNMamba, cnn=CNNMamba)
@@ -367,7 +367,7 @@ class ClassifierHead(Head):
         hidden = [nn.Linear(in_dim, hidden_dim), nn.ReLU()] if hidden_dim else []
         super().__init__(*hidden, Dropout(dropout), nn.Linear(hidden_dim or in_dim, num_classes))
 
-# %% ../nbs/03_encoder.ipynb #44ef8567
+# %% ../nbs/03_encoder.ipynb #ed0658a4
 def load_weights(
     model: nn.Module,  # what is to be filled
     state: dict,       # name -> tensor
@@ -376,7 +376,7 @@ def load_weights(
     "Fill every parameter from `state`; a missing, superfluous or misshapen one is a `PahclError` that names it, and nothing is changed."
     own = model.state_dict()
     misfits = dict(missing=sorted(own.keys()-state.keys()), superfluous=sorted(state.keys()-own.keys()),
-                   misshapen=sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape))
+                   misshapen=[f'{k} {list(state[k].shape)} there, {list(own[k].shape)} here' for k in own if k in state and own[k].shape != state[k].shape])
     if any(misfits.values()):
         some = '; '.join(f'{len(v)} {k}: {", ".join(v[:4])}{" …" if len(v) > 4 else ""}' for k, v in misfits.items() if v)
         raise PahclError(f'{source} does not fit the encoder ({some}). Was it made by another encoder_type or other settings?')

@@ -94,11 +94,11 @@ def test_round_trip_phases_and_half_precision(name, tmp_path):
 
 USED = dict(cnn_transformer={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model', 'mamba_n_layers', 'mamba_expand', 'dropout', 'channel_attention'},
             cnn_lstm={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model', 'mamba_n_layers', 'dropout', 'channel_attention'},
-            resnet34_1d={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'dropout'},
+            resnet34_1d={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'dropout', 'norm'},
             sincnext_bm={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model', 'mamba_n_layers', 'mamba_d_state', 'mamba_d_conv', 'mamba_expand',
                          'mamba_dt_rank', 'mamba_bidirectional', 'dropout', 'drop_path'})
 OTHER = dict(cnn_channels=[4, 16], cnn_kernel_sizes=[9, 7], cnn_strides=[2, 4], mamba_d_model=16, mamba_n_layers=3, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3,
-             mamba_dt_rank=4, mamba_bidirectional=False, dropout=0.5, drop_path=0.5, channel_attention=True)
+             mamba_dt_rank=4, mamba_bidirectional=False, dropout=0.5, drop_path=0.5, channel_attention=True, norm='affine')
 
 @pytest.mark.parametrize('name,key', [(n, k) for n, keys in USED.items() for k in sorted(keys)])
 def test_every_key_has_an_effect(name, key):
