@@ -32,7 +32,7 @@ test: install
 
 # Speed and memory of the scan and of whole training steps, side by side in one process; takes some minutes.
 bench: install
-	. $(BIN)/activate && OMP_NUM_THREADS=2 python benchmarks/scan.py && OMP_NUM_THREADS=2 python benchmarks/encoders.py
+	. $(BIN)/activate && OMP_NUM_THREADS=2 python benchmarks/scan.py && OMP_NUM_THREADS=2 python benchmarks/encoders.py && OMP_NUM_THREADS=2 python benchmarks/lengths.py
 
 # Rerun all notebooks in a Jupyter kernel, so that their saved outputs are those of this code.
 notebooks: install

@@ -5,6 +5,7 @@ from torch.utils.benchmark import Timer
 from loops import sliced
 from pahcl import scan
 from pahcl.encoder import PRESETS, build_encoder
+from pahcl.other_encoders import cost
 
 B, T = 32, 4000
 
@@ -42,15 +43,20 @@ def main(quick=False, threads=2):
     for half, name in ((False, 'float32'), (True, 'bf16 autocast')):
         print(f'{name:14}{B/median[half, False]:16.1f}{B/median[half, True]:14.1f}{median[half, True]/median[half, False]:8.1f}')
     print(f'bf16 autocast against the sliced loop in float32: {median[False, True]/median[True, False]:.1f} times (goals: 4 in float32, 6 in bf16)')
-    print(f'\n{"seconds for 1000 cycles":24}{"training":>10}{"inference":>11}')
+    print(f'\n{"":16}{"":12}{"":15}{"seconds for 1000 cycles":>45}')
+    print(f'{"":16}{"parameters":>12}{"MFLOP a cycle":>15}{"training":>12}{"training, bf16":>17}{"inference":>12}')
     for name in PRESETS:
-        model = build_encoder(name)
+        model, counted = build_encoder(name), cost(build_encoder(name))
         optimiser = torch.optim.AdamW(model.parameters(), 1e-4)
         def infer():
             with torch.no_grad(): model(x, length)
-        model.train(); step(model, optimiser, x, length, False)
-        train = sorted(seconds(lambda: step(model, optimiser, x, length, False)) for _ in range(3))[1]
-        model.eval(); infer()
-        print(f'{name:24}{train*1000/B:10.1f}{sorted(seconds(infer) for _ in range(3))[1]*1000/B:11.1f}')
+        def middle(f):
+            f()
+            return sorted(seconds(f) for _ in range(3))[1]*1000/B
+        model.train()
+        train, half = (middle(lambda: step(model, optimiser, x, length, h)) for h in (False, True))
+        model.eval()
+        print(f'{name:16}{counted["parameters"]:12,}{counted["operations"]/1e6:15.1f}{train:12.1f}{half:17.1f}{middle(infer):12.1f}', flush=True)
+    print(f'load average {os.getloadavg()[0]:.1f}')
 
 if __name__ == '__main__': main('--quick' in sys.argv, 1 if '--one-thread' in sys.argv else 2)

@@ -50,7 +50,7 @@ class DataSection(Section):
     num_substructures: int = Field(4, ge=1)                      # 4: S1, systole, S2, diastole; other numbers: equal parts
     length_mode: Literal['pad', 'phase'] = 'pad'                 # crop or zero-pad, or stretch every cycle to the target length
 
-# %% ../nbs/00b_config.ipynb #27f83127
+# %% ../nbs/00b_config.ipynb #1b6beb5b
 class ModelSection(Section):
     "The encoder; None means the preset's own value."
     encoder_type: Optional[str] = None
@@ -65,6 +65,9 @@ class ModelSection(Section):
     mamba_dt_rank: Optional[int] = Field(None, gt=0)   # None: mamba_d_model / 16, rounded up
     mamba_bidirectional: Optional[bool] = None         # a second block a layer reads backwards
     dropout: Optional[float] = Field(None, ge=0, lt=1)
+    drop_path: Optional[float] = Field(None, ge=0, lt=1)  # share of cycles that skip the last Mamba layer in training, fewer the earlier ones
+    channel_attention: Optional[bool] = None           # each convolutional layer weighs its channels by their means
+    norm: Optional[Literal['group', 'affine']] = None  # of resnet34_1d; affine: scale and shift alone, as what batch norms of foreign checkpoints come to
 
 # %% ../nbs/00b_config.ipynb #3b56fc36
 class ClassifierSection(Section):
@@ -72,7 +75,7 @@ class ClassifierSection(Section):
     hidden_dim: int = Field(128, ge=0)
     dropout: float = Field(0.3, ge=0, lt=1)
 
-# %% ../nbs/00b_config.ipynb #fb7fff73
+# %% ../nbs/00b_config.ipynb #1275e7ee
 class TrainingSection(Section):
     "The training loop; epochs are counted over the training subjects' cycles."
     num_epochs: int = Field(100, ge=1)
@@ -91,7 +94,7 @@ class TrainingSection(Section):
     accumulation_steps: int = Field(1, ge=1)             # batches an optimiser step
     cycles_per_recording: Optional[int] = Field(None, ge=1)  # at most so many cycles of a recording an epoch; None: all
     num_workers: int = Field(4, ge=0)                    # threads that read batches ahead
-    use_amp: bool = True                                 # bfloat16 autocast where the CUDA device has it
+    use_amp: bool = True                                 # half precision where the GPU or CPU has it natively; False: float32
     log_interval: int = Field(20, ge=1)                  # optimiser steps between two lines of the log
     save_interval: int = Field(10, ge=1)                 # epochs between two kept checkpoints
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'CONVOLUTIONS', 'MAMBA', 'PRESETS', 'ENCODERS', 'frames', 'first_mask', 'ValidGroupNorm', 'Dropout',
-           'ConvLayer', 'ConvStack', 'reverse', 'MambaLayer', 'MambaStack', 'mamba_settings', 'Encoder', 'CNNMamba',
-           'check_settings', 'resolve_settings', 'build_encoder', 'phase_pool', 'Projector', 'ClassifierHead',
-           'load_weights', 'from_pretrained']
+           'DropPath', 'ChannelAttention', 'ConvLayer', 'ConvStack', 'reverse', 'MambaLayer', 'MambaStack',
+           'mamba_settings', 'Encoder', 'CNNMamba', 'check_settings', 'resolve_settings', 'build_encoder', 'phase_pool',
+           'Head', 'Projector', 'ClassifierHead', 'load_weights', 'from_pretrained']
 
 # %% ../nbs/03_encoder.ipynb #68aa11f4
 import copy
@@ -67,7 +67,40 @@ class Dropout(nn.Dropout):
         bits = torch.empty(frames(x.numel(), 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
         return x*((bits >= dropped-32768).to(x.dtype)*(1/(1-dropped/65536)))
 
-# %% ../nbs/03_encoder.ipynb #8eb4efbf
+# %% ../nbs/03_encoder.ipynb #ffd29028
+class DropPath(nn.Module):
+    "Zeros for a share p of the cycles, the others times 1 / (1 − p); in training only."
+    def __init__(self,
+        p=0.,  # share of cycles
+    ):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):  # [B, …]
+        if not self.training or not self.p: return x
+        kept = torch.rand(len(x), *[1]*(x.dim()-1), device=x.device) >= self.p
+        return x*(kept/(1-self.p)).to(x.dtype)
+
+# %% ../nbs/03_encoder.ipynb #4d8b90d7
+class ChannelAttention(nn.Module):
+    "Channels weighed by their means: [B, C, T] → [B, C, T]."
+    def __init__(self,
+        channels,  # C
+    ):
+        super().__init__()
+        size = int(abs((math.log2(channels)+1)/2))
+        size += 1-size % 2
+        self.conv = nn.Conv1d(1, 1, size, padding=size//2, bias=False)
+
+    def forward(self,
+        x,          # [B, C, T]
+        mask=None,  # [B, T] bool, or None: all are valid
+    ):              # [B, C, T]
+        if mask is None: mean = x.mean(-1)
+        else: mean = (x*mask[:, None]).sum(-1)/mask.sum(-1).clamp(min=1)[:, None]
+        return x*torch.sigmoid(self.conv(mean[:, None]))[:, 0, :, None]
+
+# %% ../nbs/03_encoder.ipynb #898d352d
 class ConvLayer(nn.Module):
     "Convolution → norm → GELU → dropout: [B, in, T] → [B, out, ⌈T / stride⌉], zeros where not valid."
     def __init__(self,
@@ -76,11 +109,13 @@ class ConvLayer(nn.Module):
         kernel_size,   # samples; frame i is centred on sample i · stride
         stride,        # samples a frame
         dropout=0.,    # share of the output set to zero in training
+        attention=False,  # weigh the output's channels by their means
     ):
         super().__init__()
         self.stride = stride
         self.conv = nn.Conv1d(channels_in, channels_out, kernel_size, stride, kernel_size//2)
         self.norm = ValidGroupNorm(channels_out)
+        self.attention = ChannelAttention(channels_out) if attention else None
         self.dropout = Dropout(dropout)
 
     def forward(self,
@@ -89,10 +124,12 @@ class ConvLayer(nn.Module):
     ):                # [B, out, ⌈T / stride⌉]
         count = frames(x.shape[-1], self.stride)
         mask = None if length is None else first_mask(frames(length, self.stride), count)
-        x = self.dropout(F.gelu(self.norm(self.conv(x)[..., :count], mask)))
+        x = F.gelu(self.norm(self.conv(x)[..., :count], mask))
+        if self.attention is not None: x = self.attention(x, mask)
+        x = self.dropout(x)
         return x if mask is None else x*mask[:, None]
 
-# %% ../nbs/03_encoder.ipynb #c1ef569c
+# %% ../nbs/03_encoder.ipynb #586fb608
 class ConvStack(nn.Module):
     "Convolutional layers one after the other: [B, 1, T] → [B, C, L']."
     def __init__(self,
@@ -100,9 +137,10 @@ class ConvStack(nn.Module):
         kernel_sizes,  # of each layer, samples of its input
         strides,       # of each layer
         dropout=0.,    # in each layer
+        attention=False,  # over the channels of each layer
     ):
         super().__init__()
-        self.layers = nn.ModuleList(ConvLayer(*s, dropout) for s in zip([1, *channels], channels, kernel_sizes, strides))
+        self.layers = nn.ModuleList(ConvLayer(*s, dropout, attention) for s in zip([1, *channels], channels, kernel_sizes, strides))
 
     def forward(self, x, length=None):
         for layer in self.layers:
@@ -120,30 +158,31 @@ def reverse(
     t = torch.arange(x.shape[1], device=x.device)
     return x.take_along_dim(torch.where(t < length[:, None], length[:, None]-1-t, t)[..., None], 1)
 
-# %% ../nbs/03_encoder.ipynb #d0932a87
+# %% ../nbs/03_encoder.ipynb #118c624b
 class MambaLayer(nn.Module):
-    "x + dropout(Mamba(norm(x))): [B, L, C] → [B, L, C]."
+    "x + drop_path(dropout(Mamba(norm(x)))): [B, L, C] → [B, L, C]."
     def __init__(self,
         d_model,              # channels
         dropout=0.,           # on the block's output, in training
+        drop_path=0.,         # share of cycles that skip the block, in training
         bidirectional=False,  # a second block reads backwards
         **ssm,                # d_state, d_conv, expand, dt_rank of `MambaBlock`
     ):
         super().__init__()
-        self.norm, self.ssm, self.dropout = nn.LayerNorm(d_model), MambaBlock(d_model, **ssm), Dropout(dropout)
+        self.norm, self.ssm, self.dropout, self.drop_path = nn.LayerNorm(d_model), MambaBlock(d_model, **ssm), Dropout(dropout), DropPath(drop_path)
         self.ssm_backward = MambaBlock(d_model, **ssm) if bidirectional else None
 
     def forward(self, x, length=None):
         y = self.norm(x)
         out = self.ssm(y)
         if self.ssm_backward is not None: out = out+reverse(self.ssm_backward(reverse(y, length)), length)
-        return x+self.dropout(out)
+        return x+self.drop_path(self.dropout(out))
 
 class MambaStack(nn.Module):
-    "Mamba layers and a last norm; without layers, just the norm."
-    def __init__(self, d_model, n_layers, dropout=0., **layer):
+    "Mamba layers and a last norm; without layers, just the norm. Layer i of n skips i / n of `drop_path` (Huang et al. 2016: early layers are needed by all)."
+    def __init__(self, d_model, n_layers, dropout=0., drop_path=0., **layer):
         super().__init__()
-        self.layers = nn.ModuleList(MambaLayer(d_model, dropout, **layer) for _ in range(n_layers))
+        self.layers = nn.ModuleList(MambaLayer(d_model, dropout, drop_path*(i+1)/n_layers, **layer) for i in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, x, length=None):
@@ -155,7 +194,7 @@ def mamba_settings(
 ) -> dict:    # what `MambaStack` calls them; a preset without such keys has the defaults
     "The keys of `model:` that shape a Mamba layer."
     ssm = {k: c[f'mamba_{k}'] for k in ('d_state', 'd_conv', 'expand', 'bidirectional') if f'mamba_{k}' in c}
-    return ssm | {'dt_rank': c.get('mamba_dt_rank') or 'auto'}
+    return ssm | {'dt_rank': c.get('mamba_dt_rank') or 'auto', 'drop_path': c.get('drop_path', 0.)}
 
 # %% ../nbs/03_encoder.ipynb #00db8a29
 SAMPLE_RATE = 5000  # Hz, of the cycles that `pahcl.cycles` writes; only `frame_rate` depends on it
@@ -208,7 +247,7 @@ def check_input(self: Encoder,
     if valid_length is not None and valid_length.shape != x.shape[:1]:
         raise PahclError(f'encoder: valid_length has shape {list(valid_length.shape)}; for {x.shape[0]} cycles it is [{x.shape[0]}].')
 
-# %% ../nbs/03_encoder.ipynb #d078db1b
+# %% ../nbs/03_encoder.ipynb #7f1fa54e
 class CNNMamba(Encoder):
     "Convolutional stack, projection to `mamba_d_model` where the channels differ, Mamba layers (none for `cnn`)."
     def __init__(self,
@@ -216,7 +255,7 @@ class CNNMamba(Encoder):
     ):
         c = config
         super().__init__(c, math.prod(c['cnn_strides']), c['mamba_d_model'])
-        self.cnn = ConvStack(c['cnn_channels'], c['cnn_kernel_sizes'], c['cnn_strides'], c['dropout'])
+        self.cnn = ConvStack(c['cnn_channels'], c['cnn_kernel_sizes'], c['cnn_strides'], c['dropout'], c['channel_attention'])
         self.projection = nn.Identity() if c['cnn_channels'][-1] == self.out_dim else nn.Linear(c['cnn_channels'][-1], self.out_dim)
         self.mamba = MambaStack(self.out_dim, c.get('mamba_n_layers', 0), c['dropout'], **mamba_settings(c))
 
@@ -231,16 +270,17 @@ class CNNMamba(Encoder):
         y = self.mamba(self.projection(self.cnn(x, valid_length).transpose(1, 2)), length)
         return y if valid_length is None else y*self.frame_mask(valid_length, x.shape[-1])[..., None]
 
-# %% ../nbs/03_encoder.ipynb #13b985ef
-CONVOLUTIONS = dict(cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[7, 5, 5, 3], cnn_strides=[2, 2, 2, 2], dropout=0.1)
-MAMBA = dict(mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=None, mamba_bidirectional=False)
+# %% ../nbs/03_encoder.ipynb #daaa8375
+CONVOLUTIONS = dict(cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[7, 5, 5, 3], cnn_strides=[2, 2, 2, 2], dropout=0.1, channel_attention=False)
+MAMBA = dict(mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=None, mamba_bidirectional=False, drop_path=0.)
 PRESETS = dict(
     cnn_mamba=dict(**CONVOLUTIONS, **MAMBA, mamba_d_model=256, mamba_n_layers=4),
-    cnn_mamba_small=dict(cnn_channels=[16, 32, 64, 96], cnn_kernel_sizes=[15, 7, 5, 5], cnn_strides=[4, 4, 2, 2], dropout=0.1, **MAMBA, mamba_d_model=96, mamba_n_layers=2),
+    cnn_mamba_small=dict(cnn_channels=[16, 32, 64, 96], cnn_kernel_sizes=[15, 7, 5, 5], cnn_strides=[4, 4, 2, 2], dropout=0.1, channel_attention=False,
+                         **MAMBA, mamba_d_model=96, mamba_n_layers=2),
     cnn=dict(**CONVOLUTIONS, mamba_d_model=256),
     cnn_transformer=dict(**CONVOLUTIONS, mamba_d_model=256, mamba_n_layers=4, mamba_expand=2),
     cnn_lstm=dict(**CONVOLUTIONS, mamba_d_model=256, mamba_n_layers=2),
-    resnet34_1d=dict(cnn_channels=[64, 128, 256, 512], cnn_kernel_sizes=[3, 3, 3, 3], cnn_strides=[1, 2, 2, 2], dropout=0.1),
+    resnet34_1d=dict(cnn_channels=[64, 128, 256, 512], cnn_kernel_sizes=[3, 3, 3, 3], cnn_strides=[1, 2, 2, 2], dropout=0.1, norm='group'),
     sincnext_bm=dict(cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[401, 7, 7, 7], cnn_strides=[4, 2, 2, 1], dropout=0.1,
                      **{**MAMBA, 'mamba_bidirectional': True}, mamba_d_model=256, mamba_n_layers=2))
 ENCODERS = dict(cnn_mamba=CNNMamba, cnn_mamba_small=CNNMamba, cnn=CNNMamba)
@@ -302,8 +342,13 @@ def phase_pool(
     total = share.sum(-1, keepdim=True)
     return share@sequence/total.clamp(min=1/stride), total[..., 0] > 0
 
-# %% ../nbs/03_encoder.ipynb #2f38b520
-class Projector(nn.Sequential):
+# %% ../nbs/03_encoder.ipynb #62d440fd
+class Head(nn.Sequential):
+    "Layers one after the other, in float32 or better."
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False): return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+class Projector(Head):
     "Linear → LayerNorm → ReLU → Linear, on [..., in_dim]."
     def __init__(self,
         in_dim,  # the encoder's `out_dim`
@@ -311,7 +356,7 @@ class Projector(nn.Sequential):
         out,     # width in which the loss compares
     ): super().__init__(nn.Linear(in_dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
-class ClassifierHead(nn.Sequential):
+class ClassifierHead(Head):
     "Linear → ReLU → dropout → Linear, or with `hidden_dim` 0 dropout → Linear: [B, in_dim] → [B, num_classes] logits."
     def __init__(self,
         in_dim,          # the encoder's `out_dim`
@@ -322,7 +367,7 @@ class ClassifierHead(nn.Sequential):
         hidden = [nn.Linear(in_dim, hidden_dim), nn.ReLU()] if hidden_dim else []
         super().__init__(*hidden, Dropout(dropout), nn.Linear(hidden_dim or in_dim, num_classes))
 
-# %% ../nbs/03_encoder.ipynb #44ef8567
+# %% ../nbs/03_encoder.ipynb #ed0658a4
 def load_weights(
     model: nn.Module,  # what is to be filled
     state: dict,       # name -> tensor
@@ -331,7 +376,7 @@ def load_weights(
     "Fill every parameter from `state`; a missing, superfluous or misshapen one is a `PahclError` that names it, and nothing is changed."
     own = model.state_dict()
     misfits = dict(missing=sorted(own.keys()-state.keys()), superfluous=sorted(state.keys()-own.keys()),
-                   misshapen=sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape))
+                   misshapen=[f'{k} {list(state[k].shape)} there, {list(own[k].shape)} here' for k in own if k in state and own[k].shape != state[k].shape])
     if any(misfits.values()):
         some = '; '.join(f'{len(v)} {k}: {", ".join(v[:4])}{" …" if len(v) > 4 else ""}' for k, v in misfits.items() if v)
         raise PahclError(f'{source} does not fit the encoder ({some}). Was it made by another encoder_type or other settings?')

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from pahcl import encoder as module
 from pahcl.basics import PahclError
 from pahcl.config import ModelSection
-from pahcl.encoder import (PRESETS, ClassifierHead, ConvLayer, Dropout, Encoder, Projector, ValidGroupNorm, build_encoder, from_pretrained,
+from pahcl.encoder import (PRESETS, ChannelAttention, ClassifierHead, ConvLayer, DropPath, Dropout, Encoder, Projector, ValidGroupNorm, build_encoder, from_pretrained,
                            load_weights, phase_pool, resolve_settings)
 
 @pytest.fixture(autouse=True, scope='module')
@@ -18,9 +18,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 TINY = dict(cnn_channels=[4, 8], cnn_kernel_sizes=[7, 5], cnn_strides=[4, 2],
-            mamba_d_model=8, mamba_n_layers=2, mamba_d_state=4, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=2, mamba_bidirectional=False, dropout=0.1)
+            mamba_d_model=8, mamba_n_layers=2, mamba_d_state=4, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=2, mamba_bidirectional=False, dropout=0.1, drop_path=0.0, channel_attention=False)
 OTHER = dict(encoder_type='cnn', cnn_channels=[4, 16], cnn_kernel_sizes=[7, 9], cnn_strides=[4, 4],
-             mamba_d_model=16, mamba_n_layers=1, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3, mamba_dt_rank=1, mamba_bidirectional=True, dropout=0.5)
+             mamba_d_model=16, mamba_n_layers=1, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3, mamba_dt_rank=1, mamba_bidirectional=True, dropout=0.5, drop_path=0.5, channel_attention=True)
 
 def tiny(seed=0, **overrides):
     torch.manual_seed(seed)
@@ -43,7 +43,9 @@ def test_names_are_those_of_the_original_checkpoints():
     assert {n.split('.')[0] for n in names} == {'cnn', 'mamba'}
     assert set(build_encoder('cnn').state_dict()) == {n for n in names if not n.startswith('mamba.layers')}
 
-def test_every_key_of_the_configuration_is_tried(): assert OTHER.keys() == ModelSection.model_fields.keys() and OTHER.keys()-TINY.keys() == {'encoder_type'}
+def test_every_key_of_the_configuration_is_tried():
+    "`norm` is resnet34_1d's own: tests/test_other_encoders.py tries it."
+    assert OTHER.keys() | {'norm'} == ModelSection.model_fields.keys() and OTHER.keys()-TINY.keys() == {'encoder_type'}
 
 @pytest.mark.parametrize('key', OTHER)
 def test_every_key_has_an_effect(key):
@@ -54,7 +56,7 @@ def test_every_key_has_an_effect(key):
     (shapes, y, config), (other_shapes, z, other) = look(), look(**{key: OTHER[key]})
     assert y.shape != z.shape or not torch.allclose(y, z)
     assert config[key] != other[key] and other[key] == OTHER[key]
-    assert (shapes != other_shapes) == (key not in ('dropout', 'cnn_strides'))
+    assert (shapes != other_shapes) == (key not in ('dropout', 'drop_path', 'cnn_strides'))
 
 def test_where_dropout_acts():
     e = tiny(dropout=0.4)
@@ -110,10 +112,10 @@ def test_wrong_inputs_are_named():
 STACKS = st.lists(st.tuples(st.sampled_from([1, 3, 8]), st.integers(1, 8), st.integers(1, 5)), min_size=1, max_size=3)
 
 @settings(max_examples=25, deadline=None)
-@given(STACKS, st.integers(1, 250), st.integers(0, 60), st.integers(0, 60), st.booleans(), st.integers(0, 1000))
-def test_padding_changes_nothing(layers, n, more, still_more, training, seed):
+@given(STACKS, st.integers(1, 250), st.integers(0, 60), st.integers(0, 60), st.booleans(), st.booleans(), st.integers(0, 1000))
+def test_padding_changes_nothing(layers, n, more, still_more, training, attention, seed):
     channels, kernels, strides = (list(v) for v in zip(*layers))
-    e = tiny(seed, cnn_channels=channels, cnn_kernel_sizes=kernels, cnn_strides=strides, dropout=0.0, mamba_n_layers=1).double().train(training)
+    e = tiny(seed, cnn_channels=channels, cnn_kernel_sizes=kernels, cnn_strides=strides, dropout=0.0, mamba_n_layers=1, channel_attention=attention).double().train(training)
     for p in e.parameters(): torch.nn.init.normal_(p, 0, 0.5)
     x = torch.randn(2, 1, n+more+still_more, dtype=torch.float64)
     length = torch.full((2,), n)
@@ -196,6 +198,61 @@ def test_dropout_is_unbiased(p, seed):
     x = torch.ones(40000, requires_grad=True)
     Dropout(p)(x).sum().backward()
     assert torch.equal(x.grad, y) and Dropout(p)(x.bfloat16()).dtype == torch.bfloat16
+
+def test_drop_path_drops_whole_cycles_and_is_unbiased():
+    torch.manual_seed(0)
+    x = torch.randn(20000, 2, 3, requires_grad=True)
+    y = DropPath(0.3)(x)
+    kept = (y != 0).flatten(1).all(1)
+    assert abs(float(kept.float().mean())-0.7) < 5*(0.3*0.7/20000)**0.5
+    torch.testing.assert_close(y[kept], x[kept]/0.7)
+    assert not y[~kept].abs().sum()
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, (kept/0.7)[:, None, None].expand_as(x))
+    half = DropPath(0.3)(x.detach().bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.equal(DropPath(0.3).eval()(x), x)
+
+def test_drop_path_grows_with_depth_and_a_dropped_layer_is_skipped():
+    e, x = tiny(drop_path=0.6, mamba_n_layers=3, dropout=0.0), cycles(64)
+    assert [l.drop_path.p for l in e.mamba.layers] == pytest.approx([0.2, 0.4, 0.6])
+    layer, y = e.mamba.layers[2], torch.randn(64, 5, 8)
+    out, whole = layer(y), layer.eval()(y)
+    same = (out == y).flatten(1).all(1)
+    assert 20 < same.sum() < 55
+    torch.testing.assert_close(out[~same], (y+(whole-y)/0.4)[~same])
+    assert not torch.equal(e.train()(x), e(x)) and torch.equal(e.eval()(x), e(x))
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 20), st.integers(0, 100))
+def test_channel_attention_is_as_published(C, n, seed):
+    "Against the paper's formula, written out: a convolution over the channels' means, whose length is an odd number near log2(C) / 2 + 1 / 2."
+    torch.manual_seed(seed)
+    a, x = ChannelAttention(C).double(), torch.randn(2, C, 25, dtype=torch.float64)
+    w = a.conv.weight.detach().flatten().numpy()
+    assert len(w) % 2 and abs(len(w)-(np.log2(C)+1)/2) <= 1
+    mean = x[..., :n].mean(-1).numpy()
+    gate = np.stack([np.correlate(np.pad(m, len(w)//2), w, 'valid') for m in mean])
+    expected = x[..., :n].numpy()/(1+np.exp(-gate))[..., None]
+    with torch.no_grad():
+        np.testing.assert_allclose(a(x, (torch.arange(25) < n).expand(2, 25))[..., :n].numpy(), expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(a(x[..., :n]).numpy(), expected, rtol=1e-9, atol=1e-12)
+
+def test_keys_that_are_off_leave_no_trace():
+    "Checkpoints written before there were these keys load, and mean what they meant."
+    torch.manual_seed(0); e = build_encoder()
+    torch.manual_seed(0); old = build_encoder({k: v for k, v in e.config.items() if k not in ('drop_path', 'channel_attention')})
+    assert old.config == e.config and list(old.state_dict()) == list(e.state_dict()) and not any('attention' in k for k in e.state_dict())
+    with_it = build_encoder(channel_attention=True)
+    assert set(with_it.state_dict())-set(e.state_dict()) == {f'cnn.layers.{i}.attention.conv.weight' for i in range(4)}
+
+@pytest.mark.parametrize('head', [Projector(8, 16, 4), ClassifierHead(8, 16, 3, 0.0), ClassifierHead(8, 0, 3, 0.0)])
+def test_heads_are_float32_under_autocast(head):
+    x = torch.randn(5, 8)
+    with torch.autocast('cpu', torch.bfloat16): half = head(x)
+    assert half.dtype == torch.float32 and torch.equal(half, head(x))
+    assert head(x.bfloat16()).dtype == torch.float32
+    assert head.double()(x.double()).dtype == torch.float64
+    head.float()
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 16), st.integers(1, 200), st.integers(0, 1000))

@@ -91,8 +91,88 @@ def test_other_encoders_are_told_by_their_names(tmp_path, name, begin):
     assert any(k.startswith(begin) for k in e.state_dict())
     torch.save(dict(model_state_dict={f'encoder.{k}': v for k, v in e.state_dict().items()}), tmp_path/'a.pt')
     assert pretrained_encoder(tmp_path/'a.pt')[0].config == e.config
-    torch.save(dict(model_state_dict={'encoder.layer1.0.conv1.weight': torch.zeros(64, 64, 3)}), tmp_path/'b.pt')
-    with pytest.raises(PahclError, match='does not fit the encoder .* superfluous: layer1.0.conv1.weight'): pretrained_encoder(tmp_path/'b.pt')
+
+class TheirBlock(torch.nn.Module):
+    "torchvision's BasicBlock with one dimension, written down here as an independent witness."
+    def __init__(self, n, o, stride, norm):
+        super().__init__()
+        nn = torch.nn
+        self.conv1, self.bn1 = nn.Conv1d(n, o, 3, stride, 1, bias=False), norm(o)
+        self.conv2, self.bn2 = nn.Conv1d(o, o, 3, 1, 1, bias=False), norm(o)
+        self.downsample = nn.Sequential(nn.Conv1d(n, o, 1, stride, bias=False), norm(o)) if stride > 1 or n != o else None
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y+(x if self.downsample is None else self.downsample(x))).relu()
+
+class TheirResNet(torch.nn.Module):
+    def __init__(self, widths=(16, 24, 32, 40), depths=(3, 4, 6, 3), norm=torch.nn.BatchNorm1d, stem=7):
+        super().__init__()
+        nn, n = torch.nn, widths[0]
+        self.conv1, self.bn1 = nn.Conv1d(1, n, stem, 2, stem//2, bias=False), norm(n)
+        for i, (o, d) in enumerate(zip(widths, depths)):
+            setattr(self, f'layer{i+1}', nn.Sequential(*(TheirBlock(n if k == 0 else o, o, 2 if i and not k else 1, norm) for k in range(d))))
+            n = o
+        self.fc, self.stages = nn.Linear(n, 2), len(widths)
+    def forward(self, x):
+        x = torch.nn.functional.max_pool1d(self.bn1(self.conv1(x)).relu(), 3, 2, 1)
+        for i in range(self.stages): x = getattr(self, f'layer{i+1}')(x)
+        return x.mean(-1)
+
+def their_resnet(**options):
+    torch.manual_seed(0)
+    net = TheirResNet(**options)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm1d): torch.nn.init.uniform_(m.weight, 0.5, 1.5), torch.nn.init.normal_(m.bias)
+    for _ in range(3): net(torch.randn(8, 1, 512))  # statistics that are not those of the start
+    return net.eval()
+
+def test_residual_networks_of_the_original_say_what_they_said(tmp_path):
+    net, x = their_resnet(), torch.randn(3, 1, 800)
+    state = {f'module.encoder.{k}': v for k, v in net.state_dict().items()}
+    state |= {k.replace('encoder.', 'encoder_momentum.'): v for k, v in state.items()} | {'module.queue': torch.zeros(128, 512), 'module.cycle_projector.0.weight': torch.zeros(2, 2)}
+    torch.save(dict(model_state_dict=state, moco_metadata=dict(momentum=0.99)), tmp_path/'a.pt')
+    e, saved, found = pretrained_encoder(tmp_path/'a.pt')
+    with torch.no_grad():
+        torch.testing.assert_close(e.eval()(x), net(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(e(torch.nn.functional.pad(x, (0, 200), value=9.), torch.full((3,), 800)), net(x), atol=1e-4, rtol=1e-4)
+    assert e.config['norm'] == 'affine' and e.config['cnn_channels'] == [16, 24, 32, 40] and not list(e.buffers())
+    n = sum(isinstance(m, torch.nn.BatchNorm1d) for m in net.modules())
+    line = loading_line('a.pt', found)
+    assert line == (f'a.pt: MoCo detected: True, momentum 0.99, queue size 512, {len(net.state_dict())+1} MoCo parameters skipped, 1 parameters of heads skipped, '
+                    f'2 parameters of the encoder skipped (fc.weight, fc.bias), {2*n} statistics of batch norms folded in, {len(e.state_dict())} parameters loaded')
+    torch.save(dict(model_state_dict={f'encoder.{k}': v for k, v in their_resnet(depths=(1, 1, 1, 1)).state_dict().items()}), tmp_path/'b.pt')
+    with pytest.raises(PahclError, match='b.pt does not fit the encoder'): pretrained_encoder(tmp_path/'b.pt')
+    torch.save(dict(model_state_dict={f'encoder.{k}': v for k, v in their_resnet(stem=15).state_dict().items()}), tmp_path/'c.pt')
+    with pytest.raises(PahclError, match=r'1 misshapen: stem.conv.weight \[16, 1, 15\] there, \[16, 1, 7\] here'): pretrained_encoder(tmp_path/'c.pt')
+    torch.save(dict(model_state_dict={'encoder.layer1.0.conv1.weight': torch.zeros(64, 64, 3)}), tmp_path/'d.pt')
+    with pytest.raises(PahclError, match='d.pt does not fit the encoder .* missing: blocks.0.first.norm.bias'): pretrained_encoder(tmp_path/'d.pt')
+
+def their_band(low_hz, band_hz):
+    "SincNet's filters in Hz, from its formula."
+    low = 50+low_hz.abs()
+    return low.flatten(), (low+50+band_hz.abs()).flatten()
+
+def test_sinc_filters_of_the_original_stay_where_they_are(tmp_path):
+    torch.manual_seed(0)
+    own = build_encoder('sincnext_bm', cnn_channels=[12, 64, 128, 256], cnn_kernel_sizes=[251, 7, 7, 7])
+    kept = {k: v+0.5 for k, v in own.state_dict().items() if k.startswith('mamba.layers.0.')}
+    low, band = torch.linspace(-20, 400, 12)[:, None], torch.linspace(80, 200, 12)[:, None]
+    state = kept | {'sinc_conv.low_hz_': low, 'sinc_conv.band_hz_': band, 'sinc_conv.n_': torch.zeros(1, 125), 'sinc_conv.window_': torch.zeros(125), 'convnext.0.dwconv.weight': torch.zeros(3)}
+    torch.save(dict(model_state_dict={f'encoder.{k}': v for k, v in state.items()}), tmp_path/'a.pt')
+    e, _, found = pretrained_encoder(tmp_path/'a.pt')
+    for a, b in zip(e.sinc_conv.edges(), their_band(low, band)): torch.testing.assert_close(a.detach(), b, atol=0.01, rtol=1e-4)
+    assert e.config['cnn_kernel_sizes'][0] == 251 and all(torch.equal(v, e.state_dict()[k]) for k, v in kept.items())
+    n = len(e.state_dict())
+    assert found['loaded'] == len(kept)+2 and found['encoder_skipped'] == ['convnext.0.dwconv.weight'] and len(found['at_random']) == n-found['loaded']
+    line = loading_line('a.pt', found)
+    assert f'1 parameters of the encoder skipped (convnext.0.dwconv.weight), {len(kept)+2} parameters loaded; WARNING: {n-len(kept)-2} parameters of the encoder are not in the file and start at random' in line
+    state['mamba.layers.0.norm.weight'] = torch.zeros(64)
+    torch.save(dict(model_state_dict={f'encoder.{k}': v for k, v in state.items()}), tmp_path/'b.pt')
+    with pytest.raises(PahclError, match=r'mamba.layers.0.norm.weight \[64\] there, \[256\] here'): pretrained_encoder(tmp_path/'b.pt')
+    del state['sinc_conv.n_'], state['sinc_conv.window_'], state['mamba.layers.0.norm.weight']
+    torch.save(dict(model_state_dict={f'encoder.{k}': v for k, v in state.items()}, config=dict(model=dict(cnn_kernel_sizes=[801, 3]))), tmp_path/'c.pt')
+    assert pretrained_encoder(tmp_path/'c.pt')[0].config['cnn_kernel_sizes'] == [801, 7, 7, 7]
+
 
 class Call:
     "Pickles as a call of any function."

@@ -92,13 +92,13 @@ def test_round_trip_phases_and_half_precision(name, tmp_path):
         with torch.autocast('cpu', torch.bfloat16): half = e(x, n)
     assert torch.nn.functional.cosine_similarity(half.float(), y).min() > 0.98
 
-USED = dict(cnn_transformer={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model', 'mamba_n_layers', 'mamba_expand', 'dropout'},
-            cnn_lstm={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model', 'mamba_n_layers', 'dropout'},
-            resnet34_1d={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'dropout'},
+USED = dict(cnn_transformer={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model', 'mamba_n_layers', 'mamba_expand', 'dropout', 'channel_attention'},
+            cnn_lstm={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model', 'mamba_n_layers', 'dropout', 'channel_attention'},
+            resnet34_1d={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'dropout', 'norm'},
             sincnext_bm={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model', 'mamba_n_layers', 'mamba_d_state', 'mamba_d_conv', 'mamba_expand',
-                         'mamba_dt_rank', 'mamba_bidirectional', 'dropout'})
+                         'mamba_dt_rank', 'mamba_bidirectional', 'dropout', 'drop_path'})
 OTHER = dict(cnn_channels=[4, 16], cnn_kernel_sizes=[9, 7], cnn_strides=[2, 4], mamba_d_model=16, mamba_n_layers=3, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3,
-             mamba_dt_rank=4, mamba_bidirectional=False, dropout=0.5)
+             mamba_dt_rank=4, mamba_bidirectional=False, dropout=0.5, drop_path=0.5, channel_attention=True, norm='affine')
 
 @pytest.mark.parametrize('name,key', [(n, k) for n, keys in USED.items() for k in sorted(keys)])
 def test_every_key_has_an_effect(name, key):

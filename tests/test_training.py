@@ -12,7 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
-from pahcl.training import Run, decays, first_difference, grouped, learning_rate, load_checkpoint, make_trackers, shares
+from pahcl import training
+from pahcl.config import TrainingSection
+from pahcl.training import (Run, choose_precision, decays, first_difference, fit, grouped, learning_rate, load_checkpoint, make_trackers, native_bfloat,
+                            parameter_groups, shares)
 
 LINE = textwrap.dedent('''
     import sys, time, torch
@@ -127,3 +130,84 @@ def test_first_difference(a, b):
     found = first_difference(dict(s=a), dict(s=b))
     assert (found is None) == (a == b)
     if found: assert (a.get(found[0][2:]), b.get(found[0][2:])) == found[1:] and found[1] != found[2]
+
+
+def test_bfloat_is_what_the_processor_says():
+    flags = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
+    assert native_bfloat() == ('avx512_bf16' in flags)
+
+
+@pytest.mark.parametrize('use_amp,cuda,capability,hip,native,expected', [
+    (True, True, (8, 0), None, False, 'bf16'), (True, True, (9, 0), None, False, 'bf16'), (True, True, (7, 5), None, True, 'fp16'), (True, True, (7, 5), '6.0', False, 'bf16'),
+    (True, False, None, None, True, 'bf16'), (True, False, None, None, False, 'no'), (False, True, (9, 0), None, True, 'no'), (False, False, None, None, True, 'no')])
+def test_precision(monkeypatch, use_amp, cuda, capability, hip, native, expected):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    monkeypatch.setattr(training, 'native_bfloat', lambda: native)
+    assert choose_precision(use_amp) == choose_precision(use_amp, cuda) == expected
+
+
+def test_without_pytorchs_word_it_is_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, '_is_avx512_bf16_supported', raising=False)
+    assert not native_bfloat() and choose_precision(cuda=False) == 'no'
+
+
+class Net(torch.nn.Module):
+    "A small network with a softmax loss that notes in what precision it was called."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.last, self.notes = torch.nn.Linear(8, 16), torch.nn.Linear(16, 3), []
+    def forward(self, batch):
+        hidden = self.layer(batch['x'])
+        if hidden.requires_grad: hidden.register_hook(lambda g: self.notes.append(('backward', torch.is_autocast_enabled('cpu'))))
+        self.notes.append(('forward', hidden.dtype))
+        loss = torch.nn.functional.cross_entropy(self.last(hidden.relu()).float(), batch['y'])
+        return loss, dict(cross_entropy=loss)
+
+
+def train_net(folder, scaled=False, stop=False, **options):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 8, generator=g), torch.randint(0, 3, (64,), generator=g)
+    net, settings = Net(), TrainingSection(num_epochs=4, batch_size=16, learning_rate=0.01, warmup_epochs=1, num_workers=0, accumulation_steps=2, **options)
+    batch = lambda rows, epoch: dict(x=x[rows], y=y[rows])
+    def validate(epoch):
+        if stop and epoch == 2: raise KeyboardInterrupt
+        with torch.no_grad(): return dict(score=-float(net.eval()(batch(slice(0, 64), 0))[0]))
+    run = Run(folder, settings.model_dump(), use_amp=settings.use_amp)
+    if scaled:  # what accelerate sets up on a GPU without bfloat16; on a CPU it does not offer it, though PyTorch does
+        run.accelerator.scaler, run.accelerator.native_amp, run.accelerator.state._mixed_precision = torch.amp.GradScaler('cpu', growth_interval=3), True, 'fp16'
+    with run:
+        found = fit(run, net, parameter_groups(dict(net=net), 0.), lambda e: np.random.default_rng(e).permutation(64), batch, validate,
+                    lambda: dict(kind='pretrain', model_state_dict=net.state_dict()), settings)
+    return net, found, run
+
+
+def test_half_precision_is_for_the_forward_pass_of_training_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'choose_precision', lambda use_amp: 'bf16' if use_amp else 'no')
+    half, found, run = train_net(tmp_path/'half')
+    epoch = [('forward', torch.bfloat16), ('backward', False)]*4+[('forward', torch.float32)]
+    assert half.notes == epoch*4
+    assert all(p.dtype == torch.float32 and p.grad is None or p.grad.dtype == torch.float32 for p in half.parameters())
+    full, other, _ = train_net(tmp_path/'full', use_amp=False)
+    assert {n for n in full.notes} == {('forward', torch.float32), ('backward', False)}
+    losses, exact = ([h['train/loss'] for h in f['history']] for f in (found, other))
+    assert losses != exact and np.allclose(losses, exact, atol=0.01)
+    fresh = Net()
+    fresh.load_state_dict(half.state_dict())
+    with torch.no_grad(): assert torch.equal(fresh.last(fresh.layer(torch.ones(1, 8))), half.last(half.layer(torch.ones(1, 8))))
+    assert 'precision bfloat16 autocast' in (tmp_path/'half'/'train.log').read_text() and 'precision float32' in (tmp_path/'full'/'train.log').read_text()
+
+
+def test_scaled_losses_change_nothing_but_roundings(tmp_path):
+    "float16 with the loss multiplied by 65536: clipping and steps see the gradients as they are, and a killed run goes on with the scale it had."
+    full, other, _ = train_net(tmp_path/'full', use_amp=False, grad_clip_norm=0.5)
+    scaled, found, run = train_net(tmp_path/'scaled', scaled=True, grad_clip_norm=0.5)
+    assert scaled.notes[0] == ('forward', torch.float16) and scaled.notes[-1] == ('forward', torch.float32)
+    assert np.allclose([h['train/loss'] for h in found['history']], [h['train/loss'] for h in other['history']], atol=0.01)
+    for a, b in zip(full.parameters(), scaled.parameters()): torch.testing.assert_close(a, b, atol=0.01, rtol=0.05)
+    assert run.accelerator.scaler.get_scale() == 65536*4  # 8 steps, doubled every third
+    with pytest.raises(KeyboardInterrupt): train_net(tmp_path/'killed', scaled=True, stop=True, grad_clip_norm=0.5)
+    again, _, run = train_net(tmp_path/'killed', scaled=True, grad_clip_norm=0.5)
+    assert run.accelerator.scaler.get_scale() == 65536*4 and all(torch.equal(a, b) for a, b in zip(scaled.parameters(), again.parameters()))
