@@ -12,13 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
-from pahcl.training import Run, decays, first_difference, grouped, learning_rate, load_checkpoint, make_trackers, shares
+from pahcl.runs import Run, first_difference, load_checkpoint, make_trackers
+from pahcl.training import decays, grouped, learning_rate, shares
 
 LINE = textwrap.dedent('''
     import sys, time, torch
     from pahcl.basics import generator
     from pahcl.config import TrainingSection
-    from pahcl.training import Run, fit, parameter_groups
+    from pahcl.runs import Run
+    from pahcl.training import fit, parameter_groups
     folder, pause = sys.argv[1], float(sys.argv[2])
     x = torch.from_numpy(generator(0, 'x').normal(size=(101, 3)))
     y = x@torch.tensor([[1.], [-2.], [.5]], dtype=torch.float64)
@@ -90,7 +92,7 @@ def test_both_trackers_hold_what_was_sent(tmp_path, monkeypatch):
 
 
 def test_a_missing_tracker_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr('pahcl.training.is_wandb_available', lambda: False)
+    monkeypatch.setattr('pahcl.runs.is_wandb_available', lambda: False)
     with pytest.raises(PahclError, match='pip install wandb'): make_trackers(tmp_path, {}, wandb=True)
 
 
