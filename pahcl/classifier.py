@@ -18,7 +18,7 @@ from torch import nn
 from .basics import PahclError, progress
 from .encoder import ClassifierHead, build_encoder, load_weights
 from .foreign import adapted, read_foreign
-from .training import load_checkpoint, save_checkpoint
+from .runs import load_checkpoint, save_checkpoint
 
 # %% ../nbs/05a_classifier.ipynb #39309d98
 class Classifier(nn.Module):

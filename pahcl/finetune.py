@@ -323,7 +323,7 @@ def finetune(
     heldout = set(data['val'].table['person_id']) | set(data['test'].table['person_id'])
     start = starting_model(config, len(task['label_map']), heldout)  # before the folder is made: a checkpoint that does not fit leaves nothing behind
     inputs = {name: c.fingerprint() for name, c in data.items()} | {'pretrained': pretrained_fingerprint(config.pretrain.checkpoint_path)}
-    from pahcl.training import Run
+    from pahcl.runs import Run
     folder = Path(output_dir)/f'{config.task.name}_{config.experiment.name}'
     run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, inputs=inputs,
               tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity, group=config.task.name)

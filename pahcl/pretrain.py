@@ -114,7 +114,7 @@ def pair_maker(
 
 # %% ../nbs/04_pretrain.ipynb #e62ffcd6
 def validator(
-    run,       # an entered `pahcl.training.Run`
+    run,       # an entered `pahcl.runs.Run`
     model,     # a `ContrastiveModel`
     cycles,    # validation `Cycles`, or None
     config,    # a `PretrainConfig`
@@ -198,7 +198,7 @@ def pretrain(
     data, facts, told = pretrain_data(config)
     model = starting_model(config)  # before the folder is made: an encoder that does not exist leaves nothing behind
     inputs = {name: c.fingerprint() for name, c in data.items() if c}
-    from pahcl.training import Run
+    from pahcl.runs import Run
     folder = Path(output_dir)/config.experiment.name
     run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, inputs=inputs, tensorboard=tensorboard, wandb=wandb,
               wandb_project=wandb_project, wandb_entity=wandb_entity, group='pretrain')

@@ -15,7 +15,7 @@ import yaml
 from pahcl.basics import PahclError
 from pahcl.finetune import cycle_losses, finetune, pahcl_finetune
 from pahcl.pretrain import pahcl_pretrain
-from pahcl.training import load_checkpoint, save_checkpoint
+from pahcl.runs import load_checkpoint, save_checkpoint
 
 QUICK = {'training.cycles_per_recording': 1, 'training.num_workers': 0}
 GUIDE = '''
@@ -188,7 +188,7 @@ def test_overwrite_leaves_what_is_not_ours(work, tmp_path):
 
 def test_wandb_without_a_key_leaves_nothing(work, tmp_path, monkeypatch):
     def start(self): raise ValueError('api_key not configured (no-tty). Call wandb login.')
-    monkeypatch.setattr('pahcl.training.WandBTracker.start', start)
+    monkeypatch.setattr('pahcl.runs.WandBTracker.start', start)
     with pytest.raises(PahclError, match='wandb login, or set WANDB_MODE=offline'): tune(work, tmp_path/'out', task='pascal', pretrained='none', encoder_type='cnn_mamba_small', wandb=True)
     assert not list((tmp_path/'out').glob('*'))
 

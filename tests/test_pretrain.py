@@ -13,7 +13,7 @@ from pahcl.encoder import build_encoder
 from pahcl.loader import Cycles
 from pahcl.splits import heldout_persons, prepare
 from pahcl.tables import made_processed, made_recordings
-from pahcl.training import load_checkpoint
+from pahcl.runs import load_checkpoint
 
 TINY = dict(model=dict(encoder_type='cnn', cnn_channels=[16, 16], cnn_kernel_sizes=[9, 5], cnn_strides=[8, 4], mamba_d_model=8, dropout=0.0),
             contrast=dict(cycle_projector=[16, 8], substructure_projector=[16, 8], queue_size=32),
@@ -77,7 +77,7 @@ def test_wandb_offline(root, tmp_path, monkeypatch):
         def watch(self, *a, **k): pass
         def log(self, values, step): seen.setdefault('logged', {}).update(values)
         def finish(self): pass
-    monkeypatch.setattr('pahcl.training.WandBTracker', Fake)
+    monkeypatch.setattr('pahcl.runs.WandBTracker', Fake)
     assert script(root, '--output-dir', str(tmp_path), '--epochs', '1', '--wandb', '--wandb-project', 'hearts', '--wandb-entity', 'us') == 0
     assert (seen['project'], seen['entity'], seen['group']) == ('hearts', 'us', 'pretrain') and {'train/loss', 'validation/effective_rank', 'learning_rate/encoder'} <= seen['logged'].keys()
 

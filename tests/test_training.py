@@ -12,16 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
-from pahcl import training
+from pahcl import runs
 from pahcl.config import TrainingSection
-from pahcl.training import (Run, choose_precision, decays, first_difference, fit, grouped, learning_rate, load_checkpoint, make_trackers, native_bfloat,
-                            parameter_groups, shares)
+from pahcl.runs import Run, choose_precision, first_difference, load_checkpoint, make_trackers, native_bfloat
+from pahcl.training import decays, fit, grouped, learning_rate, parameter_groups, shares
 
 LINE = textwrap.dedent('''
     import sys, time, torch
     from pahcl.basics import generator
     from pahcl.config import TrainingSection
-    from pahcl.training import Run, fit, parameter_groups
+    from pahcl.runs import Run
+    from pahcl.training import fit, parameter_groups
     folder, pause = sys.argv[1], float(sys.argv[2])
     x = torch.from_numpy(generator(0, 'x').normal(size=(101, 3)))
     y = x@torch.tensor([[1.], [-2.], [.5]], dtype=torch.float64)
@@ -93,7 +94,7 @@ def test_both_trackers_hold_what_was_sent(tmp_path, monkeypatch):
 
 
 def test_a_missing_tracker_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr('pahcl.training.is_wandb_available', lambda: False)
+    monkeypatch.setattr('pahcl.runs.is_wandb_available', lambda: False)
     with pytest.raises(PahclError, match='pip install wandb'): make_trackers(tmp_path, {}, wandb=True)
 
 
@@ -144,7 +145,7 @@ def test_precision(monkeypatch, use_amp, cuda, capability, hip, native, expected
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
     monkeypatch.setattr(torch.version, 'hip', hip)
-    monkeypatch.setattr(training, 'native_bfloat', lambda: native)
+    monkeypatch.setattr(runs, 'native_bfloat', lambda: native)
     assert choose_precision(use_amp) == choose_precision(use_amp, cuda) == expected
 
 
@@ -185,7 +186,7 @@ def train_net(folder, scaled=False, stop=False, **options):
 
 
 def test_half_precision_is_for_the_forward_pass_of_training_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, 'choose_precision', lambda use_amp: 'bf16' if use_amp else 'no')
+    monkeypatch.setattr(runs, 'choose_precision', lambda use_amp: 'bf16' if use_amp else 'no')
     half, found, run = train_net(tmp_path/'half')
     epoch = [('forward', torch.bfloat16), ('backward', False)]*4+[('forward', torch.float32)]
     assert half.notes == epoch*4
