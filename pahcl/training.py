@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'save_checkpoint', 'load_checkpoint', 'decays', 'parameter_groups', 'learning_rate',
-           'first_difference', 'open_folder', 'make_trackers', 'Run', 'shares', 'grouped', 'ahead', 'predict_shared',
-           'explain_memory', 'epoch_values', 'train_epoch', 'epoch_seed', 'own_randomness', 'epoch_line',
-           'resume_state', 'fit', 'save_epoch', 'watch']
+           'first_difference', 'open_folder', 'Run', 'shares', 'grouped', 'ahead', 'predict_shared', 'explain_memory',
+           'epoch_values', 'train_epoch', 'epoch_seed', 'own_randomness', 'epoch_line', 'resume_state', 'fit',
+           'save_epoch']
 
-# %% ../nbs/04c_training.ipynb #cad861a4
+# %% ../nbs/04c_training.ipynb #32bf4a48
 import datetime
 import math
 import os
@@ -23,11 +23,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import broadcast_object_list, gather_object, is_tensorboard_available, is_wandb_available
+from accelerate.utils import broadcast_object_list, gather_object
 from fastcore.basics import patch
 
 from .basics import PahclError, atomic_path, existing, generator, log_to, logger, progress, read_json, write_json, write_text
+from .trackers import Trackers
 
 # %% ../nbs/04c_training.ipynb #cc0e5217
 FORMAT_VERSION = 1
@@ -127,31 +127,7 @@ def open_folder(
     if not (folder/'best_model.pt').exists(): raise PahclError(f'{folder} is a finished run, but its best_model.pt is gone. Repeat it with --overwrite.')
     return 'finished'
 
-# %% ../nbs/04c_training.ipynb #c3aa1c4a
-def make_trackers(
-    folder,                 # of the run
-    config: dict,           # all of it is shown in the trackers
-    tensorboard=False,      # write `tensorboard/events.out.tfevents.*`
-    wandb=False,            # log to Weights & Biases; `WANDB_MODE=offline` works
-    wandb_project='PA-HCL',
-    wandb_entity=None,
-    group=None,             # W&B's run group, e.g. the task
-) -> list:                  # accelerate trackers
-    "Open the trackers that were asked for; one that is not installed is a `PahclError`."
-    for asked, there, name in [(tensorboard, is_tensorboard_available(), 'tensorboard'), (wandb, is_wandb_available(), 'wandb')]:
-        if asked and not there: raise PahclError(f'--{name} was given but the package {name} is not installed. Install it (pip install {name}) or leave the flag out.')
-    trackers = []
-    if tensorboard:
-        trackers.append(TensorBoardTracker('tensorboard', str(folder)))
-        trackers[-1].start()
-        trackers[-1].writer.add_text('config', f'```yaml\n{yaml.safe_dump(config, sort_keys=False)}```')
-    if wandb:
-        trackers.append(WandBTracker(wandb_project, entity=wandb_entity, name=Path(folder).name, group=group, dir=str(folder), config=config))
-        try: trackers[-1].start()
-        except Exception as e: raise PahclError(f'Weights & Biases did not start ({str(e).splitlines()[0] if str(e) else type(e).__name__}). Run wandb login, or set WANDB_MODE=offline.') from e
-    return trackers
-
-# %% ../nbs/04c_training.ipynb #332d65f5
+# %% ../nbs/04c_training.ipynb #81eea26f
 class Run:
     "One training run: its folder, devices, log and trackers. Use it in a `with` block."
     def __init__(self,
@@ -161,7 +137,7 @@ class Run:
         overwrite=False,    # start anew in a folder that holds a run
         use_amp=True,       # bfloat16 autocast where the CUDA device has it
         inputs=None,        # name -> fingerprint of what it learns from
-        **trackers,         # see `make_trackers`
+        **trackers,         # see `pahcl.trackers.make_trackers`
     ):
         self.folder, self.config, self.seed, self.inputs, self.tracker_options = Path(folder), config, seed, inputs or {}, trackers
         bfloat = use_amp and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -183,14 +159,14 @@ class Run:
     def rank(self): return self.accelerator.process_index
     def __repr__(self): return f'Run({str(self.folder)!r}, {self.state}, {self.processes} process(es) on {self.accelerator.device.type}, precision {self.accelerator.mixed_precision})'
 
-# %% ../nbs/04c_training.ipynb #8577888f
+# %% ../nbs/04c_training.ipynb #c16de5cd
 @patch
 def __enter__(self: Run):
     "Write `config.yaml` and start the log and the trackers (main process only)."
-    self.trackers = []
+    self.trackers = Trackers()
     if self.is_main:
         self.folder.mkdir(parents=True, exist_ok=True)
-        try: self.trackers = make_trackers(self.folder, self.config, **self.tracker_options)
+        try: self.trackers = Trackers(self.folder, self.config, **self.tracker_options)
         except PahclError:
             if self.state == 'new': shutil.rmtree(self.folder)
             raise
@@ -206,7 +182,7 @@ def __enter__(self: Run):
 def __exit__(self: Run, kind, error, trace):
     "Close everything and say in `status.json` how it ended."
     if kind: self.set_status('failed', 'interrupted' if kind is KeyboardInterrupt else str(error))
-    for t in self.trackers: t.finish()
+    self.trackers.close()
     if self.is_main: self.log_file.__exit__(None, None, None)
 
 @patch
@@ -221,9 +197,9 @@ def say(self: Run, message: str):
 
 @patch
 def track(self: Run, values: dict, step: int):
-    "Send numbers to the trackers."
-    numbers = {k: float(v) for k, v in values.items() if v is not None and v == v}
-    for t in self.trackers: t.log(numbers, step=step)
+    "Send numbers, and histograms of what is watched, to the trackers."
+    self.trackers.scalars(values, step)
+    self.trackers.histograms(step)
 
 # %% ../nbs/04c_training.ipynb #994283fe
 def shares(
@@ -271,13 +247,13 @@ def predict_shared(
     parts = gather_object([predict(mine)] if len(mine) else [])
     return np.concatenate(parts)
 
-# %% ../nbs/04c_training.ipynb #aa9a541e
+# %% ../nbs/04c_training.ipynb #2d091052
 @contextmanager
 def explain_memory(batch_size: int):
     "Turn running out of memory into a `PahclError` that says what to do."
     try: yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and 'not enough memory' not in str(e): raise
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and not any(t in str(e) for t in ('not enough memory', 'allocate memory')): raise  # Windows, Linux
         raise PahclError(f'out of memory with batch size {batch_size}. Give a smaller one, e.g. --batch-size {max(1, batch_size//2)}, and set training.accumulation_steps to keep the step as large.') from e
 
 # %% ../nbs/04c_training.ipynb #b1d61849
@@ -361,7 +337,7 @@ def resume_state(run: Run, objective, optimiser, device) -> dict:
     run.say(f'goes on after epoch {saved["epoch"]} of {run.folder}')
     return saved
 
-# %% ../nbs/04c_training.ipynb #0d2907fc
+# %% ../nbs/04c_training.ipynb #bc6c53d8
 def fit(
     run: Run,            # an entered `Run`
     objective,           # module: `objective(batch) -> (mean loss, {name: tensor})`
@@ -374,10 +350,11 @@ def fit(
     after_step=lambda: None,         # after each optimiser step
     train_scores=lambda values: {k: v for k, v in values.items() if np.ndim(v) == 0},  # of what the objective reported
     score_name='score',  # what the score is called in the log
+    batch_rows=None,     # rows of a batch where a row is more than a cycle; None: `settings.batch_size`
 ) -> dict:               # `best`, `best_epoch` (from 0), `history` (a dict an epoch)
     "Train with early stopping, checkpoints and resume."
-    rows = len(rows_of(0))
-    steps_an_epoch = len(grouped(range(rows), settings.batch_size, settings.accumulation_steps, run.processes))
+    rows, batch_rows = len(rows_of(0)), batch_rows or settings.batch_size
+    steps_an_epoch = len(grouped(range(rows), batch_rows, settings.accumulation_steps, run.processes))
     if not steps_an_epoch: raise PahclError(f'{rows} cycles to train on are too few for {run.processes} processes. Prepare more data or start fewer processes.')
     warmup_epochs = settings.warmup_epochs
     if warmup_epochs >= settings.num_epochs:
@@ -389,7 +366,7 @@ def fit(
     bare = objective.to(run.accelerator.device)
     state = resume_state(run, bare, optimiser, run.accelerator.device)
     wrapped = run.accelerator.prepare_model(bare)
-    watch(run, bare)
+    run.trackers.watch(bare)
     with own_randomness(run.accelerator.device), explain_memory(settings.batch_size):
         for epoch in range(state['epoch'], settings.num_epochs):
             if settings.early_stopping_patience and epoch-1-state['best_epoch'] >= settings.early_stopping_patience:
@@ -397,7 +374,7 @@ def fit(
                 break
             torch.manual_seed(epoch_seed(run.seed, epoch, run.rank))
             start, bare = time.monotonic(), bare.train()
-            steps = grouped(rows_of(epoch), settings.batch_size, settings.accumulation_steps, run.processes)
+            steps = grouped(rows_of(epoch), batch_rows, settings.accumulation_steps, run.processes)
             loss, values = train_epoch(run, wrapped, optimiser, steps, lambda r: make_batch(r, epoch), settings, rate_of, after_step, state['step'], f'epoch {epoch+1}/{settings.num_epochs}')
             state['step'] += len(steps)
             bare.eval()
@@ -423,18 +400,13 @@ def save_epoch(run, content, state, objective, optimiser, better, settings):
     if state['epoch'] % settings.save_interval == 0: save_checkpoint(run.folder/f'epoch_{state["epoch"]}.pt', content)
     save_checkpoint(run.folder/'last.pt', content | dict(training_state=dict(state, objective=objective.state_dict(), optimiser=optimiser.state_dict())))
 
-# %% ../nbs/04c_training.ipynb #17ea7cca
-def watch(run: Run, objective):
-    "Let W&B draw histograms of gradients and parameters."
-    for t in run.trackers:
-        if t.name == 'wandb': t.tracker.watch(objective, log='all', log_freq=50)
-
+# %% ../nbs/04c_training.ipynb #3a4682cf
 @patch
 def finish(self: Run, metrics: dict):
     "Write `final_metrics.json`, which makes the run a finished one, and drop `last.pt`."
     self.accelerator.wait_for_everyone()
     if not self.is_main: return
     write_json(self.folder/'final_metrics.json', metrics)
-    self.track({f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}, metrics.get('epochs', 0))
+    self.trackers.scalars({f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}, metrics.get('epochs', 0))
     (self.folder/'last.pt').unlink(missing_ok=True)
     self.set_status('finished')
