@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PahclError', 'UsageError', 'existing', 'atomic_path', 'write_text', 'plain', 'write_json', 'read_json', 'fingerprint',
-           'file_fingerprint', 'generator', 'progress', 'logger', 'log_to', 'both_spellings', 'report_error', 'script']
+           'file_fingerprint', 'generator', 'progress', 'logger', 'log_to', 'both_spellings', 'report_error',
+           'command_name', 'answer_interrupt', 'plain_switches', 'script']
 
 # %% ../nbs/00c_basics.ipynb #3019fa11
 import hashlib
@@ -170,7 +171,35 @@ def report_error(
     sys.stderr.write(f'{name}: error: {message}\n')
     return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UsageError) else 1
 
-# %% ../nbs/00c_basics.ipynb #34a1a968
+# %% ../nbs/00c_basics.ipynb #6e039f77
+def command_name(
+    argument: str,   # `sys.argv[0]`
+) -> str:            # '' where the process is none of our commands
+    "Which console script this process is, also as `python -m pahcl.<module>`."
+    path = Path(argument)
+    return path.stem if path.stem.startswith('pahcl_') else f'pahcl_{path.stem}' if path.parent.name == 'pahcl' else ''
+
+def answer_interrupt(name: str):
+    "Let Ctrl-C end the process `name` with one line, wherever it is."
+    def hook(kind, error, trace):
+        if not issubclass(kind, KeyboardInterrupt): return sys.__excepthook__(kind, error, trace)
+        code = report_error(name, error)
+        sys.stderr.flush()
+        os._exit(code)
+    sys.excepthook = hook
+
+if command_name(sys.argv[0] if sys.argv else ''): answer_interrupt(command_name(sys.argv[0]))
+
+# %% ../nbs/00c_basics.ipynb #9497954c
+def plain_switches(
+    parser,  # an `argparse.ArgumentParser`
+):           # the same parser
+    "A switch is off unless it is given: its help need not say so."
+    for action in parser._actions:
+        if action.nargs == 0 and action.help: action.help = action.help.replace(' (default: False)', '')
+    return parser
+
+# %% ../nbs/00c_basics.ipynb #3dce3aac
 def script(
     function,  # its parameters are the flags, their docments the help; the last definition of its module
 ):             # a function `main(argv=None) -> int` that parses, calls and returns the exit code
@@ -181,7 +210,7 @@ def script(
     @wraps(function)
     def main(argv=None):
         from fastcore.script import anno_parser
-        parser = both_spellings(anno_parser(function, prog=function.__name__))
+        parser = plain_switches(both_spellings(anno_parser(function, prog=function.__name__)))
         arguments = vars(parser.parse_args(argv))
         for extra in ('pdb', 'xtra'): arguments.pop(extra, None)
         try: function(**arguments)

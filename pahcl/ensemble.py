@@ -35,15 +35,21 @@ def check_members(
     odd = [(path, saved) for path, saved in others if (saved['task'], saved['label_map']) != (first[1]['task'], first[1]['label_map'])]
     if odd: raise PahclError('the members do not belong together: ' + '; '.join(f'{path} is of {saved["task"]} with {saved["label_map"]}' for path, saved in [first, *odd]) + '. Give checkpoints of one task.')
 
-# %% ../nbs/06c_ensemble.ipynb #1bc7aeac
+# %% ../nbs/06c_ensemble.ipynb #1aa5b367
 def mean_probabilities(
-    members,  # a list of probabilities [n, classes], one a member
-):            # [n, classes]
-    "The ensemble's probabilities."
+    members,                         # a list of probabilities [n, classes], one a member; of a model of bags see `pahcl.classifier.answers`
+    table=None,                      # of the cycles; needed where a member is a model of bags
+    rule='mean', subject_rule=None,  # as in `pahcl.evaluate.score_predictions`
+):                                   # [n, classes], or such a dict for each level
+    "The ensemble's probabilities: the mean over its members, at each level where one of them answers for itself."
     import numpy as np
-    return np.mean(np.stack(members), axis=0)
+    from pahcl.metrics import at_levels
+    mean = lambda values: np.mean(np.stack(values), axis=0)
+    if not any(isinstance(m, dict) for m in members): return mean(members)
+    said = [at_levels(table, m, rule, subject_rule) for m in members]
+    return {level: mean([s[level][1] for s in said]) for level in said[0]}
 
-# %% ../nbs/06c_ensemble.ipynb #2e783dec
+# %% ../nbs/06c_ensemble.ipynb #1d9e0252
 def disagreement(
     table,          # a row a cycle
     members,        # a list of probabilities of the cycles, one a member
@@ -54,7 +60,7 @@ def disagreement(
     import numpy as np
     import pandas as pd
     from pahcl.metrics import at_levels
-    rows, values = at_levels(table, mean_probabilities(members), rule, subject_rule)['subject']
+    rows, values = at_levels(table, mean_probabilities(members, table, rule, subject_rule), rule, subject_rule)['subject']
     each = np.stack([at_levels(table, m, rule, subject_rule)['subject'][1] for m in members])  # [members, subjects, classes]
     decided, votes = values.argmax(1), each.argmax(2)
     spread = np.take_along_axis(each, decided[None, :, None], axis=2)[..., 0].std(0)
@@ -72,13 +78,13 @@ def member_scores(
     alone = [metrics_at_levels(table, m, len(label_map), rule, subject_rule)['subject'] for m in members]
     return [dict(checkpoint=str(p), **{k: s[k] for k in ('accuracy', 'f1_macro', 'auroc', 'uar')}) for p, s in zip(paths, alone)]
 
-# %% ../nbs/06c_ensemble.ipynb #6aa770e5
+# %% ../nbs/06c_ensemble.ipynb #e25ff458
 def score_ensemble(
     table, members, label_map, task, paths,  # as in `member_scores`
     rule='mean', subject_rule=None, draws=2000, seed=0,  # as in `score_predictions`
 ):                                           # (results, levels, disagreement)
     "Scores of the mean of the members' probabilities, and of each of them."
-    results, levels = score_predictions(table, mean_probabilities(members), label_map, task, rule, subject_rule, draws, seed)
+    results, levels = score_predictions(table, mean_probabilities(members, table, rule, subject_rule), label_map, task, rule, subject_rule, draws, seed)
     told = disagreement(table, members, class_names(label_map), rule, subject_rule)
     results['members'] = member_scores(table, members, label_map, task, rule, subject_rule, paths)
     results['agreement'] = dict(all_agree=float((told['agreeing'] == 1).mean()), mean_agreeing=float(told['agreeing'].mean()), mean_spread=float(told['spread'].mean()))

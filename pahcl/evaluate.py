@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INTERVALS', 'class_names', 'match_classes', 'check_cycles', 'task_folder', 'missing_units', 'score_level',
            'floor_scores', 'score_predictions', 'prediction_table', 'score_tables', 'official_lines', 'all_notes',
-           'write_evaluation', 'open_split', 'seen_note', 'predict_split', 'evaluate', 'needed', 'summary_text',
-           'pahcl_evaluate']
+           'write_evaluation', 'open_split', 'seen_note', 'predict_split', 'bag_note', 'evaluate', 'needed',
+           'summary_text', 'pahcl_evaluate']
 
 # %% ../nbs/06_eval.ipynb #d27938cc
 import re
@@ -107,10 +107,10 @@ def floor_scores(
     return dict(majority=dict(class_name=names[majority], **{k: scores[k] for k in INTERVALS}),
                 official={f'all {n}': official(y_true, constant[c].argmax(1)) for c, n in enumerate(names)} if official else {})
 
-# %% ../nbs/06_eval.ipynb #70fffd7d
+# %% ../nbs/06_eval.ipynb #8f17d45e
 def score_predictions(
     table,             # a row a cycle: `subject_id, recording_id, label`, `person_id` where known
-    probabilities,     # of the cycles [n, classes], columns in the order of `label_map`
+    probabilities,     # of the cycles [n, classes], columns in the order of `label_map`; of a model of bags see `pahcl.classifier.answers`
     label_map: dict,   # the task's
     task='',           # its name: decides the official score
     rule='mean',       # cycles to recordings, see `pahcl.metrics.aggregate`
@@ -234,22 +234,34 @@ def seen_note(
     seen = sorted(known & persons)
     return [f'{len(seen)} of {len(persons)} persons trained the model, so this is no estimate of how it does on others: {", ".join(seen[:10])}{" …" if len(seen) > 10 else ""}'] if seen else []
 
-# %% ../nbs/06_eval.ipynb #5eac2031
+# %% ../nbs/06_eval.ipynb #0a111520
 def predict_split(
     checkpoint,       # path of a fine-tuned checkpoint
     cycles,           # a `pahcl.loader.Cycles`
     task_config: dict,
     batch_size=64,    # only speed and memory depend on it
-):                    # (probabilities [n, classes] in the task's order, the checkpoint's dict, what was matched)
-    "What the model of a checkpoint says about each cycle."
+):                    # (probabilities [n, classes] in the task's order, the checkpoint's dict, what was matched); of a model of bags see `pahcl.classifier.answers`
+    "What the model of a checkpoint says about each cycle, and a model of bags about each bag."
     from pahcl.classifier import load_model, predict
     if batch_size < 1: raise PahclError(f'--batch-size is {batch_size}; give 1 or more.')
     model, saved = load_model(checkpoint)
     columns, matched = match_classes(saved['label_map'], task_config['label_map'], saved['task'], task_config['task_name'])
     check_cycles((saved.get('config') or {}).get('data', {}), task_config)
-    return predict(model, cycles, batch_size)[:, columns], saved, matched
+    said = predict(model, cycles, batch_size)
+    return {level: p[:, columns] for level, p in said.items()} if isinstance(said, dict) else said[:, columns], saved, matched
 
-# %% ../nbs/06_eval.ipynb #f1058e6b
+# %% ../nbs/06_eval.ipynb #6de5708f
+def bag_note(
+    saved: dict,         # a checkpoint's content
+    subject_rule=None,   # what was asked for
+) -> list:               # no or one sentence
+    "Which levels the model answers for by itself."
+    head = saved.get('head', {})
+    if head.get('aggregation', 'cycle') == 'cycle': return []
+    level = 'recordings and subjects are' if head['bag_level'] == 'subject' and not subject_rule else 'recordings are'
+    return [f'{level} bags of cycles that the model answers for itself, by {head["aggregation"]}']
+
+# %% ../nbs/06_eval.ipynb #fd5ed1de
 def evaluate(
     checkpoint,                  # a checkpoint of pahcl_finetune; the model is built from it alone
     task: str,                   # a prepared task, e.g. `circor_murmur`
@@ -266,7 +278,7 @@ def evaluate(
     existing(checkpoint, 'checkpoint', 'Train one with pahcl_finetune.')
     cycles, config, missing = open_split(task, data_dir, split)
     probabilities, saved, matched = predict_split(checkpoint, cycles, config, batch_size)
-    notes = [*([f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []), *seen_note(saved, cycles.table)]
+    notes = [*([f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []), *bag_note(saved, subject_rule), *seen_note(saved, cycles.table)]
     results, levels = score_predictions(cycles.table, probabilities, config['label_map'], task, rule, subject_rule, draws, seed)
     results = dict(checkpoint=str(checkpoint), trained_on=saved['task'], encoder_type=saved['encoder_type'], split=split, matched=matched, missing=missing, notes=notes, **results)
     for note in all_notes(results): logger().info(note)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SILENCE', 'PACK_FORMAT', 'TABLE', 'BOUNDARIES', 'read_cycle', 'quantise', 'write_packed', 'read_packed', 'pack_key',
            'open_packed', 'Cycles', 'task_table', 'phase_labels', 'cap_rows', 'balance_rows', 'epoch_rows', 'batches',
-           'share', 'few_shot_rows']
+           'few_shot_rows']
 
 # %% ../nbs/02a_cycle_loader.ipynb #ce0e0638
 import hashlib
@@ -297,18 +297,6 @@ def batches(
     if batch_size < 1: raise PahclError(f'batch_size is {batch_size}; it must be at least 1.')
     parts = [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
     return parts[:-1] if drop_last and parts and len(parts[-1]) < batch_size else parts
-
-# %% ../nbs/02a_cycle_loader.ipynb #2e1f4e3d
-def share(
-    rows,         # row numbers, the same in every process
-    rank: int,    # which process this is, from 0
-    world: int,   # how many there are
-    pad=True,     # equally many for each, some rows twice; False: each row exactly once
-) -> np.ndarray:  # this process's row numbers
-    "The part of one process."
-    rows = np.asarray(rows)
-    if pad: rows = np.resize(rows, -(-len(rows)//world)*world)
-    return rows[rank::world]
 
 # %% ../nbs/02a_cycle_loader.ipynb #223d1659
 def few_shot_rows(

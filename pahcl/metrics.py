@@ -217,20 +217,22 @@ def aggregate(
     means = np.exp(means - means.max(1, keepdims=True))
     return means/means.sum(1, keepdims=True), ids
 
-# %% ../nbs/02b_metrics.ipynb #86b2ff06
+# %% ../nbs/02b_metrics.ipynb #e20f9998
 def at_levels(
     table,             # a row a cycle: `subject_id, recording_id, label`, and `person_id` where it is known
-    probabilities,     # of the cycles [n, classes]
+    probabilities,     # of the cycles [n, classes]; or `{'cycle': …, 'recording': …, 'subject': …}` where the model itself answers for more than cycles, in the order of sorted ids
     rule='mean',       # cycles to recordings, see `aggregate`
-    subject_rule=None, # recordings to subjects; None: the same rule
+    subject_rule=None, # recordings to subjects; None: the same rule, or the model's own answer
 ) -> dict:             # `{'cycle'|'recording'|'subject': (table, probabilities)}`
     "The cycles' table and probabilities, and those of recordings and subjects made from them; the label of a group is the largest among its rows."
     columns = [c for c in ('recording_id', 'subject_id', 'person_id', 'label') if c in table]
-    levels = dict(cycle=(table.reset_index(drop=True), np.asarray(probabilities, float)))
+    own = probabilities if isinstance(probabilities, dict) else dict(cycle=probabilities)
+    levels = dict(cycle=(table.reset_index(drop=True), np.asarray(own['cycle'], float)))
     for below, level, how in [('cycle', 'recording', rule), ('recording', 'subject', subject_rule or rule)]:
         rows, values = levels[below]
         keys = rows[f'{level}_id'].astype(str)
         up, ids = aggregate(values, keys, how)
+        if level in own and not (level == 'subject' and subject_rule): up = np.asarray(own[level], float)
         grouped = rows[columns].groupby(keys.to_numpy(), sort=True)
         rows_up = grouped.first().assign(label=grouped['label'].max(), rows=grouped.size(), mixed_labels=grouped['label'].nunique() > 1)
         if level == 'subject': rows_up = rows_up.drop(columns='recording_id')

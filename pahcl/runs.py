@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'PRECISIONS', 'save_checkpoint', 'load_checkpoint', 'first_difference', 'open_folder',
-           'make_trackers', 'native_bfloat', 'choose_precision', 'Run', 'watch']
+           'native_bfloat', 'choose_precision', 'Run']
 
 # %% ../nbs/04e_runs.ipynb #b880b54f
 import os
@@ -15,11 +15,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import broadcast_object_list, is_tensorboard_available, is_wandb_available
+from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 
 from .basics import PahclError, atomic_path, existing, log_to, logger, read_json, write_json, write_text
+from .trackers import Trackers
 
 # %% ../nbs/04e_runs.ipynb #cc0e5217
 FORMAT_VERSION = 1
@@ -80,30 +80,6 @@ def open_folder(
     if not (folder/'best_model.pt').exists(): raise PahclError(f'{folder} is a finished run, but its best_model.pt is gone. Repeat it with --overwrite.')
     return 'finished'
 
-# %% ../nbs/04e_runs.ipynb #c3aa1c4a
-def make_trackers(
-    folder,                 # of the run
-    config: dict,           # all of it is shown in the trackers
-    tensorboard=False,      # write `tensorboard/events.out.tfevents.*`
-    wandb=False,            # log to Weights & Biases; `WANDB_MODE=offline` works
-    wandb_project='PA-HCL',
-    wandb_entity=None,
-    group=None,             # W&B's run group, e.g. the task
-) -> list:                  # accelerate trackers
-    "Open the trackers that were asked for; one that is not installed is a `PahclError`."
-    for asked, there, name in [(tensorboard, is_tensorboard_available(), 'tensorboard'), (wandb, is_wandb_available(), 'wandb')]:
-        if asked and not there: raise PahclError(f'--{name} was given but the package {name} is not installed. Install it (pip install {name}) or leave the flag out.')
-    trackers = []
-    if tensorboard:
-        trackers.append(TensorBoardTracker('tensorboard', str(folder)))
-        trackers[-1].start()
-        trackers[-1].writer.add_text('config', f'```yaml\n{yaml.safe_dump(config, sort_keys=False)}```')
-    if wandb:
-        trackers.append(WandBTracker(wandb_project, entity=wandb_entity, name=Path(folder).name, group=group, dir=str(folder), config=config))
-        try: trackers[-1].start()
-        except Exception as e: raise PahclError(f'Weights & Biases did not start ({str(e).splitlines()[0] if str(e) else type(e).__name__}). Run wandb login, or set WANDB_MODE=offline.') from e
-    return trackers
-
 # %% ../nbs/04e_runs.ipynb #d1489994
 def native_bfloat() -> bool:
     "Whether this CPU multiplies in bfloat16 and PyTorch knows how (2.6 or later can tell; what cannot be told counts as no)."
@@ -130,7 +106,7 @@ class Run:
         overwrite=False,    # start anew in a folder that holds a run
         use_amp=True,       # half precision where the device has it, see `choose_precision`
         inputs=None,        # name -> fingerprint of what it learns from
-        **trackers,         # see `make_trackers`
+        **trackers,         # see `pahcl.trackers.make_trackers`
     ):
         self.folder, self.config, self.seed, self.inputs, self.tracker_options = Path(folder), config, seed, inputs or {}, trackers
         AcceleratorState._reset_state()  # a second run in one process may use another precision
@@ -155,10 +131,10 @@ class Run:
 @patch
 def __enter__(self: Run):
     "Write `config.yaml` and start the log and the trackers (main process only)."
-    self.trackers = []
+    self.trackers = Trackers()
     if self.is_main:
         self.folder.mkdir(parents=True, exist_ok=True)
-        try: self.trackers = make_trackers(self.folder, self.config, **self.tracker_options)
+        try: self.trackers = Trackers(self.folder, self.config, **self.tracker_options)
         except PahclError:
             if self.state == 'new': shutil.rmtree(self.folder)
             raise
@@ -174,7 +150,7 @@ def __enter__(self: Run):
 def __exit__(self: Run, kind, error, trace):
     "Close everything and say in `status.json` how it ended."
     if kind: self.set_status('failed', 'interrupted' if kind is KeyboardInterrupt else str(error))
-    for t in self.trackers: t.finish()
+    self.trackers.close()
     if self.is_main: self.log_file.__exit__(None, None, None)
 
 @patch
@@ -189,22 +165,17 @@ def say(self: Run, message: str):
 
 @patch
 def track(self: Run, values: dict, step: int):
-    "Send numbers to the trackers."
-    numbers = {k: float(v) for k, v in values.items() if v is not None and v == v}
-    for t in self.trackers: t.log(numbers, step=step)
+    "Send numbers, and histograms of what is watched, to the trackers."
+    self.trackers.scalars(values, step)
+    self.trackers.histograms(step)
 
 # %% ../nbs/04e_runs.ipynb #17ea7cca
-def watch(run: Run, objective):
-    "Let W&B draw histograms of gradients and parameters."
-    for t in run.trackers:
-        if t.name == 'wandb': t.tracker.watch(objective, log='all', log_freq=50)
-
 @patch
 def finish(self: Run, metrics: dict):
     "Write `final_metrics.json`, which makes the run a finished one, and drop `last.pt`."
     self.accelerator.wait_for_everyone()
     if not self.is_main: return
     write_json(self.folder/'final_metrics.json', metrics)
-    self.track({f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}, metrics.get('epochs', 0))
+    self.trackers.scalars({f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}, metrics.get('epochs', 0))
     (self.folder/'last.pt').unlink(missing_ok=True)
     self.set_status('finished')

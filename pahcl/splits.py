@@ -269,7 +269,7 @@ def describe_task(
     for key in ('split_persons', 'split_subjects'): check_leaks(config[key], key[6:])
     return config | {k: settings.get(k) for k in ('sample_rate', 'target_length', 'length_mode', 'states', 'band_hz')}
 
-# %% ../nbs/02_downstream_splits.ipynb #6da6c08e
+# %% ../nbs/02_downstream_splits.ipynb #8808a260
 def write_task(
     folder,                     # an empty folder
     config: dict,               # of `describe_task`
@@ -289,6 +289,7 @@ def write_task(
     columns = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length']
     write_text(folder/'cycles.csv', cycles[columns].to_csv(index=False))
     columns = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles']
+    if 'murmur_locations' in recordings and recordings['murmur_locations'].notna().any(): columns.append('murmur_locations')  # CirCor: where a murmur was heard
     write_text(folder/'recordings.csv', recordings.rename(columns=dict(cycles_kept='cycles'))[columns].to_csv(index=False))
     write_json(folder/'task_config.json', config)
     return copied

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 
 from .basics import PahclError, generator, logger, progress
-from .runs import Run, load_checkpoint, save_checkpoint, watch
+from .runs import Run, load_checkpoint, save_checkpoint
 
 # %% ../nbs/04c_training.ipynb #3a8693ca
 def decays(
@@ -103,13 +103,13 @@ def predict_shared(
     parts = gather_object([predict(mine)] if len(mine) else [])
     return np.concatenate(parts)
 
-# %% ../nbs/04c_training.ipynb #aa9a541e
+# %% ../nbs/04c_training.ipynb #2d091052
 @contextmanager
 def explain_memory(batch_size: int):
     "Turn running out of memory into a `PahclError` that says what to do."
     try: yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and 'not enough memory' not in str(e): raise
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and not any(t in str(e) for t in ('not enough memory', 'allocate memory')): raise  # Windows, Linux
         raise PahclError(f'out of memory with batch size {batch_size}. Give a smaller one, e.g. --batch-size {max(1, batch_size//2)}, and set training.accumulation_steps to keep the step as large.') from e
 
 # %% ../nbs/04c_training.ipynb #b1d61849
@@ -218,10 +218,11 @@ def fit(
     after_step=lambda: None,         # after each optimiser step
     train_scores=lambda values: {k: v for k, v in values.items() if np.ndim(v) == 0},  # of what the objective reported
     score_name='score',  # what the score is called in the log
+    batch_rows=None,     # rows of a batch where a row is more than a cycle; None: `settings.batch_size`
 ) -> dict:               # `best`, `best_epoch` (from 0), `history` (a dict an epoch)
     "Train with early stopping, checkpoints and resume."
-    rows = len(rows_of(0))
-    steps_an_epoch = len(grouped(range(rows), settings.batch_size, settings.accumulation_steps, run.processes))
+    rows, batch_rows = len(rows_of(0)), batch_rows or settings.batch_size
+    steps_an_epoch = len(grouped(range(rows), batch_rows, settings.accumulation_steps, run.processes))
     if not steps_an_epoch: raise PahclError(f'{rows} cycles to train on are too few for {run.processes} processes. Prepare more data or start fewer processes.')
     warmup_epochs = settings.warmup_epochs
     if warmup_epochs >= settings.num_epochs:
@@ -233,7 +234,7 @@ def fit(
     bare = objective.to(run.accelerator.device)
     state = resume_state(run, bare, optimiser, run.accelerator.device)
     wrapped = prepare_objective(run, bare)
-    watch(run, bare)
+    run.trackers.watch(bare)
     with own_randomness(run.accelerator.device), explain_memory(settings.batch_size):
         for epoch in range(state['epoch'], settings.num_epochs):
             if settings.early_stopping_patience and epoch-1-state['best_epoch'] >= settings.early_stopping_patience:
@@ -241,7 +242,7 @@ def fit(
                 break
             torch.manual_seed(epoch_seed(run.seed, epoch, run.rank))
             start, bare = time.monotonic(), bare.train()
-            steps = grouped(rows_of(epoch), settings.batch_size, settings.accumulation_steps, run.processes)
+            steps = grouped(rows_of(epoch), batch_rows, settings.accumulation_steps, run.processes)
             loss, values = train_epoch(run, wrapped, optimiser, steps, lambda r: make_batch(r, epoch), settings, rate_of, after_step, state['step'], f'epoch {epoch+1}/{settings.num_epochs}')
             state['step'] += len(steps)
             bare.eval()

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 import pahcl.loader as loader
 from pahcl.basics import PahclError, write_json
-from pahcl.loader import Cycles, batches, epoch_rows, few_shot_rows, open_packed, phase_labels, quantise, share
+from pahcl.loader import Cycles, batches, epoch_rows, few_shot_rows, open_packed, phase_labels, quantise
 from pahcl.splits import SHARES, heldout_persons, prepare
 from pahcl.tables import made_processed, made_recordings, read_table
 from pahcl.views import phase_masks, standardise, valid_length
@@ -236,13 +236,6 @@ def test_batches(n, size, drop):
     parts = batches(rows, size, drop)
     assert all(len(p) == size for p in parts[:-1]) and (np.concatenate(parts) if parts else np.array([])).tolist() == rows[:n//size*size if drop else n].tolist()
     with pytest.raises(PahclError): batches(rows, 0)
-
-@given(st.integers(0, 50), st.integers(1, 7))
-def test_share(n, world):
-    rows = np.random.default_rng(n).permutation(n)+100
-    exact, padded = ([share(rows, r, world, pad) for r in range(world)] for pad in (False, True))
-    assert sorted(np.concatenate(exact)) == sorted(rows) and max(map(len, exact))-min(map(len, exact)) <= 1
-    assert len(set(map(len, padded))) == 1 and set(np.concatenate(padded)) == set(rows) and sum(map(len, padded)) < n+world
 
 @given(tables, st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 3), st.randoms(use_true_random=False))
 def test_few_shot(table, a, b, seed, shuffler):

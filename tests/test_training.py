@@ -14,8 +14,9 @@ from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
 from pahcl import runs
 from pahcl.config import TrainingSection
-from pahcl.runs import Run, choose_precision, first_difference, load_checkpoint, make_trackers, native_bfloat
+from pahcl.runs import Run, choose_precision, first_difference, load_checkpoint, native_bfloat
 from pahcl.training import decays, fit, grouped, learning_rate, parameter_groups, shares
+from pahcl.trackers import make_trackers
 
 LINE = textwrap.dedent('''
     import sys, time, torch
@@ -94,7 +95,7 @@ def test_both_trackers_hold_what_was_sent(tmp_path, monkeypatch):
 
 
 def test_a_missing_tracker_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr('pahcl.runs.is_wandb_available', lambda: False)
+    monkeypatch.setattr('pahcl.trackers.is_wandb_available', lambda: False)
     with pytest.raises(PahclError, match='pip install wandb'): make_trackers(tmp_path, {}, wandb=True)
 
 
