@@ -188,7 +188,7 @@ def test_overwrite_leaves_what_is_not_ours(work, tmp_path):
 
 def test_wandb_without_a_key_leaves_nothing(work, tmp_path, monkeypatch):
     def start(self): raise ValueError('api_key not configured (no-tty). Call wandb login.')
-    monkeypatch.setattr('pahcl.training.WandBTracker.start', start)
+    monkeypatch.setattr('pahcl.trackers.WandBTracker.start', start)
     with pytest.raises(PahclError, match='wandb login, or set WANDB_MODE=offline'): tune(work, tmp_path/'out', task='pascal', pretrained='none', encoder_type='cnn_mamba_small', wandb=True)
     assert not list((tmp_path/'out').glob('*'))
 
