@@ -1,4 +1,4 @@
-"pahcl.training: several processes equal one, a killed run goes on, trackers hold what was sent, running out of memory is explained"
+"pahcl.training: several processes equal one, a killed run goes on, the bar is for terminals"
 import json
 import os
 import signal
@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from pahcl.basics import PahclError
 from pahcl import runs
 from pahcl.config import TrainingSection
 from pahcl.runs import Run, choose_precision, first_difference, load_checkpoint, native_bfloat
 from pahcl.training import decays, fit, grouped, learning_rate, parameter_groups, shares
-from pahcl.trackers import make_trackers
 
 LINE = textwrap.dedent('''
     import sys, time, torch
@@ -79,24 +77,6 @@ def test_kill_minus_nine(tmp_path):
     for key, value in weights(tmp_path/'whole').items(): assert torch.equal(value, weights(tmp_path/'killed')[key])
     assert json.loads((tmp_path/'killed'/'status.json').read_text())['state'] == 'finished'
     assert not list((tmp_path/'killed').glob('.*.tmp')) or all(p.stat().st_size for p in (tmp_path/'killed').glob('*.pt'))
-
-
-def test_both_trackers_hold_what_was_sent(tmp_path, monkeypatch):
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    monkeypatch.setenv('WANDB_SILENT', 'true')
-    with Run(tmp_path/'run', dict(training=dict(learning_rate=.1), seed=1), tensorboard=True, wandb=True, group='pascal') as run:
-        for step in range(3): run.track({'train/loss': 1/(step+1), 'validation/auroc': None}, step+1)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(tmp_path/'run'/'tensorboard')).Reload()
-    assert [e.value for e in events.Scalars('train/loss')] == pytest.approx([1, 1/2, 1/3])
-    assert 'validation/auroc' not in events.Tags()['scalars'] and 'learning_rate: 0.1' in events.Tensors('config/text_summary')[0].tensor_proto.string_val[0].decode()
-    [log] = (tmp_path/'run'/'wandb').glob('offline-run-*/run-*.wandb')
-    assert b'train/loss' in log.read_bytes() and b'learning_rate' in log.read_bytes() and b'pascal' in log.read_bytes()
-
-
-def test_a_missing_tracker_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr('pahcl.trackers.is_wandb_available', lambda: False)
-    with pytest.raises(PahclError, match='pip install wandb'): make_trackers(tmp_path, {}, wandb=True)
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
