@@ -10,7 +10,7 @@ from pahcl.config import TWINS, FinetuneConfig, known_keys
 from pahcl.finetune import finetune
 from pahcl.splits import prepare
 from pahcl.tables import made_processed, made_recordings
-from pahcl.training import load_checkpoint
+from pahcl.runs import load_checkpoint
 
 TINY = {'model.encoder_type': 'cnn', 'model.cnn_channels': [4, 6], 'model.cnn_kernel_sizes': [7, 5], 'model.cnn_strides': [8, 8]}
 MAMBA = {**TINY, 'model.encoder_type': 'cnn_mamba', 'model.mamba_d_model': 8, 'model.mamba_n_layers': 1, 'model.mamba_d_state': 4}
