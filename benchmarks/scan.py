@@ -1,4 +1,4 @@
-"Time and peak memory of the selective scan, forward + backward: python benchmarks/scan.py [--quick] [--one-thread]"
+"Time and peak memory of the selective scan, forward + backward: python benchmarks/scan.py [--quick] [--one-thread] [--without-parallel]"
 import os, subprocess, sys
 import torch
 from torch.utils.benchmark import Timer
@@ -36,11 +36,11 @@ def peak_mib(form):
             f"scan.once({form!r}, a, w)\nprint(scan.high_water()-before)")
     return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
 
-def main(quick=False, threads=2):
+def main(quick=False, threads=2, parallel=True):
     torch.set_num_threads(threads)
     a = arguments(**SIZES)
     weights = torch.randn_like(a['u'])
-    forms = [f for f in FORMS if f != 'c' or have_compiled()]
+    forms = [f for f in FORMS if (f != 'c' or have_compiled()) and (f != 'parallel' or parallel)]
     rounds = 2 if quick else 7
     times = {f: [] for f in forms}
     for form in forms[:2]: once(form, a, weights)  # warm; the others are too slow for it to matter
@@ -55,8 +55,8 @@ def main(quick=False, threads=2):
     print(f'{"form":10}{"ms":>9}{"peak MiB":>10}')
     for form in forms: print(f'{form:10}{median[form]*1000:9.0f}{memory[form]:10.0f}')
     for (fast, slow), goal in GOALS.items():
-        if fast in median: print(f'{fast} is {median[slow]/median[fast]:.1f} times {slow} (goal {goal})')
+        if fast in median and slow in median: print(f'{fast} is {median[slow]/median[fast]:.1f} times {slow} (goal {goal})')
     for fast in ('c', 'torch'):
         if fast in memory: print(f'peak memory of {fast}: 1/{memory["sliced"]/max(memory[fast], 0.1):.0f} of the sliced loop (goal 1/10)')
 
-if __name__ == '__main__': main('--quick' in sys.argv, 1 if '--one-thread' in sys.argv else 2)
+if __name__ == '__main__': main('--quick' in sys.argv, 1 if '--one-thread' in sys.argv else 2, '--without-parallel' not in sys.argv)
