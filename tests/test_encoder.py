@@ -1,12 +1,14 @@
 "Padding changes nothing, every key has an effect, folders load or say why not"
-import copy, json
+import copy, json, os, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from huggingface_hub import PyTorchModelHubMixin, constants
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from pahcl import encoder as module
 from pahcl.basics import PahclError
 from pahcl.config import ModelSection
-from pahcl.encoder import (PRESETS, ChannelAttention, ClassifierHead, ConvLayer, DropPath, Dropout, Encoder, Projector, ValidGroupNorm, build_encoder, from_pretrained,
+from pahcl.encoder import (PRESETS, CNNMamba, ChannelAttention, ClassifierHead, ConvLayer, DropPath, Dropout, Encoder, Projector, ValidGroupNorm, build_encoder, from_pretrained,
                            load_weights, phase_pool, resolve_settings)
 
 @pytest.fixture(autouse=True, scope='module')
@@ -350,6 +352,29 @@ def test_the_hub(folder, tmp_path, monkeypatch):
     def offline(*a, **k): raise OSError('no network')
     monkeypatch.setattr(module, 'snapshot_download', offline)
     with pytest.raises(PahclError, match='owner/name is no folder here, and the Hub did not give it'): from_pretrained('owner/name')
+
+def test_the_hubs_own_loader_reads_our_folder_and_we_read_its(folder, tmp_path):
+    "config.json and model.safetensors mean to `PyTorchModelHubMixin` what they mean to us."
+    class Theirs(PyTorchModelHubMixin, CNNMamba):
+        def __init__(self, **config): CNNMamba.__init__(self, {k: v for k, v in config.items() if k != 'config'})  # the mixin gives it a second time, whole
+    assert {p.name for p in folder.iterdir()} == {constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE}
+    with safe_open(folder/'model.safetensors', 'pt') as f: assert f.metadata() == {'format': 'pt'}
+    ours, theirs = from_pretrained(folder), Theirs.from_pretrained(folder, strict=True, local_files_only=True)
+    with torch.no_grad(): assert torch.equal(theirs.eval()(cycles()), ours(cycles())) and theirs.config == ours.config
+    theirs.save_pretrained(tmp_path/'theirs')
+    with torch.no_grad(): assert torch.equal(from_pretrained(tmp_path/'theirs')(cycles()), ours(cycles()))
+
+def test_a_repository_that_was_fetched_once_loads_offline(folder, tmp_path):
+    "From the Hub's cache, laid out as huggingface_hub does it, without a network."
+    cache = tmp_path/'hub'/'models--owner--name'
+    (cache/'refs').mkdir(parents=True), (cache/'snapshots').mkdir()
+    (cache/'refs'/'main').write_text('0'*40)
+    folder.rename(cache/'snapshots'/('0'*40))
+    code = "from pahcl.encoder import from_pretrained; print(from_pretrained('owner/name').out_dim)"
+    run = lambda **env: subprocess.run([sys.executable, '-c', code], env=dict(os.environ, HF_HUB_OFFLINE='1', PYTHONPATH=os.pathsep.join(sys.path), **env), capture_output=True, text=True, cwd=tmp_path)
+    assert run(HF_HOME=str(tmp_path)).stdout == '8\n'
+    (tmp_path/'empty').mkdir()
+    assert 'owner/name is no folder here, and the Hub did not give it' in run(HF_HOME=str(tmp_path/'empty')).stderr
 
 def test_a_misfit_changes_nothing(folder):
     e, state = tiny(seed=9), load_file(folder/'model.safetensors')

@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pahcl import runs
-from pahcl.config import TrainingSection
+from pahcl.config import ContrastSection, TrainingSection
+from pahcl.contrastive_model import ContrastiveModel
+from pahcl.encoder import build_encoder
 from pahcl.runs import Run, choose_precision, first_difference, load_checkpoint, native_bfloat
 from pahcl.training import decays, fit, grouped, learning_rate, parameter_groups, shares
 
@@ -193,3 +195,24 @@ def test_scaled_losses_change_nothing_but_roundings(tmp_path):
     with pytest.raises(KeyboardInterrupt): train_net(tmp_path/'killed', scaled=True, stop=True, grad_clip_norm=0.5)
     again, _, run = train_net(tmp_path/'killed', scaled=True, grad_clip_norm=0.5)
     assert run.accelerator.scaler.get_scale() == 65536*4 and all(torch.equal(a, b) for a, b in zip(scaled.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize('moco', [False, True])
+def test_a_contrastive_step_in_half_precision(moco):
+    "The encoder computes in bfloat16, the losses of both levels in float32, and the gradient points where it pointed."
+    torch.manual_seed(0)
+    model = ContrastiveModel(build_encoder('cnn_mamba_small', dropout=0.), ContrastSection(moco=moco, queue_size=32, temperature=0.2)).eval()
+    x, t = torch.randn(12, 1, 2000), torch.arange(2000)
+    phases = (1+t*5//2000).clamp(max=4)*(t < 1800)
+    batch = dict(x1=x, x2=x+0.3*torch.randn_like(x), person=torch.arange(12), group=torch.arange(12)) | {f'phases{i}': phases.to(torch.uint8).expand(12, -1) for i in (1, 2)}
+    seen, out = {}, []
+    model.encoder.mamba.layers[0].ssm.in_proj.register_forward_hook(lambda m, i, y: seen.setdefault(y.dtype))
+    for half in (False, True):
+        model.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=half): loss, parts = model(batch)
+        loss.backward()
+        assert loss.dtype == torch.float32 and {v.dtype for v in parts.values()} == {torch.float32}
+        out.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert list(seen) == [torch.float32, torch.bfloat16]
+    (exact, g), (rounded, h) = out
+    assert rounded != exact and abs(rounded/exact-1) < 0.01 and torch.nn.functional.cosine_similarity(g, h, 0) > 0.99
