@@ -218,7 +218,7 @@ def test_linear_evaluation_asks_the_encoder_once(work, monkeypatch):
     import pahcl.classifier as classifier
     calls, encode = [], classifier.encode
     monkeypatch.setattr(classifier, 'encode', lambda *a, **k: calls.append(len(a[1])) or encode(*a, **k))
-    shutil.copytree(work/'downstream'/'pascal', work/'cached'/'pascal')
+    shutil.copytree(work/'downstream'/'pascal', work/'cached'/'pascal', ignore=shutil.ignore_patterns('.features'))
     given = dict(task='pascal', pretrained='packaged', linear_eval=True, epochs=3, data_dir=work/'cached')
     first = tune(work, 'cached/out', **given, experiment_name='a')
     rows = [len(pd.read_csv(work/'cached'/'pascal'/f'{s}.csv', comment='#')) for s in ('train', 'val', 'test')]
