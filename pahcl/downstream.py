@@ -8,13 +8,14 @@ __all__ = ['MODES', 'DATASETS', 'DEMO', 'DEMO_SUBJECTS', 'Way', 'demo_way', 'con
            'pretrained_of', 'task_stages', 'train_task', 'job', 'run_job', 'train_tasks', 'made_files', 'check_words',
            'plan', 'plan_lines', 'downstream', 'pahcl_downstream']
 
-# %% ../nbs/06e_downstream.ipynb #34fb9698
+# %% ../nbs/06e_downstream.ipynb #92d5e953
 import hashlib
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
@@ -68,7 +69,7 @@ def demo_way(
     "The small settings of the demo, under whatever was asked for."
     return Way(**DEMO | {k: v for k, v in given.items() if v is not None} | dict(demo=True))
 
-# %% ../nbs/06e_downstream.ipynb #0bb4d50d
+# %% ../nbs/06e_downstream.ipynb #c0480bca
 def content(
     paths,        # files
     root,         # names are taken relative to it, so that a moved folder keeps its hashes
@@ -83,7 +84,8 @@ def content(
         same = old[:2] == [s.st_size, s.st_mtime_ns]
         out[name] = old[2] if same else hashlib.sha256(p.read_bytes()).hexdigest()[:16]
         now[name] = [s.st_size, s.st_mtime_ns, out[name]]
-    if cache and now != known: write_json(cache, now)
+    if cache and now != known:
+        with suppress(OSError): write_json(cache, now)   # only a convenience: a folder that cannot be written does without
     return out
 
 # %% ../nbs/06e_downstream.ipynb #ffcebae1

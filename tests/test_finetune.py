@@ -72,8 +72,9 @@ def test_script_in_linear_mode_with_both_trackers(work, pretrained, monkeypatch)
                  '--linear_eval', '--epochs', '2', '--lr', '1e-2', '--batch_size', '16', '--seed', '7', '--tensorboard', '--wandb', '--wandb-project', 'PA-HCL']
     assert pahcl_finetune(list(map(str, arguments))) == 0
     folder = work/'outputs'/'physionet2016_linear'
-    before, after = load_checkpoint(pretrained['simclr'])['model_state_dict'], load_checkpoint(folder/'final_model.pt')['model_state_dict']
-    assert all(torch.equal(before[k], v) for k, v in after.items() if k.startswith('encoder.'))
+    before, after = (load_checkpoint(p)['model_state_dict'] for p in (pretrained['simclr'], folder/'final_model.pt'))
+    encoder = {k for k in before if k.startswith('encoder.')}   # parameters and buffers
+    assert encoder == {k for k in after if k.startswith('encoder.')} and all(torch.equal(before[k], after[k]) for k in encoder)
     assert list((folder/'tensorboard').glob('events.out.tfevents.*')) and list((folder/'wandb').glob('offline-run-*'))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     tags = set(EventAccumulator(str(folder/'tensorboard')).Reload().Tags()['scalars'])
@@ -96,7 +97,9 @@ def test_a_run_is_repeated_by_its_config_and_never_overwritten(work, capsys):
     given = dict(task='pascal', pretrained='none', encoder_type='cnn_mamba_small', experiment_name='again')
     first = tune(work, 'outputs', **given)
     again = finetune(work/'outputs'/'pascal_again'/'config.yaml', output_dir=work/'repeated')
-    assert {k: v for k, v in first.items() if 'test' in k or 'level' in k} == {k: v for k, v in again.items() if 'test' in k or 'level' in k}
+    assert first == again   # scores, history, all of it, to the last digit
+    assert pahcl_finetune(['--config', str(work/'outputs'/'pascal_again'/'config.yaml'), '--output-dir', str(work/'outputs'), '--overwrite']) == 0
+    assert json.loads((work/'outputs'/'pascal_again'/'final_metrics.json').read_text()) == first
     with pytest.raises(PahclError, match='training.learning_rate is 0.001 there and 0.01 here'): tune(work, 'outputs', **given, lr=1e-2)
     assert json.loads((work/'outputs'/'pascal_again'/'final_metrics.json').read_text()) == first
     assert tune(work, 'outputs', **given, lr=1e-2, overwrite=True) != first
@@ -104,7 +107,7 @@ def test_a_run_is_repeated_by_its_config_and_never_overwritten(work, capsys):
 
 def test_two_processes_give_the_scores_of_one(work):
     given = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29615', '-m', 'pahcl.finetune', '--task', 'pascal', '--config', work/'two.yaml', '--pretrained', 'none', '--data-dir', work/'downstream', '--epochs', '1']
-    (work/'two.yaml').write_text('model: {encoder_type: cnn_mamba_small, dropout: 0.0}\nclassifier: {dropout: 0.0}\ntraining: {cycles_per_recording: 1, warmup_epochs: 0, batch_size: 16}\n')
+    (work/'two.yaml').write_text('model: {encoder_type: cnn_mamba_small, dropout: 0.0}\nclassifier: {dropout: 0.0}\ntraining: {cycles_per_recording: 1, warmup_epochs: 0, batch_size: 7}\n')
     done = subprocess.run([*map(str, given), '--output-dir', str(work/'two')], env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert pahcl_finetune(list(map(str, [*given[7:], '--output-dir', work/'one']))) == 0
@@ -112,7 +115,10 @@ def test_two_processes_give_the_scores_of_one(work):
     assert '2 process(es)' in (work/'two'/'pascal_downstream'/'train.log').read_text()
     for key, value in one.items():
         if key.startswith('test_') and value is not None: assert two[key] == pytest.approx(value, abs=1e-6), key
-    assert two['history'][0]['train/loss'] == pytest.approx(one['history'][0]['train/loss'], abs=1e-5)
+    for key, value in one['history'][0].items(): assert two['history'][0][key] == pytest.approx(value, abs=1e-6), key
+    cycles = sum(not line.startswith(('#', 'subject_id')) for line in (work/'downstream'/'pascal'/'test.csv').read_text().splitlines())
+    assert one['levels']['cycle']['n'] == two['levels']['cycle']['n'] == cycles   # every cycle once
+    assert two['levels']['cycle']['confusion_matrix'] == one['levels']['cycle']['confusion_matrix']
 
 
 def refused(capsys, *arguments, told):
@@ -205,3 +211,142 @@ def test_losses_add_up_over_any_split_of_a_batch():
 def test_packaged_weights(work):
     metrics = tune(work, 'outputs', task='pascal', pretrained='packaged', experiment_name='packaged', linear_eval=True)
     assert (metrics['encoder_type'], metrics['loaded']['loaded'], metrics['mode']) == ('cnn_mamba_small', 40, 'linear')
+
+
+def test_linear_evaluation_asks_the_encoder_once(work, monkeypatch):
+    "The second probe, with another learning rate, finds all features in the cache; a damaged cache is made again."
+    import pahcl.classifier as classifier
+    calls, encode = [], classifier.encode
+    monkeypatch.setattr(classifier, 'encode', lambda *a, **k: calls.append(len(a[1])) or encode(*a, **k))
+    shutil.copytree(work/'downstream'/'pascal', work/'cached'/'pascal', ignore=shutil.ignore_patterns('.features'))
+    given = dict(task='pascal', pretrained='packaged', linear_eval=True, epochs=3, data_dir=work/'cached')
+    first = tune(work, 'cached/out', **given, experiment_name='a')
+    rows = [len(pd.read_csv(work/'cached'/'pascal'/f'{s}.csv', comment='#')) for s in ('train', 'val', 'test')]
+    assert calls == rows   # one pass over each split, whatever the epochs
+    again = tune(work, 'cached/out', **given, experiment_name='b')
+    assert calls == rows and again['history'] == first['history'] and again['levels'] == first['levels']
+    for path in (work/'cached'/'pascal'/'.features').glob('*.npy'): path.write_bytes(b'damaged')
+    assert tune(work, 'cached/out', **given, experiment_name='c')['history'] == first['history'] and calls == rows*2
+
+
+def test_the_linear_head_does_the_features_justice(work, monkeypatch):
+    "scikit-learn's logistic regression on the same features, spoilt by scales from 0.001 to 1000, is the oracle: the head's loss comes close to its optimum."
+    import pahcl.classifier as classifier
+    from pahcl.loader import Cycles
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+    encode = classifier.encode
+    def spoilt(encoder, *a, **k):
+        features = encode(encoder, *a, **k)
+        return (features*np.logspace(-3, 3, features.shape[1])+10).astype('float32')
+    monkeypatch.setattr(classifier, 'encode', spoilt)
+    shutil.copytree(work/'downstream'/'physionet2016', work/'spoilt'/'physionet2016', ignore=shutil.ignore_patterns('.features'))
+    options = {'training.cycles_per_recording': None, 'training.weight_decay': 0., 'training.use_class_weights': False, 'training.num_workers': 0}
+    finetune(output_dir=work/'spoilt'/'out', task='physionet2016', pretrained='packaged', linear_eval=True, data_dir=work/'spoilt', epochs=100, **options)
+    model, _ = classifier.load_model(work/'spoilt'/'out'/'physionet2016_downstream'/'final_model.pt')
+    cycles = Cycles.from_task(work/'spoilt'/'physionet2016', 'train')
+    features, y = spoilt(model.encoder, cycles), cycles.table['label'].to_numpy()
+    scaled = StandardScaler().fit_transform(features.astype(float))
+    oracle = LogisticRegression(C=1e4, max_iter=5000).fit(scaled, y).predict_proba(scaled)
+    loss = lambda p: -np.log(np.maximum(p[np.arange(len(y)), y], 1e-12)).mean()
+    chance = loss(np.tile(np.bincount(y)/len(y), (len(y), 1)))
+    head = loss(classifier.answers(model, features))
+    assert chance-head > .9*(chance-loss(oracle)), (chance, head, loss(oracle))
+
+
+def test_a_killed_run_ends_as_one_that_was_not(work, monkeypatch):
+    import pahcl.finetune as module
+    given = {'task': 'pascal', 'pretrained': 'none', 'encoder_type': 'cnn_mamba_small', 'epochs': 3, 'training.aggregation': 'attention', 'training.cycles_per_bag': 2}
+    whole = tune(work, 'outputs', **given, experiment_name='whole')
+    scores = module.validation_scores
+    def killed(*a):
+        if (work/'outputs'/'pascal_killed'/'last.pt').exists(): raise KeyboardInterrupt
+        return scores(*a)
+    monkeypatch.setattr(module, 'validation_scores', killed)
+    with pytest.raises(KeyboardInterrupt): tune(work, 'outputs', **given, experiment_name='killed')
+    assert json.loads((work/'outputs'/'pascal_killed'/'status.json').read_text()) == dict(state='failed', why='interrupted')
+    with pytest.raises(PahclError, match='seed is 42 there and 1 here'): tune(work, 'outputs', **given, experiment_name='killed', seed=1)
+    monkeypatch.setattr(module, 'validation_scores', scores)
+    resumed = tune(work, 'outputs', **given, experiment_name='killed')
+    assert resumed['history'] == whole['history'] and resumed['levels'] == whole['levels']
+    assert 'goes on after epoch 1' in (work/'outputs'/'pascal_killed'/'train.log').read_text()
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), MemoryError()])
+@pytest.mark.parametrize('linear', [False, True])
+def test_out_of_memory(work, tmp_path, monkeypatch, capsys, error, linear):
+    "In training, or in the pass that computes features: exit code 1, the batch size and the flag, and the folder says why it ended."
+    def full(self, *a, **k): raise error
+    monkeypatch.setattr('pahcl.encoder.Encoder.forward', full)
+    shutil.copytree(work/'downstream'/'pascal', tmp_path/'data'/'pascal', ignore=shutil.ignore_patterns('.features'))
+    refused(capsys, '--task', 'pascal', '--pretrained', 'packaged', '--data-dir', tmp_path/'data', '--output-dir', tmp_path, '--batch-size', 24, *(['--linear-eval', '--seed', '5'] if linear else []), told='out of memory with batch size 24. Give a smaller one, e.g. --batch-size 12')
+    status = json.loads((tmp_path/'pascal_downstream'/'status.json').read_text())
+    assert status['state'] == 'failed' and 'batch size 24' in status['why']
+
+
+def test_one_line_an_epoch(work):
+    metrics = tune(work, 'outputs', task='pascal', pretrained='none', encoder_type='cnn_mamba_small', experiment_name='lines', epochs=3)
+    lines = re.findall(r'epoch (\d)/3: loss (\S+), validation f1_macro (\S+), best (\S+) \(epoch (\d)\), at most \d:\d\d:\d\d left', (work/'outputs'/'pascal_lines'/'train.log').read_text())
+    assert [int(n) for n, *_ in lines] == [1, 2, 3]
+    for (_, loss, score, best, at), row in zip(lines, metrics['history']):
+        assert (loss, score) == (f'{row["train/loss"]:.4f}', f'{row["validation/f1_macro"]:.4f}')
+        assert best == f'{max(r["validation/f1_macro"] for r in metrics["history"][:row["epoch"]]):.4f}' == f'{metrics["history"][int(at)-1]["validation/f1_macro"]:.4f}'
+
+
+@pytest.mark.parametrize('aggregation, level', [('mean', 'subject'), ('attention', 'subject'), ('attention', 'recording')])
+def test_a_model_of_bags_from_training_to_ensemble(work, aggregation, level):
+    "Its recordings and subjects are its own answers, the same in training's end, in evaluation and by hand; an ensemble takes it beside a model of cycles."
+    from pahcl.classifier import load_model
+    from pahcl.ensemble import ensemble
+    from pahcl.evaluate import evaluate
+    from pahcl.loader import Cycles
+    name = f'{aggregation}_{level}'
+    given = dict(task='circor_murmur', pretrained='none', encoder_type='cnn_mamba_small', experiment_name=name)
+    metrics = tune(work, 'bags', **given, **{'training.aggregation': aggregation, 'training.bag_level': level, 'training.cycles_per_bag': 3})
+    path = work/'bags'/f'circor_murmur_{name}'/'best_model.pt'
+    results = evaluate(path, 'circor_murmur', work/'downstream', draws=5)
+    for at in ('cycle', 'recording', 'subject'): assert results['levels'][at]['accuracy'] == metrics['levels'][at]['accuracy'] and results['levels'][at]['auroc'] == pytest.approx(metrics['levels'][at]['auroc'])
+    assert any('bags of cycles that the model answers for itself' in note for note in results['notes'])
+    model, _ = load_model(path)
+    assert model.bag_levels == ['recording', 'subject'][:1+(level == 'subject')]
+    cycles = Cycles.from_task(work/'downstream'/'circor_murmur', 'test')
+    said = pd.read_csv(path.parent/'evaluation_circor_murmur_test'/f'predictions_{level}.csv', dtype={f'{level}_id': str}).iloc[0]
+    rows = np.flatnonzero(cycles.table[f'{level}_id'] == said[f'{level}_id'])
+    batch = cycles.batch(rows)
+    with torch.no_grad():
+        h = model.encoder(batch['x'], batch['valid_length'])
+        if aggregation == 'attention':   # equations 8 and 9, written out
+            a = torch.softmax(torch.stack([model.attention.score.weight[0] @ (torch.tanh(model.attention.value(k))*torch.sigmoid(model.attention.gate(k))) for k in h]), 0)
+            logits = model.classifier((a[:, None]*h).sum(0))
+        else: logits = model.classifier(h).mean(0)
+    assert said[['probability_Present', 'probability_Absent', 'probability_Unknown']].to_numpy(float) == pytest.approx(logits.softmax(-1).numpy(), abs=2e-6)
+    if level == 'recording': return
+    tune(work, 'bags', **given | dict(experiment_name='cycles'))
+    both = ensemble([path, work/'bags'/'circor_murmur_cycles'/'best_model.pt'], 'circor_murmur', work/'downstream', output_dir=work/'bags'/f'both_{name}', draws=5)
+    table = pd.read_csv(work/'bags'/f'both_{name}'/'predictions_subject.csv', dtype=dict(subject_id=str)).set_index('subject_id')['probability_Present']
+    evaluate(work/'bags'/'circor_murmur_cycles'/'best_model.pt', 'circor_murmur', work/'downstream', draws=5)
+    alone = [pd.read_csv(work/'bags'/f'circor_murmur_{n}'/'evaluation_circor_murmur_test'/'predictions_subject.csv', dtype=dict(subject_id=str)).set_index('subject_id')['probability_Present'] for n in (name, 'cycles')]
+    assert len(both['members']) == 2 and (table-(alone[0]+alone[1])/2).abs().max() < 2e-6
+
+
+def test_silent_places_are_not_trained_as_present(work, tmp_path):
+    "The recordings left out are those of Present subjects where CirCor names no murmur; validation and test stay whole; a folder of an older version asks the processed one."
+    folder = work/'downstream'/'circor_murmur'
+    recordings = pd.read_csv(folder/'recordings.csv', dtype=str)
+    ill = recordings[(recordings['label'] == '0') & (recordings['split'] == 'train')]
+    silent = [r.recording_id for r in ill.itertuples() if isinstance(r.murmur_locations, str) and r.location not in r.murmur_locations.split('+')]
+    given = {'task': 'circor_murmur', 'pretrained': 'none', 'encoder_type': 'cnn_mamba_small', 'training.use_murmur_locations': True, 'training.cycles_per_recording': 1}
+    heard, everything = tune(work, 'murmurs', **given), tune(work, 'murmurs', **given | {'training.use_murmur_locations': False, 'experiment_name': 'all'})
+    cycles = pd.read_csv(folder/'cycles.csv', dtype=str)
+    lost = cycles['recording_id'].isin(silent).sum()
+    assert everything['training_cycles']-heard['training_cycles'] == lost and everything['levels']['cycle']['n'] == heard['levels']['cycle']['n']
+    log = (work/'murmurs'/'circor_murmur_downstream'/'train.log').read_text()
+    assert f'use_murmur_locations: {len(silent)} recordings ({lost} cycles)' in log
+    shutil.copytree(folder, tmp_path/'circor_murmur')
+    recordings.drop(columns='murmur_locations').to_csv(tmp_path/'circor_murmur'/'recordings.csv', index=False)
+    older = dict(given, data_dir=tmp_path)
+    assert tune(work, 'murmurs', **older, experiment_name='older', **{'data.processed_dir': str(work/'processed')})['history'] == heard['history']
+    with pytest.raises(PahclError, match='Prepare the task again'): tune(work, 'murmurs', **older, experiment_name='lost', **{'data.processed_dir': str(tmp_path)})
+    with pytest.raises(PahclError, match='only circor_murmur'): tune(work, 'murmurs', **given | dict(task='pascal'))
+    tune(work, 'murmurs', **given, **{'training.aggregation': 'mean', 'experiment.name': 'bags'})
+    assert 'the label is true of the bag' in (work/'murmurs'/'circor_murmur_bags'/'train.log').read_text()

@@ -1,6 +1,7 @@
 "Every console script: help in under a second, both spellings of every flag, python -m, usage errors, one clear sentence for bad input"
 import configparser
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -88,3 +89,31 @@ def test_bad_input_is_one_sentence(tmp_path, name, arguments, told):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f'{name}: error: ') and re.search(told, last)
     assert sorted(tmp_path.rglob('*')) == before  # nothing half-written
+
+
+@pytest.mark.parametrize('command', [['-m', 'pahcl.finetune'], ['{0}/pahcl_finetune']])
+def test_ctrl_c_while_importing(tmp_path, command):
+    "An import that is interrupted: here of pydantic, which our modules need."
+    (tmp_path/'pydantic.py').write_text('raise KeyboardInterrupt')
+    (tmp_path/'pahcl_finetune').write_text('import sys\nfrom pahcl.finetune import pahcl_finetune\nsys.exit(pahcl_finetune())\n')   # as pip writes it
+    done = subprocess.run([sys.executable, *(c.format(tmp_path) for c in command), '--help'], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}'))
+    assert done.returncode == 130 and done.stderr == 'pahcl_finetune: error: interrupted; the same command goes on where it stopped\n' and not done.stdout
+
+
+def test_an_import_elsewhere_keeps_its_hook():
+    done = subprocess.run([sys.executable, '-c', 'import sys; before = sys.excepthook; import pahcl.basics; sys.exit(sys.excepthook is not before)'], cwd=ROOT)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_switches_make_no_noise(name): assert 'default: False' not in call(name, '--help').stdout
+
+
+@pytest.mark.parametrize('yaml, told', [('num_epochs: many', "training.num_epochs is 'many'; a whole number is expected"), ('num_epochs: 1.5', 'training.num_epochs is 1.5; a whole number is expected'), ('learning_rate: fast', "is 'fast'; a number is expected"),
+                                        ('use_amp: 1', 'use_amp is 1; true or false is expected'), ('learning_rate: 0', 'a number above 0 is expected'), ('label_smoothing: 1', 'a number below 1 is expected'), ('loss_type: hinge', "one of 'ce', 'focal' is expected"),
+                                        ('batch_size:', 'batch_size is empty; a whole number is expected'), ('batch_size: [1]', r'batch_size is \[1\]; a whole number is expected')])
+def test_a_wrong_value_is_a_sentence(tmp_path, yaml, told):
+    from pahcl.basics import PahclError
+    from pahcl.config import load_config
+    (tmp_path/'my.yaml').write_text('training: {'+yaml+'}')
+    with pytest.raises(PahclError, match=rf'my\.yaml: .*{told}\.$'): load_config('finetune', tmp_path/'my.yaml')

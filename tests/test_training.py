@@ -1,9 +1,12 @@
 "pahcl.training: several processes equal one, a killed run goes on, the bar is for terminals"
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 
@@ -216,3 +219,23 @@ def test_a_contrastive_step_in_half_precision(moco):
     assert list(seen) == [torch.float32, torch.bfloat16]
     (exact, g), (rounded, h) = out
     assert rounded != exact and abs(rounded/exact-1) < 0.01 and torch.nn.functional.cosine_similarity(g, h, 0) > 0.99
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_the_bar_is_for_terminals(tmp_path, terminal):
+    "A bar within the epoch on a terminal, nothing but lines elsewhere."
+    (tmp_path/'line.py').write_text(LINE)
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))   # a new terminal has no width
+    process = subprocess.Popen([sys.executable, str(tmp_path/'line.py'), str(tmp_path/'run'), '0.03'], stderr=slave if terminal else subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', TQDM_DISABLE=''))
+    os.close(slave)
+    told = b'' if terminal else process.communicate()[1]
+    while terminal:
+        try: part = os.read(master, 65536)
+        except OSError: break   # the other end is closed
+        if not part: break
+        told += part
+    assert process.wait(60) == 0
+    os.close(master)
+    assert (b'epoch 2/6:   0%' in told and b'\r' in told) == terminal and told.count(b'best') == 6
+    assert terminal or len(told.splitlines()) == 8   # how it began, six epochs, and a step of log_interval
