@@ -61,9 +61,9 @@ def start(arguments, death):
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
 
-answers = []
-for arguments, deaths in json.loads(sys.argv[1]):
-    for death in deaths: answers.append([death, start(arguments, death)])
+answers, plan = [], json.loads(sys.argv[1])
+for arguments, deaths in plan:
+    for death in deaths: answers.append([death, pahcl_pretrain(arguments) if death == 'here' else start(arguments, death)])  # 'here': warms up what the children inherit
 print(json.dumps(answers))
 '''
 
@@ -93,26 +93,26 @@ def same_end(root, a, b):
     history = [json.loads((root/'out'/n/'final_metrics.json').read_text())['history'] for n in (a, b)]
     assert history[0] == history[1] and len(history[0]) == 3
 
-DEATHS = [['step', 1], ['step', 3], ['writing', 'last.pt', 1], ['step', 2], ['written', 'last.pt', 1], ['writing', 'best_model.pt', 1], ['written', 'best_model.pt', 1], ['step', 3],
-          ['writing', 'epoch_2.pt', 1], ['written', 'epoch_2.pt', 1], ['after', 0.3], ['after', 0.7], ['writing', 'last.pt', 2], ['written', 'final_model.pt', 1], None]
+DEATHS = [['step', 1], ['writing', 'last.pt', 1], ['step', 3], ['written', 'best_model.pt', 1], ['written', 'last.pt', 1], ['writing', 'epoch_2.pt', 1], ['after', 0.4],
+          ['writing', 'last.pt', 2], ['written', 'final_model.pt', 1], None]
 
 @pytest.mark.parametrize('kind', ['simclr', 'moco'])
 def test_killed_at_every_bad_moment(root, kind):
     flags = ['--moco'] if kind == 'moco' else []
-    states, _ = drive(root, (f'{kind}_whole', flags, [None]), (f'{kind}_killed', flags, DEATHS))
+    states, _ = drive(root, (f'{kind}_whole', flags, ['here']), (f'{kind}_killed', flags, DEATHS))
     killed = [death for death, state in states if state == 9]
-    assert len(killed) >= 8 and {d[0] for d in killed} >= {'step', 'writing', 'written'} and states[-1] == [None, 0]
+    assert len(killed) >= 7 and {d[0] for d in killed} >= {'step', 'writing', 'written'} and states[-1] == [None, 0]
     log = (root/'out'/f'{kind}_killed'/'train.log').read_text()
     assert 'goes on after epoch 0 and 2 optimiser steps' in log and 'goes on after epoch 1 of' in log
     same_end(root, f'{kind}_whole', f'{kind}_killed')
     assert not list((root/'out'/f'{kind}_killed').glob('.*'))                        # what was half-written is gone
     if kind == 'moco':
         weights = load_checkpoint(root/'out'/'moco_killed'/'final_model.pt')['model_state_dict']
-        assert weights['queue_person'].ge(0).all() and not torch.equal(weights['encoder_momentum.out.weight'] if 'encoder_momentum.out.weight' in weights else next(v for k, v in weights.items() if k.startswith('encoder_momentum.')),
-                                                                       weights['encoder.out.weight'] if 'encoder.out.weight' in weights else next(v for k, v in weights.items() if k.startswith('encoder.')))
+        slow = [k for k in weights if k.startswith('encoder_momentum.')]
+        assert weights['queue_person'].ge(0).all() and slow and not all(torch.equal(weights[k], weights[k.replace('_momentum', '')]) for k in slow)
 
 def test_a_full_disk_costs_nothing_but_time(root):
-    drive(root, ('disk_whole', [], [None]), ('disk_full', [], [['written', 'last.pt', 3]]))
+    drive(root, ('disk_whole', [], ['here']), ('disk_full', [], [['written', 'last.pt', 3]]))
     last = root/'out'/'disk_full'/'last.pt'
     before = last.read_bytes()
     states, errors = drive(root, ('disk_full', [], [['limit', len(before)//2]]))
