@@ -48,7 +48,9 @@ def prepare_death(how, *what):
     if how == 'step': at_call(ContrastiveModel, 'follow', lambda *a: True, lambda real, *a: die(), what[0])      # within an epoch, weights moved, nothing saved
     if how == 'writing': at_call(torch, 'save', lambda content, path: f'.{what[0]}.' in str(path), half_written, what[1])
     if how == 'written': at_call(pahcl.training, 'save_checkpoint', lambda path, content: path.name == what[0], written, what[1])  # between two checkpoints, or just after the last
-    if how == 'limit': resource.setrlimit(resource.RLIMIT_FSIZE, (what[0], what[0]))                             # a write beyond it fails half-way
+    if how == 'limit':                                                                                            # a write beyond it fails half-way, as on a full disk
+        half = os.path.getsize(what[0])//2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
 
 def start(arguments, death):
     "Run the command in a forked child; its exit status."
@@ -59,7 +61,9 @@ def start(arguments, death):
     if death and death[0] == 'after':
         time.sleep(death[1])
         os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    if death and death[0] == 'limit': before = open(death[1], 'rb').read()
+    status = os.waitpid(child, 0)[1]
+    return status if not death or death[0] != 'limit' else [status, before == open(death[1], 'rb').read(), [p for p in os.listdir(os.path.dirname(death[1])) if p.endswith('.tmp')]]
 
 answers, plan = [], json.loads(sys.argv[1])
 for arguments, deaths in plan:
@@ -112,12 +116,9 @@ def test_killed_at_every_bad_moment(root, kind):
         assert weights['queue_person'].ge(0).all() and slow and not all(torch.equal(weights[k], weights[k.replace('_momentum', '')]) for k in slow)
 
 def test_a_full_disk_costs_nothing_but_time(root):
-    drive(root, ('disk_whole', [], ['here']), ('disk_full', [], [['written', 'last.pt', 3]]))
     last = root/'out'/'disk_full'/'last.pt'
-    before = last.read_bytes()
-    states, errors = drive(root, ('disk_full', [], [['limit', len(before)//2]]))
-    assert os.waitstatus_to_exitcode(states[0][1]) == 1 and 'Traceback' not in errors
-    assert 'could not be written' in errors and 'Free some space and give the same command again' in errors
-    assert last.read_bytes() == before and not list(last.parent.glob('.*.tmp'))
-    drive(root, ('disk_full', [], [None]))
+    states, errors = drive(root, ('disk_whole', [], ['here']), ('disk_full', [], [['written', 'last.pt', 3], ['limit', str(last)], None]))
+    status, intact, left = states[2][1]
+    assert os.waitstatus_to_exitcode(status) == 1 and intact and not left and states[-1] == [None, 0]
+    assert 'could not be written' in errors and 'Free some space and give the same command again' in errors and 'Traceback' not in errors
     same_end(root, 'disk_whole', 'disk_full')
