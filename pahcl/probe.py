@@ -35,7 +35,7 @@ def probe_tasks(
         raise PahclError(f'probe.tasks names {missing[0]}, but prepared in {folder} are only: {", ".join(prepared) or "none"}. Prepare it with pahcl_prepare, or leave it out.')
     return list(asked)
 
-# %% ../nbs/04g_probe.ipynb #da1b2998
+# %% ../nbs/04g_probe.ipynb #eff05db2
 LEAST = 2  # persons of a class, to fit on and to be scored on
 
 class Probe(NamedTuple):
@@ -65,7 +65,7 @@ def make_probe(
     table = table[table['label'].isin(usable)]
     group, _ = pd.factorize(table['person_id'].astype(str)+'/'+table['label'].astype(str), sort=True)
     first = np.unique(group, return_index=True)[1]
-    return Probe(name, cycles, table['row'].to_numpy(), group, table['label'].to_numpy()[first], table['scored'].to_numpy()[first], cycles.settings['num_classes'])
+    return Probe(name, cycles, table['row'].to_numpy(copy=True), group, table['label'].to_numpy()[first], table['scored'].to_numpy()[first], cycles.settings['num_classes'])
 
 # %% ../nbs/04g_probe.ipynb #b5fff0c0
 def make_probes(
@@ -80,7 +80,7 @@ def make_probes(
         found.append(f'{name} was prepared with another {other[0]}' if other else make_probe(name, cycles, persons, config.probe.cycles_per_recording, config.seed))
     return [f for f in found if isinstance(f, Probe)], [f for f in found if isinstance(f, str)]
 
-# %% ../nbs/04g_probe.ipynb #52324a7e
+# %% ../nbs/04g_probe.ipynb #0f46853f
 def person_features(
     features,   # [n, C] of cycles
     group,      # [n] 0 … g-1, whom they belong to
@@ -95,11 +95,11 @@ def probe_scores(
     label,             # [g] classes
     scored,            # [g] bool: who is scored; the others are fitted on
     num_classes: int,
-    neighbours=20,     # that vote
+    neighbours=20,     # that vote, at most half of all
 ) -> dict:             # 'knn', 'linear': macro AUROC; 'knn_f1', 'linear_f1': macro F1
     "What a vote of neighbours and a linear classifier make of the features."
     fit, out = ~scored, {}
-    models = dict(knn=KNeighborsClassifier(min(neighbours, fit.sum()), metric='cosine'),
+    models = dict(knn=KNeighborsClassifier(max(1, min(neighbours, fit.sum()//2)), metric='cosine'),
                   linear=make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight='balanced')))
     for name, model in models.items():
         probabilities = np.zeros((scored.sum(), num_classes))
