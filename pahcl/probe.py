@@ -108,7 +108,7 @@ def probe_scores(
         out |= {name: found['auroc'], f'{name}_f1': found['f1_macro']}
     return out
 
-# %% ../nbs/04g_probe.ipynb #39194944
+# %% ../nbs/04g_probe.ipynb #6922c3f7
 @torch.no_grad()
 def encode(
     encoder,           # in evaluation mode
@@ -130,12 +130,12 @@ def probe_values(
     probes: list,   # of `make_probes`
     neighbours: int,
     batch_size: int,
-) -> dict:          # 'score': mean AUROC over tasks and both classifiers; 'probe_<task>_knn', 'probe_<task>_linear' and so on
+) -> dict:          # 'score': mean AUROC of both classifiers over tasks, weighted by their persons; 'probe_<task>_knn', 'probe_<task>_linear' and so on
     "What all tasks say."
     values = {}
     for p in probes:
         features = predict_shared(run, p.rows, lambda rows: encode(encoder, p.cycles, rows, batch_size, run.accelerator.device))
         scores = probe_scores(person_features(features, p.group), p.label, p.scored, p.num_classes, neighbours)
         values |= {f'probe_{p.name}_{k}': v for k, v in scores.items()}
-    score = np.mean([values[f'probe_{p.name}_{k}'] for p in probes for k in ('knn', 'linear')])
+    score = np.average([(values[f'probe_{p.name}_knn']+values[f'probe_{p.name}_linear'])/2 for p in probes], weights=[p.scored.sum() for p in probes])
     return dict(score=float(score)) | values

@@ -181,7 +181,10 @@ def test_the_probe_chooses_the_best_epoch_and_is_tracked(root, tmp_path):
     found, log = metrics(best), (best.parent/'train.log').read_text()
     assert found['probe_tasks'] and load_checkpoint(best)['probe_tasks'] == found['probe_tasks']
     names = [f'validation/probe_{t}_{k}' for t in found['probe_tasks'] for k in ('knn', 'linear')]
-    scores = [np.mean([h[n] for n in names]) for h in found['history']]
+    config = config_of(root, **JUDGED)
+    persons = {p.name: p.scored.sum() for p in P.judges(config, P.pretrain_data(config)[0])[0]}
+    weight = [persons[t] for t in found['probe_tasks'] for _ in range(2)]
+    scores = [sum(w*h[n] for w, n in zip(weight, names))/sum(weight) for h in found['history']]
     assert found['best_epoch'] == 1+int(np.argmax(scores)) and found['validation_score'] == pytest.approx(max(scores))
     assert 'the best epoch is chosen by the labels of persons kept for validation' in log and f'probe_{found["probe_tasks"][0]}_knn ' in log
     for sign in ('effective_rank', 'embedding_std', 'alignment', 'uniformity'): assert f'{sign} ' in log
