@@ -30,9 +30,9 @@ test: install
 	timeout 1200 nbdev_test --timing --n_workers 2
 	pytest --quiet --durations=10 --cov=pahcl --cov-report=term --cov-fail-under=85 tests
 
-# Speed and memory of the scan, of whole training steps and of the views; takes some minutes.
+# Speed and memory of the scan, of whole training steps, of the views and of pretraining; takes some minutes.
 bench: install
-	. $(BIN)/activate && export OMP_NUM_THREADS=2 && for name in scan encoders lengths views; do python benchmarks/$$name.py || exit 1; done
+	. $(BIN)/activate && export OMP_NUM_THREADS=2 && for name in scan encoders lengths views pretraining; do python benchmarks/$$name.py || exit 1; done
 
 # Rerun all notebooks in a Jupyter kernel, so that their saved outputs are those of this code.
 notebooks: install

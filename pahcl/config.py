@@ -6,8 +6,8 @@
 __all__ = ['Metric', 'KINDS', 'TWINS', 'FLAGS', 'FLAGS_OF', 'TYPES', 'LIMITS', 'Section', 'ExperimentSection', 'TaskSection',
            'DataSection', 'ModelSection', 'ClassifierSection', 'TrainingSection', 'FinetuningSection',
            'DownstreamSection', 'PretrainSection', 'EvaluationSection', 'ContrastSection', 'AugmentationSection',
-           'FinetuneConfig', 'PretrainConfig', 'read_yaml', 'packaged_configs', 'find_config', 'merge', 'resolve_twins',
-           'known_keys', 'expected', 'explain', 'check', 'by_key', 'nested', 'load_config', 'to_yaml']
+           'ProbeSection', 'FinetuneConfig', 'PretrainConfig', 'read_yaml', 'packaged_configs', 'find_config', 'merge',
+           'resolve_twins', 'known_keys', 'expected', 'explain', 'check', 'by_key', 'nested', 'load_config', 'to_yaml']
 
 # %% ../nbs/00b_config.ipynb #052f78d7
 import difflib
@@ -77,7 +77,7 @@ class ClassifierSection(Section):
     attention_dim: int = Field(64, ge=1)       # hidden width of the attention of `training.aggregation: attention`
     standardise: Optional[bool] = None         # features to zero mean, unit variance over the training cycles; None: where the encoder is frozen
 
-# %% ../nbs/00b_config.ipynb #1275e7ee
+# %% ../nbs/00b_config.ipynb #0b96e64d
 class TrainingSection(Section):
     "The training loop; epochs are counted over the training subjects' cycles."
     num_epochs: int = Field(100, ge=1)
@@ -99,6 +99,7 @@ class TrainingSection(Section):
     use_amp: bool = True                                 # half precision where the GPU or CPU has it natively; False: float32
     log_interval: int = Field(20, ge=1)                  # optimiser steps between two lines of the log
     save_interval: int = Field(10, ge=1)                 # epochs between two kept checkpoints
+    save_steps: int = Field(200, ge=0)                   # optimiser steps between two states to go on from within a long epoch; 0: at its end only
 
 # %% ../nbs/00b_config.ipynb #74236a99
 class FinetuningSection(TrainingSection):
@@ -141,7 +142,7 @@ class EvaluationSection(Section):
     level: Literal['cycle', 'recording', 'subject'] = 'subject'  # the unit is the patient
     save_confusion_matrix: bool = True
 
-# %% ../nbs/00b_config.ipynb #617f2bb3
+# %% ../nbs/00b_config.ipynb #25e7a054
 class ContrastSection(Section):
     "The two levels of contrast; a weight of 0 removes a level."
     temperature: float = Field(0.07, gt=0)
@@ -152,6 +153,7 @@ class ContrastSection(Section):
     substructure_projector: list[int] = [256, 64]
     moco: bool = False                                            # momentum encoder and queue instead of SimCLR
     moco_momentum: float = Field(0.999, ge=0, lt=1)
+    moco_momentum_end: Optional[float] = Field(None, ge=0, le=1)  # where the momentum arrives on half a cosine at the last step; None: it stays
     queue_size: int = Field(8192, ge=1)                           # keys
 
 # %% ../nbs/00b_config.ipynb #87e5851e
@@ -174,7 +176,15 @@ class AugmentationSection(Section):
     band_filter_low_hz: list[float] = [15.0, 60.0]
     band_filter_high_hz: list[float] = [250.0, 800.0]
 
-# %% ../nbs/00b_config.ipynb #a3658233
+# %% ../nbs/00b_config.ipynb #c1cb44a2
+class ProbeSection(Section):
+    "What judges the epochs of a pretraining: small classifiers on the frozen features of the persons kept for validation."
+    tasks: Optional[list[str]] = None                        # prepared tasks; None: every one in `data.base_dir`; []: none, the contrastive loss judges
+    every: int = Field(1, ge=1)                              # epochs between two judgements; the last epoch is always judged
+    neighbours: int = Field(20, ge=1)                        # of the kNN, by cosine similarity
+    cycles_per_recording: int = Field(2, ge=1)               # a few speak for a recording, so that judging costs little
+
+# %% ../nbs/00b_config.ipynb #944a0a08
 class FinetuneConfig(Section):
     "Everything `pahcl_finetune` reads."
     experiment: ExperimentSection = ExperimentSection()
@@ -189,7 +199,7 @@ class FinetuneConfig(Section):
     few_shot: Optional[float] = Field(None, gt=0, le=1)   # share of the training subjects; None: all
     seed: int = Field(42, ge=0)
 
-# %% ../nbs/00b_config.ipynb #1c34dace
+# %% ../nbs/00b_config.ipynb #3f269288
 class PretrainConfig(Section):
     "Everything `pahcl_pretrain` reads."
     experiment: ExperimentSection = ExperimentSection(name='pahcl_pretrain')
@@ -198,6 +208,7 @@ class PretrainConfig(Section):
     contrast: ContrastSection = ContrastSection()
     augmentation: AugmentationSection = AugmentationSection()
     training: TrainingSection = TrainingSection()
+    probe: ProbeSection = ProbeSection()
     include_heldout_subjects: bool = False                # also learn from the tasks' validation and test subjects
     validation_fraction: float = Field(0.1, ge=0, lt=1)   # share of the persons kept to watch the loss on
     seed: int = Field(42, ge=0)

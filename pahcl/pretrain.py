@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IDLE', 'left_out', 'split_persons', 'check_settings', 'pretrain_data', 'codes', 'pair_maker', 'validator',
-           'starting_model', 'content_of', 'run_pretraining', 'pretrain', 'pahcl_pretrain']
+           'starting_model', 'content_of', 'run_pretraining', 'judges', 'pretrain', 'pahcl_pretrain']
 
 # %% ../nbs/04_pretrain.ipynb #fe9dbf8e
 from pathlib import Path
@@ -90,7 +90,7 @@ def codes(
     groups = dict(view=range(len(table)), recording=number(table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str)), subject=person)
     return torch.tensor(person), torch.tensor(groups[positives])
 
-# %% ../nbs/04_pretrain.ipynb #acce5382
+# %% ../nbs/04_pretrain.ipynb #25f45abd
 def pair_maker(
     cycles,   # `Cycles`
     config,   # a `PretrainConfig`
@@ -105,25 +105,26 @@ def pair_maker(
     def pair(rows, epoch):
         b = cycles.batch(rows, config.data.num_substructures, device)
         at = torch.as_tensor(rows, device=device)
-        batch = dict(person=person[at], group=group[at])
-        for v in (1, 2):
-            keys = sample_keys(b['index'], epoch, v)
-            batch[f'x{v}'], batch[f'phases{v}'] = views(b['x'], b['phases'], config.data.sample_rate, config.seed, keys)
-        return batch
+        keys = torch.cat([sample_keys(b['index'], epoch, v) for v in (1, 2)])
+        x, phases = views(torch.cat([b['x']]*2), torch.cat([b['phases']]*2), config.data.sample_rate, config.seed, keys)  # both views at once cost less than one after the other
+        n = len(at)
+        return dict(person=person[at], group=group[at], x1=x[:n], x2=x[n:], phases1=phases[:n], phases2=phases[n:])
     return pair
 
-# %% ../nbs/04_pretrain.ipynb #e62ffcd6
+# %% ../nbs/04_pretrain.ipynb #2d96f907
 def validator(
     run,       # an entered `pahcl.runs.Run`
     model,     # a `ContrastiveModel`
     cycles,    # validation `Cycles`, or None
     config,    # a `PretrainConfig`
-):             # function epoch -> {'score': -loss, 'loss', …}
+    probes=(), # of `pahcl.probe.make_probes`; none: the loss judges
+):             # function epoch -> {'score', 'loss', 'probe_…', …}
     "How an epoch is judged; without validation persons the last epoch is the best."
     if cycles is None: return lambda epoch: dict(score=float(epoch))
     import torch
     from accelerate.utils import gather_object
     from pahcl.loader import batches, epoch_rows
+    from pahcl.probe import probe_values
     from pahcl.training import shares
     pair, size = pair_maker(cycles, config, run.accelerator.device), config.training.batch_size
     rows = epoch_rows(cycles.table, config.seed, 0, False, config.training.cycles_per_recording)
@@ -131,7 +132,11 @@ def validator(
         parts = [model.embed(pair(r, 0)) for r in batches(shares(rows, run.processes)[run.rank], size)]
         if run.processes > 1: parts = gather_object(parts)
         values = model.watch({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, size)
-        return dict(score=-values['loss'], **values)
+        judged = (epoch+1) % config.probe.every == 0 or epoch+1 == config.training.num_epochs
+        if not probes: values['score'] = -values['loss']
+        else: values |= probe_values(run, model.encoder, probes, config.probe.neighbours, size) if judged else dict(score=None)
+        run.say(f'  validation: {", ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "score" and not k.endswith("_f1"))}')
+        return values
     return validate
 
 # %% ../nbs/04_pretrain.ipynb #2c23a554
@@ -158,10 +163,11 @@ def content_of(
                 model_state_dict={k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, task=None, label_map=None, config=config.model_dump(),
                 moco_metadata=dict(is_moco=c.moco, momentum=c.moco_momentum if c.moco else None, queue_size=c.queue_size if c.moco else None), **facts)
 
-# %% ../nbs/04_pretrain.ipynb #ae714a67
+# %% ../nbs/04_pretrain.ipynb #6174d037
 def run_pretraining(
     run, config, data, facts,   # an entered `Run`, a `PretrainConfig`, of `pretrain_data`
     model,                      # of `starting_model`
+    probes=(),                  # of `pahcl.probe.make_probes`
 ) -> dict:                      # what stands in final_metrics.json
     "Train, and say what came of it."
     from pahcl.loader import epoch_rows
@@ -171,18 +177,30 @@ def run_pretraining(
     counts = {}
     for name, c in data.items(): counts |= {f'{name}_persons': c.table['person_id'].nunique() if c else 0, f'{name}_cycles': len(c) if c else 0}
     run.say(f'{model.encoder.config["encoder_type"]}, {"MoCo" if config.contrast.moco else "SimCLR"}, levels {", ".join(model.weights)}: {counts}')
-    if not data['validation']: run.say('WARNING: nobody is kept to watch the loss on: the last epoch counts as the best')
     rows_of = lambda epoch: epoch_rows(train.table, config.seed, epoch, False, settings.cycles_per_recording)
     fitted = fit(run, model, parameter_groups(model.parts(), settings.weight_decay), rows_of, pair_maker(train, config, run.accelerator.device),
-                 validator(run, model, data['validation'], config), lambda: content_of(model, config, facts), settings,
-                 after_step=model.follow, score_name='score (-loss)' if data['validation'] else 'epoch')
+                 validator(run, model, data['validation'], config, probes), lambda: content_of(model, config, facts), settings,
+                 after_step=model.follow, score_name='epoch' if not data['validation'] else 'probe (mean AUROC)' if probes else 'score (-loss)')
     best = fitted['history'][fitted['best_epoch']]
     numbers = {k.replace('/', '_'): v for k, v in best.items() if k.startswith(('train/', 'validation/'))}
     return dict(experiment=config.experiment.name, encoder_type=model.encoder.config['encoder_type'], moco=config.contrast.moco,
                 positives=config.contrast.positives, seed=config.seed, best_epoch=best['epoch'], epochs=len(fitted['history']), **numbers, **counts,
-                heldout_persons=facts['heldout_persons'], include_heldout_subjects=facts['include_heldout_subjects'], history=fitted['history'])
+                heldout_persons=facts['heldout_persons'], probe_tasks=facts['probe_tasks'], include_heldout_subjects=facts['include_heldout_subjects'], history=fitted['history'])
 
-# %% ../nbs/04_pretrain.ipynb #60553b05
+# %% ../nbs/04_pretrain.ipynb #289aedb6
+def judges(
+    config,       # a `PretrainConfig`
+    data: dict,   # of `pretrain_data`
+):                # (list of `pahcl.probe.Probe`, sentence for the log)
+    "Which tasks choose the best epoch."
+    from pahcl.probe import make_probes
+    if not data['validation']: return [], 'WARNING: nobody is kept to judge the epochs on: the last one counts as the best'
+    persons = {name: set(c.table['person_id'].astype(str)) for name, c in data.items()}
+    probes, silent = make_probes(config, persons)
+    if not probes: return [], f'WARNING: no task can judge the epochs ({"; ".join(silent) or "none is prepared or asked for"}): the contrastive loss chooses the best one'
+    return probes, '; '.join([f'the best epoch is chosen by the labels of persons kept for validation: {", ".join(f"{p.name} ({p.scored.sum()} persons)" for p in probes)}', *silent])
+
+# %% ../nbs/04_pretrain.ipynb #2f6351d2
 def pretrain(
     config=None,            # a path, the name of a packaged file, or a dictionary; None: the packaged defaults
     tensorboard=False,      # write TensorBoard events below the run's folder
@@ -196,8 +214,10 @@ def pretrain(
     "Pretrain an encoder; a run that is finished is not repeated, one that was killed goes on."
     config = load_config('pretrain', config, None, overrides)
     data, facts, told = pretrain_data(config)
+    probes, judged = judges(config, data)
+    facts['probe_tasks'] = [p.name for p in probes]
     model = starting_model(config)  # before the folder is made: an encoder that does not exist leaves nothing behind
-    inputs = {name: c.fingerprint() for name, c in data.items() if c}
+    inputs = {name: c.fingerprint() for name, c in data.items() if c} | {f'probe_{p.name}': p.cycles.fingerprint() for p in probes}
     from pahcl.runs import Run
     folder = Path(output_dir)/config.experiment.name
     run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, inputs=inputs, tensorboard=tensorboard, wandb=wandb,
@@ -205,8 +225,8 @@ def pretrain(
     if run.state == 'finished': run.say(f'{folder} is finished already; --overwrite repeats it')
     else:
         with run:
-            run.say(told)
-            run.finish(run_pretraining(run, config, data, facts, model))
+            for sentence in (told, judged): run.say(sentence)
+            run.finish(run_pretraining(run, config, data, facts, model, probes))
     return folder/'best_model.pt'
 
 # %% ../nbs/04_pretrain.ipynb #6544a2f4

@@ -21,15 +21,19 @@ from fastcore.basics import patch
 from .basics import PahclError, atomic_path, existing, log_to, logger, read_json, write_json, write_text
 from .trackers import Trackers
 
-# %% ../nbs/04e_runs.ipynb #cc0e5217
+# %% ../nbs/04e_runs.ipynb #41416652
 FORMAT_VERSION = 1
 
 def save_checkpoint(
     path,           # the file to write
     content: dict,  # tensors and plain types, nested as you like
 ):
-    "Write a checkpoint atomically."
-    with atomic_path(path) as temporary: torch.save(content | dict(format_version=FORMAT_VERSION), temporary)
+    "Write a checkpoint atomically; where that fails the old one stays, and a `PahclError` says what to do."
+    try:
+        with atomic_path(path) as temporary: torch.save(content | dict(format_version=FORMAT_VERSION), temporary)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError of its zip writer
+        reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
+        raise PahclError(f'{path} could not be written ({reason}); what was there before is intact. Is the disk full? Free some space and give the same command again: the run goes on.') from e
 
 # %% ../nbs/04e_runs.ipynb #f1a69dd3
 def load_checkpoint(
@@ -127,7 +131,7 @@ class Run:
     def rank(self): return self.accelerator.process_index
     def __repr__(self): return f'Run({str(self.folder)!r}, {self.state}, {self.processes} process(es) on {self.accelerator.device.type}, precision {PRECISIONS[self.accelerator.mixed_precision]})'
 
-# %% ../nbs/04e_runs.ipynb #8577888f
+# %% ../nbs/04e_runs.ipynb #12644a4e
 @patch
 def __enter__(self: Run):
     "Write `config.yaml` and start the log and the trackers (main process only)."
@@ -138,6 +142,7 @@ def __enter__(self: Run):
         except PahclError:
             if self.state == 'new': shutil.rmtree(self.folder)
             raise
+        for half in self.folder.glob('.*.tmp'): half.unlink()  # files that a killed run had begun
         write_json(self.folder/'inputs.json', self.inputs)
         write_text(self.folder/'config.yaml', yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120))
         self.log_file = log_to(self.folder/'train.log')
@@ -149,7 +154,9 @@ def __enter__(self: Run):
 @patch
 def __exit__(self: Run, kind, error, trace):
     "Close everything and say in `status.json` how it ended."
-    if kind: self.set_status('failed', 'interrupted' if kind is KeyboardInterrupt else str(error))
+    if kind:
+        try: self.set_status('failed', 'interrupted' if kind is KeyboardInterrupt else str(error))
+        except OSError: pass  # a full disk: the error that ended the run says more than this one
     self.trackers.close()
     if self.is_main: self.log_file.__exit__(None, None, None)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['decays', 'parameter_groups', 'learning_rate', 'shares', 'grouped', 'ahead', 'predict_shared', 'explain_memory',
-           'epoch_values', 'train_epoch', 'epoch_seed', 'own_randomness', 'epoch_line', 'resume_state',
-           'prepare_objective', 'prepare_optimiser', 'fit', 'save_epoch']
+           'epoch_values', 'train_epoch', 'from_all', 'step_seed', 'own_randomness', 'epoch_line', 'resume_state',
+           'prepare_objective', 'prepare_optimiser', 'fit', 'save_epoch', 'save_last']
 
 # %% ../nbs/04c_training.ipynb #b68b773d
 import datetime
@@ -124,7 +124,7 @@ def epoch_values(
     loss = sum(total for total, _, _ in parts)/sum(seen for _, seen, _ in parts)
     return loss, {k: mean(p) if p[0][0].ndim == 0 else torch.cat([v for v, _ in p]).numpy() for k, p in values.items()}
 
-# %% ../nbs/04c_training.ipynb #6bd66811
+# %% ../nbs/04c_training.ipynb #0597b9b6
 def train_epoch(
     run: Run,
     objective,       # module, as accelerate prepared it: `objective(batch) -> (loss, {name: tensor})`
@@ -133,15 +133,19 @@ def train_epoch(
     make_batch,      # function of row numbers: a batch on the device
     settings,        # a `pahcl.config.TrainingSection`
     rate_of,         # function of the number of steps done: learning rate
-    after_step,      # called after each optimiser step, e.g. for a momentum encoder
+    after_step,      # function of the number of steps done, called after each optimiser step, e.g. for a momentum encoder
     first_step: int, # optimiser steps done before this epoch
     title='',        # of the progress bar
+    part=None,       # what `keep` was given when the epoch was interrupted: it goes on there
+    keep=lambda part: None,  # called every `save_steps` steps with what is needed to go on within the epoch
+    seed_of=lambda step: None,  # function of the number of steps done: seed of torch's generator in the next one
 ):                   # of `epoch_values`
     "One pass over the rows."
-    batches = [(step, i, shares(b, run.processes)[run.rank]) for step in steps for i, b in enumerate(step)]
-    made = ahead(lambda item: make_batch(item[2]), batches, settings.num_workers)
-    done, seen, total, values = first_step, 0, 0., {}
+    skipped, (total, seen, values) = (part['steps'], part['sums'][run.rank]) if part else (0, (0., 0, {}))
+    batches = [(step, i, shares(b, run.processes)[run.rank]) for step in steps[skipped:] for i, b in enumerate(step)]
+    made, done = ahead(lambda item: make_batch(item[2]), batches, settings.num_workers), first_step+skipped
     for (step, i, rows), batch in zip(progress(batches, title), made):
+        if i == 0 and (seed := seed_of(done)) is not None: torch.manual_seed(seed)
         for g in optimiser.param_groups: g['lr'] = rate_of(done)*g['scale']
         last = i == len(step)-1
         with nullcontext() if last else run.accelerator.no_sync(objective):
@@ -152,18 +156,24 @@ def train_epoch(
         for k, v in reported.items(): values.setdefault(k, []).append((v.detach().float().cpu(), len(rows)))
         if last:
             if settings.grad_clip_norm: run.accelerator.clip_grad_norm_(objective.parameters(), settings.grad_clip_norm)
-            optimiser.step(); optimiser.zero_grad(); after_step(); done += 1
+            optimiser.step(); optimiser.zero_grad(); done += 1; after_step(done)
             if run.is_main and done % settings.log_interval == 0: logger().info(f'  step {done}: loss {total/seen:.4f}, learning rate {rate_of(done-1):.2e}')
-    return epoch_values(gather_object([(total, seen, values)]) if run.processes > 1 else [(total, seen, values)])
+            if settings.save_steps and (done-first_step) % settings.save_steps == 0 and done-first_step < len(steps):
+                keep(dict(steps=done-first_step, sums=from_all((total, seen, values), run)))
+    return epoch_values(from_all((total, seen, values), run))
 
-# %% ../nbs/04c_training.ipynb #67882cb8
-def epoch_seed(
+def from_all(value, run) -> list:
+    "The value of each process."
+    return gather_object([value]) if run.processes > 1 else [value]
+
+# %% ../nbs/04c_training.ipynb #91026549
+def step_seed(
     seed: int,     # the run's
-    epoch: int,
+    step: int,     # optimiser steps done
     rank=0,        # of the process
 ) -> int:
-    "The seed of torch's generator in an epoch."
-    return int(generator(seed, 'epoch', epoch, rank).integers(2**62))
+    "The seed of torch's generator in an optimiser step."
+    return int(generator(seed, 'step', step, rank).integers(2**62))
 
 # %% ../nbs/04c_training.ipynb #f4435056
 @contextmanager
@@ -171,7 +181,7 @@ def own_randomness(device):
     "Leave torch's global random state as it was, whatever happens inside."
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []): yield
 
-# %% ../nbs/04c_training.ipynb #5fe1e11c
+# %% ../nbs/04c_training.ipynb #7530512b
 def epoch_line(
     epoch: int, settings,    # epoch from 0; a TrainingSection
     train: dict, scores: dict, name: str,  # of training and validation; what the score is called
@@ -179,19 +189,23 @@ def epoch_line(
 ) -> str:
     "One line an epoch."
     eta = datetime.timedelta(seconds=round(seconds*(settings.num_epochs-epoch-1)))
-    return (f'epoch {epoch+1}/{settings.num_epochs}: loss {train["loss"]:.4f}, validation {name} {scores["score"]:.4f}, '
+    now = 'not asked for' if scores['score'] is None else f'{scores["score"]:.4f}'
+    return (f'epoch {epoch+1}/{settings.num_epochs}: loss {train["loss"]:.4f}, validation {name} {now}, '
             f'best {best:.4f} (epoch {best_epoch+1}), at most {eta} left')
 
-# %% ../nbs/04c_training.ipynb #4117af8a
+# %% ../nbs/04c_training.ipynb #e8f8f006
 def resume_state(run: Run, objective, optimiser, device) -> dict:
     "What `last.pt` says about where the training stood, after loading weights and optimiser from it; a fresh state if there is none."
-    fresh = dict(epoch=0, step=0, best=-math.inf, best_epoch=-1, history=[])
+    fresh = dict(epoch=0, step=0, best=-math.inf, best_epoch=-1, history=[], part=None)
     if run.state != 'resume' or not (run.folder/'last.pt').exists(): return fresh
     saved = load_checkpoint(run.folder/'last.pt')['training_state']
     objective.load_state_dict(saved.pop('objective'))
     optimiser.load_state_dict(saved.pop('optimiser'))
     if (scaler := saved.pop('scaler', None)) and run.accelerator.scaler: run.accelerator.scaler.load_state_dict(scaler)
-    run.say(f'goes on after epoch {saved["epoch"]} of {run.folder}')
+    if saved['part'] and len(saved['part']['sums']) != run.processes:
+        raise PahclError(f'{run.folder} stopped within an epoch with {len(saved["part"]["sums"])} processes, and now there are {run.processes}. Start as many as before.')
+    within = f' and {saved["part"]["steps"]} optimiser steps' if saved['part'] else ''
+    run.say(f'goes on after epoch {saved["epoch"]}{within} of {run.folder}')
     return saved
 
 # %% ../nbs/04c_training.ipynb #abe1d9bb
@@ -212,10 +226,10 @@ def fit(
     groups: list,        # of `parameter_groups`
     rows_of,             # epoch -> row numbers in their order, the same count every epoch
     make_batch,          # (row numbers, epoch) -> batch on the device
-    validate,            # epoch -> {'score': the higher, the better, and whatever else is tracked}
+    validate,            # epoch -> {'score': the higher, the better, None: not asked for in this epoch; and whatever else is tracked}
     content,             # () -> what checkpoints hold: `kind, model_state_dict, …`
     settings,            # a `pahcl.config.TrainingSection`
-    after_step=lambda: None,         # after each optimiser step
+    after_step=lambda done: None,    # after each optimiser step, with the share of all steps that is done (0 … 1)
     train_scores=lambda values: {k: v for k, v in values.items() if np.ndim(v) == 0},  # of what the objective reported
     score_name='score',  # what the score is called in the log
     batch_rows=None,     # rows of a batch where a row is more than a cycle; None: `settings.batch_size`
@@ -240,16 +254,18 @@ def fit(
             if settings.early_stopping_patience and epoch-1-state['best_epoch'] >= settings.early_stopping_patience:
                 run.say(f'stopped: no better {score_name} for {settings.early_stopping_patience} epochs')
                 break
-            torch.manual_seed(epoch_seed(run.seed, epoch, run.rank))
             start, bare = time.monotonic(), bare.train()
             steps = grouped(rows_of(epoch), batch_rows, settings.accumulation_steps, run.processes)
-            loss, values = train_epoch(run, wrapped, optimiser, steps, lambda r: make_batch(r, epoch), settings, rate_of, after_step, state['step'], f'epoch {epoch+1}/{settings.num_epochs}')
-            state['step'] += len(steps)
+            loss, values = train_epoch(run, wrapped, optimiser, steps, lambda r: make_batch(r, epoch), settings, rate_of, lambda done: after_step(done/total), state['step'],
+                                       f'epoch {epoch+1}/{settings.num_epochs}', state['part'], lambda part: save_last(run, content() | dict(epoch=epoch), dict(state, part=part), bare, optimiser),
+                                       lambda step: step_seed(run.seed, step, run.rank))
+            state.update(step=state['step']+len(steps), part=None)
             bare.eval()
             train, scores = dict(loss=loss, **train_scores(values)), validate(epoch)
             rates = {g['part']: g['lr'] for g in optimiser.param_groups}
-            better = scores['score'] > state['best'] or state['best_epoch'] < 0
-            if better: state.update(best=scores['score'], best_epoch=epoch)
+            score = -math.inf if scores['score'] is None else scores['score']
+            better = score > state['best'] or state['best_epoch'] < 0
+            if better: state.update(best=score, best_epoch=epoch)
             numbers = {f'train/{k}': v for k, v in train.items()} | {f'validation/{k}': v for k, v in scores.items()} | {f'learning_rate/{k}': v for k, v in rates.items()}
             run.track(numbers, epoch+1)
             state['history'].append(dict(epoch=epoch+1, **numbers))
@@ -260,11 +276,16 @@ def fit(
     run.accelerator.wait_for_everyone()
     return {k: state[k] for k in ('best', 'best_epoch', 'history')}
 
-# %% ../nbs/04c_training.ipynb #5746ec0f
+# %% ../nbs/04c_training.ipynb #32815ebf
 def save_epoch(run, content, state, objective, optimiser, better, settings):
     "Write the checkpoints that an epoch's end calls for: the best, every so many epochs one to keep, and the one to go on from (last, so that it vouches for the others)."
     if not run.is_main: return
     if better: save_checkpoint(run.folder/'best_model.pt', content)
     if state['epoch'] % settings.save_interval == 0: save_checkpoint(run.folder/f'epoch_{state["epoch"]}.pt', content)
+    save_last(run, content, state, objective, optimiser)
+
+def save_last(run, content, state, objective, optimiser):
+    "Write what is needed to go on from here."
+    if not run.is_main: return
     scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
     save_checkpoint(run.folder/'last.pt', content | dict(training_state=dict(state, objective=objective.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler)))

@@ -110,7 +110,7 @@ def to_uniform(
     "24 bits of each word as a number: all that a float32 holds, so that 1 never comes out."
     return ((words >> shift) & 0xFFFFFF).to(torch.float32)*2**-24
 
-# %% ../nbs/04a_views.ipynb #075feb5f
+# %% ../nbs/04a_views.ipynb #63b147eb
 def warp(
     x,        # [B, T] cycles
     phases,   # [B, T] uint8
@@ -129,7 +129,7 @@ def warp_batch(x, phases, shift, stretch):
     p = torch.arange(T, device=x.device)*(n/m.clamp(min=1)) - shift[:, None]*n
     p = p.sub_((p/cycle).floor_().mul_(cycle)).clamp_(min=0)  # the remainder, in cheap steps; clamp: rounding can leave a tiny negative number
     before = p.floor()
-    weight, at = p-before, before.int().long()                # through int32: several times as fast as at once
+    weight, at = (p-before).to(x.dtype), before.int().long()  # through int32: several times as fast as at once
     ends = n.long()+torch.arange(2, device=x.device)
     x, phases = (F.pad(a, (0, 2)).scatter_(1, ends, a[:, :2]) for a in (x, phases))  # behind the end stands the beginning again
     y = torch.lerp(x.gather(1, at), x[:, 1:].gather(1, at), weight)

@@ -6,8 +6,10 @@ import sys
 import time
 import numpy as np, pytest, torch, yaml
 import pahcl.pretrain as P
+import pahcl.runs
+import pahcl.training
 from pahcl.basics import PahclError
-from pahcl.config import ContrastSection, PretrainConfig, load_config, known_keys
+from pahcl.config import ContrastSection, TrainingSection, load_config
 from pahcl.contrastive_model import ContrastiveModel
 from pahcl.encoder import build_encoder
 from pahcl.loader import Cycles
@@ -108,8 +110,11 @@ def test_small_mamba_is_trained_whole_by_substructures_alone(root):
     model(P.pair_maker(Cycles.from_processed(root/'processed'), config, 'cpu')(np.arange(0, 24, 3), 0))[0].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
-CHANGED = dict(temperature=0.5, lambda_cycle=0.5, lambda_substructure=0.5, positives='subject', cycle_projector=[12, 8], substructure_projector=[12, 8], moco=True, moco_momentum=0.5, queue_size=8)
-def test_every_key_of_contrast_has_an_effect(root):
+# ---- every key has an effect ----
+CHANGED = dict(temperature=0.5, lambda_cycle=0.5, lambda_substructure=0.5, positives='subject', cycle_projector=[12, 8], substructure_projector=[12, 8], moco=True, moco_momentum=0.5,
+               moco_momentum_end=0.5, queue_size=8)
+@pytest.mark.parametrize('key', CHANGED)
+def test_every_key_of_contrast_has_an_effect(root, key):
     assert CHANGED.keys() == ContrastSection.model_fields.keys()
     def loss(**changed):
         config = config_of(root, **{f'contrast.{k}': v for k, v in changed.items()})
@@ -117,10 +122,133 @@ def test_every_key_of_contrast_has_an_effect(root):
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
         for epoch in range(4):
             out = model(pair(np.arange(12), epoch))[0]
-            optimiser.zero_grad(); out.backward(); optimiser.step(); model.follow()
+            optimiser.zero_grad(); out.backward(); optimiser.step(); model.follow((epoch+1)/4)
         return out.item()
-    plain, moco = loss(), loss(moco=True)
-    for key, value in CHANGED.items(): assert loss(**{'moco': key in ('moco_momentum', 'queue_size', 'moco'), key: value}) != (moco if key in ('moco_momentum', 'queue_size') else plain), key
+    of_moco = key in ('moco_momentum', 'moco_momentum_end', 'queue_size')
+    base = dict(moco=True) if of_moco else {}
+    assert loss(**base | {key: CHANGED[key]}) != loss(**base)
+
+@pytest.fixture(scope='module')
+def plain(root, tmp_path_factory): return run(root, tmp_path_factory.mktemp('plain'))
+
+def last_weights(best): return torch.cat([v.flatten().float() for v in load_checkpoint(best.parent/'final_model.pt')['model_state_dict'].values()])
+
+WEIGHTS = dict(num_epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_epochs=0, min_lr=1e-3, grad_clip_norm=0.1, accumulation_steps=2, cycles_per_recording=1)
+OTHERWISE = {'early_stopping_patience', 'num_workers', 'use_amp', 'log_interval', 'save_interval', 'save_steps'}   # seen by the tests after this one
+def test_no_key_of_training_is_forgotten(): assert {*WEIGHTS, *OTHERWISE, *P.IDLE} == set(TrainingSection.model_fields)
+
+@pytest.mark.parametrize('key', WEIGHTS)
+def test_key_of_training_changes_the_weights(root, tmp_path, plain, key):
+    assert not torch.equal(last_weights(run(root, tmp_path, **{f'training.{key}': WEIGHTS[key]})), last_weights(plain))
+
+def test_keys_that_change_what_is_kept(root, tmp_path, plain):
+    best = run(root, tmp_path, **{'training.save_interval': 1, 'training.log_interval': 1})
+    assert (best.parent/'epoch_1.pt').exists() and not (plain.parent/'epoch_1.pt').exists()
+    assert 'step 1: loss' in (best.parent/'train.log').read_text() and 'step 1: loss' not in (plain.parent/'train.log').read_text()
+    assert torch.equal(last_weights(best), last_weights(plain))
+
+def test_save_steps(root, tmp_path, monkeypatch):
+    written, real = [], pahcl.training.save_checkpoint
+    monkeypatch.setattr('pahcl.training.save_checkpoint', lambda path, content: (written.append((path.name, content.get('training_state', {}).get('part'))), real(path, content)))
+    for steps, within in ((0, []), (2, [2])):
+        written.clear()
+        run(root, tmp_path/str(steps), **{'training.save_steps': steps, 'training.num_epochs': 1})
+        assert [part['steps'] for name, part in written if name == 'last.pt' and part] == within
+
+@pytest.mark.parametrize('workers', [0, 3])
+def test_num_workers(root, tmp_path, plain, monkeypatch, workers):
+    seen, real = [], pahcl.training.ahead
+    monkeypatch.setattr('pahcl.training.ahead', lambda make, items, threads: (seen.append(threads), real(make, items, threads))[1])
+    assert torch.equal(last_weights(run(root, tmp_path, **{'training.num_workers': workers})), last_weights(plain)) and set(seen) == {workers}
+
+@pytest.mark.parametrize('wanted', [True, False])
+def test_use_amp_is_handed_on(root, tmp_path, monkeypatch, wanted):
+    seen, real = [], pahcl.runs.Run.__init__
+    monkeypatch.setattr('pahcl.runs.Run.__init__', lambda self, folder, config, seed, overwrite, use_amp, **rest: (seen.append(use_amp), real(self, folder, config, seed, overwrite, False, **rest))[1])
+    run(root, tmp_path, **{'training.use_amp': wanted, 'training.num_epochs': 1})
+    assert seen == [wanted]
+
+@pytest.mark.parametrize('patience,epochs', [(0, 5), (2, 3)])
+def test_early_stopping(root, tmp_path, monkeypatch, patience, epochs):
+    monkeypatch.setattr(P, 'validator', lambda *a: lambda epoch: dict(score=-float(epoch), loss=1.))
+    found = metrics(run(root, tmp_path, **{'training.early_stopping_patience': patience, 'training.num_epochs': 5}))
+    assert (found['epochs'], found['best_epoch']) == (epochs, 1)
+
+# ---- the probe ----
+JUDGED = {'validation_fraction': 0.4, 'training.num_epochs': 3}
+def test_the_probe_chooses_the_best_epoch_and_is_tracked(root, tmp_path):
+    best = run(root, tmp_path, tensorboard=True, **JUDGED)
+    found, log = metrics(best), (best.parent/'train.log').read_text()
+    assert found['probe_tasks'] and load_checkpoint(best)['probe_tasks'] == found['probe_tasks']
+    names = [f'validation/probe_{t}_{k}' for t in found['probe_tasks'] for k in ('knn', 'linear')]
+    config = config_of(root, **JUDGED)
+    persons = {p.name: p.scored.sum() for p in P.judges(config, P.pretrain_data(config)[0])[0]}
+    weight = [persons[t] for t in found['probe_tasks'] for _ in range(2)]
+    scores = [sum(w*h[n] for w, n in zip(weight, names))/sum(weight) for h in found['history']]
+    assert found['best_epoch'] == 1+int(np.argmax(scores)) and found['validation_score'] == pytest.approx(max(scores))
+    assert 'the best epoch is chosen by the labels of persons kept for validation' in log and f'probe_{found["probe_tasks"][0]}_knn ' in log
+    for sign in ('effective_rank', 'embedding_std', 'alignment', 'uniformity'): assert f'{sign} ' in log
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(best.parent/'tensorboard')).Reload()
+    assert {*names, 'validation/effective_rank', 'validation/embedding_std', 'validation/alignment', 'validation/uniformity'} <= set(events.Tags()['scalars'])
+    assert [e.value for e in events.Scalars(names[0])] == pytest.approx([h[names[0]] for h in found['history']])
+
+def test_who_is_asked(root):
+    from pahcl.probe import make_probes
+    config = config_of(root, **JUDGED)
+    data, _, _ = P.pretrain_data(config)
+    persons = {k: set(c.table['person_id']) for k, c in data.items()}
+    probes, _ = make_probes(config, persons)
+    assert probes
+    for p in probes:
+        table = p.cycles.table.iloc[p.rows]
+        scored = p.scored[p.group]
+        assert set(table['person_id'][scored]) <= persons['validation'] and set(table['person_id'][~scored]) <= persons['train'] and not set(table['person_id']) & heldout_persons(root/'downstream')
+        assert (table['label'].to_numpy() == p.label[p.group]).all()
+
+def test_every_key_of_probe_has_an_effect(root, tmp_path):
+    base = metrics(run(root, tmp_path/'base', **JUDGED))
+    one = metrics(run(root, tmp_path/'one', **JUDGED, **{'probe.tasks': base['probe_tasks'][:1]}))
+    assert one['probe_tasks'] == base['probe_tasks'][:1]
+    none = run(root, tmp_path/'none', **JUDGED, **{'probe.tasks': []})
+    assert metrics(none)['probe_tasks'] == [] and metrics(none)['validation_score'] == -metrics(none)['validation_loss'] and 'the contrastive loss chooses' in (none.parent/'train.log').read_text()
+    with pytest.raises(PahclError, match='probe.tasks names pascal'): run(root, tmp_path/'other', **JUDGED, **{'probe.tasks': ['pascal']})
+    seldom = metrics(run(root, tmp_path/'seldom', **JUDGED, **{'probe.every': 2}))
+    asked = [any(k.startswith('validation/probe_') for k in h) for h in seldom['history']]
+    assert asked == [False, True, True] and seldom['best_epoch'] > 1
+    name = f'validation/probe_{base["probe_tasks"][0]}_knn'
+    knn = lambda **more: [h[name] for h in metrics(run(root, tmp_path/str(more), **JUDGED, **more))['history']]
+    assert knn(**{'probe.neighbours': 1}) != (before := [h[name] for h in base['history']]) != knn(**{'probe.cycles_per_recording': 1})
+
+def test_too_few_persons_to_judge(root, tmp_path):
+    best = run(root, tmp_path, **{'training.num_epochs': 1})
+    assert 'WARNING: no task can judge the epochs' in (best.parent/'train.log').read_text() and metrics(best)['probe_tasks'] == []
+
+# ---- learnt from on purpose ----
+def test_fine_tuning_warns_of_heldout_subjects(root, tmp_path):
+    from pahcl.finetune import finetune
+    best = run(root, tmp_path, include_heldout_subjects=True, **{'training.num_epochs': 1})
+    assert load_checkpoint(best)['include_heldout_subjects']
+    finetune(None, task='circor_murmur', pretrained=best, data_dir=root/'downstream', output_dir=tmp_path, **{'training.num_epochs': 1, 'training.warmup_epochs': 0})
+    assert 'Its test scores are no estimate for new persons' in (tmp_path/'circor_murmur_downstream'/'train.log').read_text()
+
+# ---- what belongs together ----
+@pytest.mark.parametrize('positives', ['view', 'recording', 'subject'])
+def test_positives_and_negatives_against_brute_force(root, positives):
+    from pahcl.contrast import make_rows, roles
+    cycles = Cycles.from_processed(root/'processed')
+    double = cycles.table['person_id'][cycles.table['person_id'] != cycles.table['subject_id']].iloc[0]                # a person with two subject ids
+    rows = np.append(np.random.default_rng(0).integers(0, len(cycles), 25), np.flatnonzero(cycles.table['person_id'] == double)[-5:])
+    person, group = (c[rows] for c in P.codes(cycles.table, positives))
+    both = make_rows(torch.randn(60, 3), person.repeat(2), group.repeat(2))
+    positive, negative = roles(both, both, torch.arange(60))
+    table = cycles.table.iloc[np.tile(rows, 2)]
+    for i in range(60):
+        for j in range(60):
+            a, b = table.iloc[i], table.iloc[j]
+            same = dict(view=rows[i % 30] == rows[j % 30], recording=(a.subject_id, a.recording_id) == (b.subject_id, b.recording_id), subject=a.person_id == b.person_id)[positives]
+            assert positive[0, i, j] == (i != j and same) and negative[0, i, j] == (a.person_id != b.person_id)
+    assert table['subject_id'][table['person_id'] == double].nunique() == 2
 
 # ---- data ----
 def test_views_do_not_depend_on_the_batch(root):

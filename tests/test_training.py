@@ -27,7 +27,8 @@ LINE = textwrap.dedent('''
     from pahcl.config import TrainingSection
     from pahcl.runs import Run
     from pahcl.training import fit, parameter_groups
-    folder, pause = sys.argv[1], float(sys.argv[2])
+    folder, pause, stop_at = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+    def stop(share): assert share < stop_at, 'stopped on purpose'
     x = torch.from_numpy(generator(0, 'x').normal(size=(101, 3)))
     y = x@torch.tensor([[1.], [-2.], [.5]], dtype=torch.float64)
     class Line(torch.nn.Module):
@@ -39,20 +40,20 @@ LINE = textwrap.dedent('''
             time.sleep(pause)
             error = (self.layer(batch['x'])-batch['y']).square()
             return error.mean(), dict(error=error[:, 0])
-    line, options = Line(), TrainingSection(num_epochs=6, batch_size=16, accumulation_steps=2, learning_rate=.05, warmup_epochs=1, num_workers=0, early_stopping_patience=0)
+    line, options = Line(), TrainingSection(num_epochs=6, batch_size=16, accumulation_steps=2, learning_rate=.05, warmup_epochs=1, num_workers=0, early_stopping_patience=0, save_steps=2)
     with Run(folder, options.model_dump()) as run:
         found = fit(run, line, parameter_groups(dict(line=line), 1e-4), lambda e: generator(1, 'rows', e).permutation(101), lambda r, e: dict(x=x[r], y=y[r]),
-                    lambda e: dict(score=float(e)), lambda: dict(kind='pretrain', model_state_dict=line.state_dict()), options)
+                    lambda e: dict(score=float(e)), lambda: dict(kind='pretrain', model_state_dict=line.state_dict()), options, after_step=stop)
         run.finish(dict(losses=[h['train/loss'] for h in found['history']]))
 ''')
 
 
-def start(folder, pause=0., processes=1, wait=True):
+def start(folder, pause=0., processes=1, wait=True, stop_at=2., code=0):
     script = folder.parent/'line.py'
     script.write_text(LINE)
     command = [sys.executable] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=29613']
-    process = subprocess.Popen([*command, str(script), str(folder), str(pause)], env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), stderr=subprocess.PIPE, text=True)
-    if wait: assert process.wait(120) == 0, process.stderr.read()
+    process = subprocess.Popen([*command, str(script), str(folder), str(pause), str(stop_at)], env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), stderr=subprocess.PIPE, text=True)
+    if wait: assert process.wait(120) == code, process.stderr.read()
     return process
 
 
@@ -65,6 +66,11 @@ def test_two_processes_equal_one(tmp_path):
     for key in one: assert torch.allclose(one[key], two[key], atol=1e-9), key
     losses = [json.loads((tmp_path/n/'final_metrics.json').read_text())['losses'] for n in ('one', 'two')]
     assert np.allclose(*losses, atol=1e-9)
+    start(tmp_path/'stopped', processes=2, stop_at=15/24, code=1)                # in the fourth of six epochs of four steps, after its third step
+    start(tmp_path/'stopped', processes=2)
+    assert 'goes on after epoch 3 and 2 optimiser steps' in (tmp_path/'stopped'/'train.log').read_text()
+    for key, value in two.items(): assert torch.equal(value, weights(tmp_path/'stopped')[key])
+    assert json.loads((tmp_path/'stopped'/'final_metrics.json').read_text())['losses'] == losses[1]
 
 
 def test_kill_minus_nine(tmp_path):

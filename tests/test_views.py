@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from pahcl.config import AugmentationSection
-from pahcl.views import Views, hash_words, sample_keys, uniforms, valid_length, warp
+from pahcl.views import Views, gap_mask, hash_words, sample_keys, uniforms, valid_length, valid_mask, warp, warp_batch, warp_rows
 
 OFF = dict(time_shift=0.0, time_stretch=0.0, amplitude=0.0, polarity_probability=0.0, noise_probability=0.0, respiration_probability=0.0,
            time_mask_probability=0.0, frequency_mask_probability=0.0, band_filter_probability=0.0)
@@ -67,6 +67,28 @@ def test_labels_follow_the_sound(shift, stretch, n):
     assert (x[:, m:] == 0).all() and (labels[:, :m] > 0).all()
     assert set(labels[labels > 0].tolist()) <= set(phases[phases > 0].tolist())
     assert (x-labels).abs().max() <= 1.5001 and (x != labels).sum() <= 8  # the largest jump, 4 -> 1 at the seam, is halved by taking the nearer
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([2, 3, 40, 257]), st.booleans())
+def test_compiled_warp_equals_the_tensor_operations(seed, T, gaps):
+    g = torch.Generator().manual_seed(seed)
+    n, t = torch.randint(0, T+1, (9,), generator=g), torch.arange(T)
+    phases = ((t*4//n[:, None].clamp(min=1)+1)*(t < n[:, None])).to(torch.uint8)
+    if gaps: phases *= torch.randint(0, 2, phases.shape, generator=g).to(torch.uint8)
+    x = torch.randn(9, T, generator=g)*(phases > 0)
+    shift, stretch = 2*torch.rand(9, generator=g)-1, 0.8*torch.rand(9, generator=g)-0.4
+    shift[::3], stretch[::2] = 0, 0
+    (a, p), (b, q) = warp_rows(x, phases, shift, stretch), warp_batch(x, phases, shift, stretch)
+    assert torch.equal(p, q) and (a-b).abs().max() <= 1e-6
+    assert (warp(x.double(), phases, shift, stretch)[0]-a).abs().max() < 1e-5
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(-3, 12), st.floats(-3, 12), st.integers(0, 9))
+def test_masks_against_comparisons(start, end, length):
+    t = torch.arange(9.)
+    start, end = torch.tensor([start]), torch.tensor([end])
+    assert torch.equal(gap_mask(start, end, 9)[0] == 0, (t >= start) & (t < end))
+    assert torch.equal(valid_mask(torch.tensor([length]), 9)[0] == 1, t < length)
 
 def test_silent_padding_and_empty_cycles_stay_finite():
     x, phases = batch()
