@@ -77,7 +77,7 @@ def test_wandb_offline(root, tmp_path, monkeypatch):
         def watch(self, *a, **k): pass
         def log(self, values, step): seen.setdefault('logged', {}).update(values)
         def finish(self): pass
-    monkeypatch.setattr('pahcl.training.WandBTracker', Fake)
+    monkeypatch.setattr('pahcl.trackers.WandBTracker', Fake)
     assert script(root, '--output-dir', str(tmp_path), '--epochs', '1', '--wandb', '--wandb-project', 'hearts', '--wandb-entity', 'us') == 0
     assert (seen['project'], seen['entity'], seen['group']) == ('hearts', 'us', 'pretrain') and {'train/loss', 'validation/effective_rank', 'learning_rate/encoder'} <= seen['logged'].keys()
 
