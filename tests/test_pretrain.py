@@ -108,7 +108,7 @@ def test_small_mamba_is_trained_whole_by_substructures_alone(root):
     model(P.pair_maker(Cycles.from_processed(root/'processed'), config, 'cpu')(np.arange(0, 24, 3), 0))[0].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
-CHANGED = dict(temperature=0.5, lambda_cycle=0.5, lambda_substructure=0.5, positives='subject', cycle_projector=[12, 8], substructure_projector=[12, 8], moco=True, moco_momentum=0.5, queue_size=8)
+CHANGED = dict(temperature=0.5, lambda_cycle=0.5, lambda_substructure=0.5, positives='subject', cycle_projector=[12, 8], substructure_projector=[12, 8], moco=True, moco_momentum=0.5, queue_size=8, second_view='other')
 def test_every_key_of_contrast_has_an_effect(root):
     assert CHANGED.keys() == ContrastSection.model_fields.keys()
     def loss(**changed):
@@ -119,8 +119,8 @@ def test_every_key_of_contrast_has_an_effect(root):
             out = model(pair(np.arange(12), epoch))[0]
             optimiser.zero_grad(); out.backward(); optimiser.step(); model.follow()
         return out.item()
-    plain, moco = loss(), loss(moco=True)
-    for key, value in CHANGED.items(): assert loss(**{'moco': key in ('moco_momentum', 'queue_size', 'moco'), key: value}) != (moco if key in ('moco_momentum', 'queue_size') else plain), key
+    given = dict(moco_momentum=dict(moco=True), queue_size=dict(moco=True), second_view=dict(positives='recording'))  # what a key needs to matter
+    for key, value in CHANGED.items(): assert loss(**given.get(key, {}), **{key: value}) != loss(**given.get(key, {})), key
 
 # ---- data ----
 def test_views_do_not_depend_on_the_batch(root):
@@ -130,6 +130,21 @@ def test_views_do_not_depend_on_the_batch(root):
     whole, parts = pair(rows, 3), [pair(r, 3) for r in np.split(rows, [3, 11])]
     for k in whole: assert torch.equal(whole[k], torch.cat([p[k] for p in parts])), k
     assert not torch.equal(whole['x1'], whole['x2']) and not torch.equal(whole['x1'], pair(rows, 4)['x1'])
+
+@pytest.mark.parametrize('positives', ['recording', 'subject'])
+def test_second_view_of_another_cycle(root, positives):
+    plain, other = ({'contrast.positives': positives, 'contrast.second_view': second} | {f'augmentation.{k}': 0 for k in ('time_shift', 'time_stretch', 'amplitude', 'polarity_probability', 'noise_probability',
+                    'respiration_probability', 'time_mask_probability', 'frequency_mask_probability', 'band_filter_probability')} for second in ('same', 'other'))
+    cycles, rows = Cycles.from_processed(root/'processed'), np.arange(30)
+    same, pair = (P.pair_maker(cycles, config_of(root, **flags), 'cpu')(rows, 5) for flags in (plain, other))
+    assert torch.equal(same['x1'], same['x2']) and torch.equal(pair['x1'], same['x1'])
+    name = cycles.table[dict(recording='recording_id', subject='person_id')[positives]].to_numpy()
+    sounds = cycles.batch(np.arange(len(cycles)))['x']
+    for row, sound in zip(rows, pair['x2']):  # without augmentations the second view is a stored cycle: of the same group, but not the same one
+        shown = (sounds == sound).all(-1)[:, 0].nonzero()[:, 0].tolist()
+        assert shown and all(name[i] == name[row] and i != row for i in shown)
+    parts = [P.pair_maker(cycles, config_of(root, **other), 'cpu')(r, 5)['x2'] for r in np.split(rows, [7])]
+    assert torch.equal(torch.cat(parts), pair['x2'])
 
 def test_nobody_held_out_and_never_a_person_in_both(root):
     data, facts, told = P.pretrain_data(config_of(root))
@@ -145,7 +160,7 @@ def test_without_validation_persons(root, tmp_path):
 @pytest.mark.parametrize('flags,words', [({'data.sample_rate': 4000}, 'data.sample_rate is 4000, but the cycles'), ({'data.length_mode': 'phase'}, 'data.length_mode is phase'),
                                          ({'training.loss_type': 'focal'}, 'training.loss_type is focal, but has no effect'), ({'data.processed_dir': 'nowhere'}, 'nowhere'),
                                          ({'contrast.lambda_cycle': 0.0, 'contrast.lambda_substructure': 0.0}, 'both 0'), ({'validation_fraction': 0.97}, 'fewer than two'),
-                                         ({'contrast.cycle_projector': [16]}, 'contrast.cycle_projector'), ({'model.encoder_type': 'transformer9'}, 'transformer9')])
+                                         ({'contrast.cycle_projector': [16]}, 'contrast.cycle_projector'), ({'contrast.second_view': 'other'}, 'contrast.positives is view'), ({'model.encoder_type': 'transformer9'}, 'transformer9')])
 def test_mistakes(root, tmp_path, flags, words):
     with pytest.raises(PahclError, match=words): run(root, tmp_path, **flags)
 
