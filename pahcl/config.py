@@ -142,13 +142,14 @@ class EvaluationSection(Section):
     level: Literal['cycle', 'recording', 'subject'] = 'subject'  # the unit is the patient
     save_confusion_matrix: bool = True
 
-# %% ../nbs/00b_config.ipynb #25e7a054
+# %% ../nbs/00b_config.ipynb #8958477f
 class ContrastSection(Section):
     "The two levels of contrast; a weight of 0 removes a level."
     temperature: float = Field(0.07, gt=0)
     lambda_cycle: float = Field(1.0, ge=0)
     lambda_substructure: float = Field(1.0, ge=0)
     positives: Literal['view', 'recording', 'subject'] = 'view'   # what counts as the same
+    second_view: Literal['same', 'other'] = 'same'                # of the same cycle, or of another one of its recording or subject (by `positives`)
     cycle_projector: list[int] = [512, 128]                       # hidden and output width
     substructure_projector: list[int] = [256, 64]
     moco: bool = False                                            # momentum encoder and queue instead of SimCLR

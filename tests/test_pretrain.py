@@ -112,7 +112,7 @@ def test_small_mamba_is_trained_whole_by_substructures_alone(root):
 
 # ---- every key has an effect ----
 CHANGED = dict(temperature=0.5, lambda_cycle=0.5, lambda_substructure=0.5, positives='subject', cycle_projector=[12, 8], substructure_projector=[12, 8], moco=True, moco_momentum=0.5,
-               moco_momentum_end=0.5, queue_size=8)
+               moco_momentum_end=0.5, queue_size=8, second_view='other')
 @pytest.mark.parametrize('key', CHANGED)
 def test_every_key_of_contrast_has_an_effect(root, key):
     assert CHANGED.keys() == ContrastSection.model_fields.keys()
@@ -125,7 +125,7 @@ def test_every_key_of_contrast_has_an_effect(root, key):
             optimiser.zero_grad(); out.backward(); optimiser.step(); model.follow((epoch+1)/4)
         return out.item()
     of_moco = key in ('moco_momentum', 'moco_momentum_end', 'queue_size')
-    base = dict(moco=True) if of_moco else {}
+    base = dict(moco=True) if of_moco else dict(positives='recording') if key == 'second_view' else {}  # what a key needs to matter
     assert loss(**base | {key: CHANGED[key]}) != loss(**base)
 
 @pytest.fixture(scope='module')
@@ -259,6 +259,21 @@ def test_views_do_not_depend_on_the_batch(root):
     for k in whole: assert torch.equal(whole[k], torch.cat([p[k] for p in parts])), k
     assert not torch.equal(whole['x1'], whole['x2']) and not torch.equal(whole['x1'], pair(rows, 4)['x1'])
 
+@pytest.mark.parametrize('positives', ['recording', 'subject'])
+def test_second_view_of_another_cycle(root, positives):
+    plain, other = ({'contrast.positives': positives, 'contrast.second_view': second} | {f'augmentation.{k}': 0 for k in ('time_shift', 'time_stretch', 'amplitude', 'polarity_probability', 'noise_probability',
+                    'respiration_probability', 'time_mask_probability', 'frequency_mask_probability', 'band_filter_probability')} for second in ('same', 'other'))
+    cycles, rows = Cycles.from_processed(root/'processed'), np.arange(30)
+    same, pair = (P.pair_maker(cycles, config_of(root, **flags), 'cpu')(rows, 5) for flags in (plain, other))
+    assert torch.equal(same['x1'], same['x2']) and torch.equal(pair['x1'], same['x1'])
+    name = cycles.table[dict(recording='recording_id', subject='person_id')[positives]].to_numpy()
+    sounds = cycles.batch(np.arange(len(cycles)))['x']
+    for row, sound in zip(rows, pair['x2']):  # without augmentations the second view is a stored cycle: of the same group, but not the same one
+        shown = (sounds == sound).all(-1)[:, 0].nonzero()[:, 0].tolist()
+        assert shown and all(name[i] == name[row] and i != row for i in shown)
+    parts = [P.pair_maker(cycles, config_of(root, **other), 'cpu')(r, 5)['x2'] for r in np.split(rows, [7])]
+    assert torch.equal(torch.cat(parts), pair['x2'])
+
 def test_nobody_held_out_and_never_a_person_in_both(root):
     data, facts, told = P.pretrain_data(config_of(root))
     persons = {k: set(c.table['person_id']) | set(c.table['subject_id']) for k, c in data.items()}
@@ -273,7 +288,7 @@ def test_without_validation_persons(root, tmp_path):
 @pytest.mark.parametrize('flags,words', [({'data.sample_rate': 4000}, 'data.sample_rate is 4000, but the cycles'), ({'data.length_mode': 'phase'}, 'data.length_mode is phase'),
                                          ({'training.loss_type': 'focal'}, 'training.loss_type is focal, but has no effect'), ({'data.processed_dir': 'nowhere'}, 'nowhere'),
                                          ({'contrast.lambda_cycle': 0.0, 'contrast.lambda_substructure': 0.0}, 'both 0'), ({'validation_fraction': 0.97}, 'fewer than two'),
-                                         ({'contrast.cycle_projector': [16]}, 'contrast.cycle_projector'), ({'model.encoder_type': 'transformer9'}, 'transformer9')])
+                                         ({'contrast.cycle_projector': [16]}, 'contrast.cycle_projector'), ({'contrast.second_view': 'other'}, 'contrast.positives is view'), ({'model.encoder_type': 'transformer9'}, 'transformer9')])
 def test_mistakes(root, tmp_path, flags, words):
     with pytest.raises(PahclError, match=words): run(root, tmp_path, **flags)
 
