@@ -166,7 +166,7 @@ def choose_precision(
     if torch.cuda.is_available() if cuda is None else cuda: return 'bf16' if torch.version.hip or torch.cuda.get_device_capability()[0] >= 8 else 'fp16'
     return 'bf16' if native_bfloat() else 'no'
 
-# %% ../nbs/04c_training.ipynb #b6b6e16b
+# %% ../nbs/04c_training.ipynb #9fdfea88
 PRECISIONS = dict(no='float32', bf16='bfloat16 autocast', fp16='float16 autocast, loss scaled')
 
 class Run:
@@ -197,7 +197,9 @@ class Run:
     def processes(self): return self.accelerator.num_processes
     @property
     def rank(self): return self.accelerator.process_index
-    def __repr__(self): return f'Run({str(self.folder)!r}, {self.state}, {self.processes} process(es) on {self.accelerator.device.type}, precision {PRECISIONS[self.accelerator.mixed_precision]})'
+    def __repr__(self):
+        precision = PRECISIONS[self.accelerator.mixed_precision]
+        return f'Run({str(self.folder)!r}, {self.state}, {self.processes} process(es) on {self.accelerator.device.type}, precision {precision})'
 
 # %% ../nbs/04c_training.ipynb #8577888f
 @patch
@@ -443,14 +445,15 @@ def fit(
     run.accelerator.wait_for_everyone()
     return {k: state[k] for k in ('best', 'best_epoch', 'history')}
 
-# %% ../nbs/04c_training.ipynb #5746ec0f
+# %% ../nbs/04c_training.ipynb #e5c346e7
 def save_epoch(run, content, state, objective, optimiser, better, settings):
     "Write the checkpoints that an epoch's end calls for: the best, every so many epochs one to keep, and the one to go on from (last, so that it vouches for the others)."
     if not run.is_main: return
     if better: save_checkpoint(run.folder/'best_model.pt', content)
     if state['epoch'] % settings.save_interval == 0: save_checkpoint(run.folder/f'epoch_{state["epoch"]}.pt', content)
     scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-    save_checkpoint(run.folder/'last.pt', content | dict(training_state=dict(state, objective=objective.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler)))
+    training_state = dict(state, objective=objective.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler)
+    save_checkpoint(run.folder/'last.pt', content | dict(training_state=training_state))
 
 # %% ../nbs/04c_training.ipynb #17ea7cca
 def watch(run: Run, objective):
