@@ -213,11 +213,11 @@ def find_checkpoint(
     "Where a checkpoint is."
     return Path(str(files('pahcl')/'parameters'/'pretrained_small.pt')) if str(source) == 'packaged' else Path(source)
 
-# %% ../nbs/05a_classifier.ipynb #5799d050
+# %% ../nbs/05a_classifier.ipynb #c2ece825
 def pretrained_encoder(
     path,          # a checkpoint of `pahcl_pretrain` (SimCLR or MoCo), `pahcl_finetune` or the original project, or `packaged`
     wanted=None,   # keys of `model:` that were set
-):                 # (encoder, the checkpoint's content, {'moco', 'momentum', 'queue_size', 'moco_skipped', 'heads_skipped', 'loaded', 'folded', 'encoder_skipped', 'at_random'})
+):                 # (encoder, the checkpoint's content, what `loading_line` says)
     "Build the encoder of a checkpoint."
     saved = read_pretrained(find_checkpoint(path))
     parts, notes, meta = sort_keys(saved['model_state_dict'], path), saved.get('notes') or {}, saved.get('moco_metadata') or {}
@@ -226,7 +226,8 @@ def pretrained_encoder(
     if notes.get('partial'): given, skipped = {k: v for k, v in given.items() if k in own}, skipped+[k for k in given if k not in own]
     at_random = [k for k in own if k not in given] if notes.get('partial') else []
     load_weights(encoder, {k: own[k] for k in at_random} | given, path)
-    found = dict(moco=bool(parts['moco']), momentum=meta.get('momentum'), queue_size=meta.get('queue_size'), moco_skipped=len(parts['moco']), heads_skipped=len(parts['heads']),
+    found = dict(moco=bool(parts['moco']), momentum=meta.get('momentum'), queue_size=meta.get('queue_size'),
+                 moco_skipped=len(parts['moco']), heads_skipped=len(parts['heads']),
                  loaded=len(given), folded=notes.get('folded', 0), encoder_skipped=skipped, at_random=at_random)
     return encoder, saved, found
 
@@ -239,18 +240,20 @@ def encoder_fingerprint(
     for name, value in encoder.state_dict().items(): digest.update(name.encode()+value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/05a_classifier.ipynb #57cf4a29
+# %% ../nbs/05a_classifier.ipynb #2d91edd9
 def loading_line(
     path,          # the checkpoint
     found: dict,   # of `pretrained_encoder`
 ) -> str:
     "What was found, skipped and loaded, as one line of the log."
     moco = f', momentum {found["momentum"]}, queue size {found["queue_size"]}, {found["moco_skipped"]} MoCo parameters skipped' if found['moco'] else ''
-    some = lambda names: f'{", ".join(names[:3])}{" …" if len(names) > 3 else ""}'
+    some = lambda names: f'({", ".join(names[:3])}{" …" if len(names) > 3 else ""})'
     folded = f', {found["folded"]} statistics of batch norms folded in' if found['folded'] else ''
-    skipped = f', {len(found["encoder_skipped"])} parameters of the encoder skipped ({some(found["encoder_skipped"])})' if found['encoder_skipped'] else ''
-    random = f'; WARNING: {len(found["at_random"])} parameters of the encoder are not in the file and start at random ({some(found["at_random"])})' if found['at_random'] else ''
-    return f'{path}: MoCo detected: {found["moco"]}{moco}, {found["heads_skipped"]} parameters of heads skipped{skipped}{folded}, {found["loaded"]} parameters loaded{random}'
+    left, new = found['encoder_skipped'], found['at_random']
+    skipped = f', {len(left)} parameters of the encoder skipped {some(left)}' if left else ''
+    random = f'; WARNING: {len(new)} parameters of the encoder are not in the file and start at random {some(new)}' if new else ''
+    heads = f', {found["heads_skipped"]} parameters of heads skipped'
+    return f'{path}: MoCo detected: {found["moco"]}{moco}{heads}{skipped}{folded}, {found["loaded"]} parameters loaded{random}'
 
 # %% ../nbs/05a_classifier.ipynb #7ac5313e
 def encoder_alone(

@@ -182,7 +182,7 @@ def from_sincnet(
     state |= {'sinc_conv.low': ((low-width/3)/100).clamp(min=0), 'sinc_conv.band': ((band-width)/100).clamp(min=0)}
     return state, dict(cnn_channels=[len(low), 64, 128, 256], cnn_kernel_sizes=[kernel, 7, 7, 7]), dict(partial=True)
 
-# %% ../nbs/03b_foreign_checkpoints.ipynb #ef11060c
+# %% ../nbs/03b_foreign_checkpoints.ipynb #3a3065dc
 def adapted(
     content: dict,  # of `read_foreign`
 ) -> dict:          # with the keys that checkpoints of pahcl have
@@ -200,4 +200,5 @@ def adapted(
     elif {'sinc_conv.low_hz_', 'sinc_conv.band_hz_'} <= encoder.keys(): encoder, sizes, notes = from_sincnet(encoder, model)
     else: sizes = {}
     state = {k: v for k, v in state.items() if not k.startswith('encoder.')} | {f'encoder.{k}': v for k, v in encoder.items()}
-    return dict(kind='pretrain', model_state_dict=state, encoder_config=found | sizes, config=config, moco_metadata=meta, epoch=content.get('epoch'), notes=notes)
+    return dict(kind='pretrain', model_state_dict=state, encoder_config=found | sizes, config=config, moco_metadata=meta,
+                epoch=content.get('epoch'), notes=notes)

@@ -81,7 +81,7 @@ class CNNLSTM(CNNMamba):
         self.config = dict(config)
         self.mamba = LSTMStack(self.out_dim, config['mamba_n_layers'], config['dropout'])
 
-# %% ../nbs/03c_other_encoders.ipynb #57f7b0d7
+# %% ../nbs/03c_other_encoders.ipynb #10f81c5c
 class ChannelAffine(nn.Module):
     "A scale and a shift a channel: [B, C, T] → [B, C, T]."
     def __init__(self, channels):
@@ -113,7 +113,8 @@ class ResidualBlock(nn.Module):
     "x + norm(conv(relu(norm(conv(x))))), then ReLU; where sizes differ, the way around is a convolution of length 1."
     def __init__(self, channels_in, channels_out, kernel_size=3, stride=1, dropout=0., norm='group'):
         super().__init__()
-        self.first, self.second = Convolution(channels_in, channels_out, kernel_size, stride, norm), Convolution(channels_out, channels_out, kernel_size, 1, norm)
+        self.first = Convolution(channels_in, channels_out, kernel_size, stride, norm)
+        self.second = Convolution(channels_out, channels_out, kernel_size, 1, norm)
         self.around = None if channels_in == channels_out and stride == 1 else Convolution(channels_in, channels_out, 1, stride, norm)
         self.dropout = Dropout(dropout)
 
@@ -270,7 +271,7 @@ class SincNeXt(Encoder):
 # %% ../nbs/03c_other_encoders.ipynb #3fe14820
 OTHER_ENCODERS = dict(cnn_transformer=CNNTransformer, cnn_lstm=CNNLSTM, resnet34_1d=ResNet34, sincnext_bm=SincNeXt)
 
-# %% ../nbs/03c_other_encoders.ipynb #c4c8f282
+# %% ../nbs/03c_other_encoders.ipynb #578a5774
 def scan_operations(
     L: int,   # frames
     D: int,   # inner channels, `expand` · `d_model`
@@ -299,4 +300,5 @@ def cost(
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     L = frames(T, model.stride)
     scan, lstm = unseen_operations(model, L)
-    return dict(parameters=sum(p.numel() for p in model.parameters()), operations=counter.get_total_flops()+scan+lstm, scan=scan, features=model.out_dim, frames=L)
+    return dict(parameters=sum(p.numel() for p in model.parameters()), operations=counter.get_total_flops()+scan+lstm, scan=scan,
+                features=model.out_dim, frames=L)

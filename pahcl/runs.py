@@ -129,7 +129,9 @@ class Run:
     def processes(self): return self.accelerator.num_processes
     @property
     def rank(self): return self.accelerator.process_index
-    def __repr__(self): return f'Run({str(self.folder)!r}, {self.state}, {self.processes} process(es) on {self.accelerator.device.type}, precision {PRECISIONS[self.accelerator.mixed_precision]})'
+    def __repr__(self):
+        precision = PRECISIONS[self.accelerator.mixed_precision]
+        return f'Run({str(self.folder)!r}, {self.state}, {self.processes} process(es) on {self.accelerator.device.type}, precision {precision})'
 
 # %% ../nbs/04e_runs.ipynb #12644a4e
 @patch

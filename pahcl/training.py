@@ -288,4 +288,5 @@ def save_last(run, content, state, objective, optimiser):
     "Write what is needed to go on from here."
     if not run.is_main: return
     scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-    save_checkpoint(run.folder/'last.pt', content | dict(training_state=dict(state, objective=objective.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler)))
+    training_state = dict(state, objective=objective.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler)
+    save_checkpoint(run.folder/'last.pt', content | dict(training_state=training_state))

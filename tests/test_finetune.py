@@ -107,7 +107,7 @@ def test_a_run_is_repeated_by_its_config_and_never_overwritten(work, capsys):
 
 def test_two_processes_give_the_scores_of_one(work):
     given = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29615', '-m', 'pahcl.finetune', '--task', 'pascal', '--config', work/'two.yaml', '--pretrained', 'none', '--data-dir', work/'downstream', '--epochs', '1']
-    (work/'two.yaml').write_text('model: {encoder_type: cnn_mamba_small, dropout: 0.0}\nclassifier: {dropout: 0.0}\ntraining: {cycles_per_recording: 1, warmup_epochs: 0, batch_size: 7}\n')
+    (work/'two.yaml').write_text('model: {encoder_type: cnn_mamba_small, dropout: 0.0}\nclassifier: {dropout: 0.0}\ntraining: {cycles_per_recording: 1, warmup_epochs: 0, batch_size: 7, use_amp: false}\n')
     done = subprocess.run([*map(str, given), '--output-dir', str(work/'two')], env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert pahcl_finetune(list(map(str, [*given[7:], '--output-dir', work/'one']))) == 0
