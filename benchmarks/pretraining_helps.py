@@ -14,9 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from pahcl.basics import generator, write_text
+from pahcl.classifier import encode
 from pahcl.config import load_config
 from pahcl.evaluate import open_split, predict_split
-from pahcl.finetune import encode, finetune, starting_model, task_data
+from pahcl.finetune import finetune, starting_model, task_data
 from pahcl.loader import cap_rows, few_shot_rows
 from pahcl.metrics import OFFICIAL, at_levels, bootstrap_draws, classification_metrics, percentile_interval
 from pahcl.pretrain import pretrain
@@ -48,7 +49,7 @@ def thin(downstream, output, tasks, most):
 def frozen(task, data_dir, start, seed):
     "The task's cycles, and their features from an encoder that stays as it is: {split: (table, features)}."
     config = load_config('finetune', None, overrides=dict(task=task, data_dir=data_dir, pretrained=start, seed=seed, encoder_type=COMMON['encoder_type']))
-    data, content = task_data(config)
+    data, content, _ = task_data(config)
     heldout = {p for s in ('val', 'test') for p in data[s].table['person_id']}
     encoder = starting_model(config, content['num_classes'], heldout)[0].encoder
     return {s: (data[s].table, encode(encoder, data[s])) for s in ('train', 'test')}, content['num_classes']
