@@ -31,6 +31,7 @@ LINEAR = {'linear_eval': True, 'classifier.hidden_dim': 0, 'classifier.dropout':
 SHOTS = {'few_shot': True, 'shot_ratio': 0.1}
 SETTINGS = dict(logistic={}, logistic_few_shot=SHOTS, few_shot=SHOTS | {'epochs': 15, 'lr': 1e-3, 'training.encoder_lr_scale': 1., 'training.early_stopping_patience': 8}, linear=LINEAR)
 METRICS = ('f1_macro', 'auroc', 'official')
+DRAW = 1000  # the n-th draw of few-shot persons of a seed has the number n · DRAW + seed: which few are drawn matters more than all else, and a frozen encoder's many draws cost little
 
 def thin(downstream, output, tasks, most):
     "The tasks with at most `most` cycles of a recording in each split: the same persons and recordings for a fraction of the time."
@@ -54,11 +55,11 @@ def frozen(task, data_dir, start, seed):
     encoder = starting_model(config, content['num_classes'], heldout)[0].encoder
     return {s: (data[s].table, encode(encoder, data[s])) for s in ('train', 'test')}, content['num_classes']
 
-def logistic(task, data_dir, start, seed, shots=None):
+def logistic(task, data_dir, start, seed, shots=None, number=0):
     "Logistic regression on frozen features; -> (table, probabilities) of the test split."
     data, classes = frozen(task, data_dir, start, seed)
     (table, X), (test, Z) = data['train'], data['test']
-    rows = few_shot_rows(table, shots, seed) if shots else slice(None)
+    rows = few_shot_rows(table, shots, number) if shots else slice(None)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight='balanced', max_iter=500)).fit(X[rows], table['label'].to_numpy()[rows])
     probabilities = np.zeros((len(test), classes))
     probabilities[:, model.classes_] = model.predict_proba(Z)
@@ -70,12 +71,12 @@ def neural(task, data_dir, start, seed, name, a, overrides):
     cycles, config, _ = open_split(task, data_dir, 'test')
     return cycles.table, predict_split(a.output/f'{task}_{name}'/'best_model.pt', cycles, config)[0]
 
-def run_part(task, setting, start, seed, checkpoint, a):
+def run_part(task, setting, start, number, checkpoint, a):
     "Learn once and predict the test split, unless that is done; -> (table, probabilities)."
-    name, data_dir, overrides = f'{setting}_{start}_{seed}', str(a.output/'tasks'), SETTINGS[setting]
+    seed, name, data_dir, overrides = number % DRAW, f'{setting}_{start}_{number}', str(a.output/'tasks'), SETTINGS[setting]
     file = a.output/'predictions'/f'{task}_{name}.csv'
     if not file.exists():
-        part = logistic(task, data_dir, str(checkpoint), seed, overrides.get('shot_ratio')) if setting.startswith('logistic') else neural(task, data_dir, str(checkpoint), seed, name, a, overrides)
+        part = logistic(task, data_dir, str(checkpoint), seed, overrides.get('shot_ratio'), number) if setting.startswith('logistic') else neural(task, data_dir, str(checkpoint), seed, name, a, overrides)
         columns = pd.DataFrame(part[1], columns=[f'p{c}' for c in range(part[1].shape[1])])
         write_text(file, pd.concat([part[0][['subject_id', 'person_id', 'recording_id', 'label']].reset_index(drop=True), columns], axis=1).to_csv(index=False))
     table = pd.read_csv(file, dtype=dict(subject_id=str, person_id=str, recording_id=str))
@@ -112,7 +113,8 @@ def level_metrics(task):
     return {'subject': METRICS} if level == 'subject' else {'subject': METRICS[:2], level: METRICS[2:]}
 
 def summary(metric, level, units, pretrained, random, d, persons):
-    "One row of the table."
+    "One row of the table; draws of one seed are averaged first."
+    d = d.groupby(d.index % DRAW).mean()
     n = len(d)
     half = stats.t.ppf(0.975, n-1)*d.std(ddof=1)/np.sqrt(n) if n > 1 else np.nan
     return dict(metric=metric, level=level, units=units, seeds=n, pretrained=pretrained.mean(), random=random.mean(), difference=d.mean(), low_seeds=d.mean()-half, high_seeds=d.mean()+half,
@@ -120,7 +122,7 @@ def summary(metric, level, units, pretrained, random, d, persons):
 
 def report(parts, done, output, draws=500):
     "Write results.csv, paired.csv and paired.md from all predictions, {(task, setting, start, seed): (table, probabilities)}; `done` keeps the rows of the settings that are finished."
-    rows = [dict(task=t, setting=g, start=s, seed=n, level=level, n=len(r), **scores(t, level, r['label'].to_numpy(), v)) for (t, g, s, n), part in parts.items() for level, (r, v) in at_levels(*part).items()]
+    rows = [dict(task=t, setting=g, start=s, seed=n % DRAW, draw=n//DRAW, level=level, n=len(r), **scores(t, level, r['label'].to_numpy(), v)) for (t, g, s, n), part in parts.items() for level, (r, v) in at_levels(*part).items()]
     write_text(output/'results.csv', pd.DataFrame(rows).to_csv(index=False, float_format='%.5f'))
     for task, setting in dict.fromkeys(k[:2] for k in parts):
         if (task, setting) not in done: done[task, setting] = [dict(task=task, setting=setting, **r) for r in paired(task, {k[2:]: v for k, v in parts.items() if k[:2] == (task, setting)}, draws)]
@@ -145,6 +147,7 @@ def main(argv=None):
     parser.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument('--cycles-per-recording', type=int, default=6, help='of each recording in train, val and test of the tasks; 0: all')
     parser.add_argument('--epochs', type=int, help='of linear and few_shot runs, for a quick look')
+    parser.add_argument('--shots', type=int, default=20, help='draws of few-shot persons a seed, for the frozen encoder')
     parser.add_argument('--draws', type=int, default=500, help='of the bootstrap over persons and seeds')
     a = parser.parse_args(argv)
     a.more = dict(epochs=a.epochs) if a.epochs else {}
@@ -158,7 +161,8 @@ def main(argv=None):
                 checkpoints[seed] = pretrain(a.config, output_dir=a.output, experiment_name=f'pretrain_{seed}', processed_dir=a.processed, downstream_dir=a.downstream, seed=seed,
                                              **{'epochs': a.pretrain_epochs, 'training.num_workers': 0})
             for task in a.tasks:
-                for start, source in dict(pretrained=checkpoints[seed], random='none').items(): parts[task, setting, start, seed] = run_part(task, setting, start, seed, source, a)
+                for start, source in dict(pretrained=checkpoints[seed], random='none').items():
+                    for number in range(seed, (a.shots if setting == 'logistic_few_shot' else 1)*DRAW, DRAW): parts[task, setting, start, number] = run_part(task, setting, start, number, source, a)
             print(f'{setting}, seed {seed}: {time.time()-began:.0f} s', flush=True)
         print(report(parts, done, a.output, a.draws), flush=True)
 

@@ -13,11 +13,12 @@ spec.loader.exec_module(B)
 def test_runs_and_goes_on(work, tmp_path, capsys):
     (tmp_path/'tiny.yaml').write_text('model: {encoder_type: cnn_mamba_small}\ntraining: {num_epochs: 1, warmup_epochs: 0, accumulation_steps: 1, cycles_per_recording: 1, num_workers: 0}\n')
     flags = ['--processed', str(work/'processed'), '--downstream', str(work/'downstream'), '--output', str(tmp_path/'out'), '--config', str(tmp_path/'tiny.yaml'),
-             '--pretrain-epochs', '1', '--seeds', '2', '--tasks', 'physionet2016', '--epochs', '1', '--cycles-per-recording', '2', '--draws', '20']
+             '--pretrain-epochs', '1', '--seeds', '2', '--tasks', 'physionet2016', '--epochs', '1', '--cycles-per-recording', '2', '--draws', '20', '--shots', '2']
     B.main(flags)
     found = pd.read_csv(tmp_path/'out'/'results.csv')
     assert set(zip(found['setting'], found['start'], found['seed'])) == {(g, s, n) for g in B.SETTINGS for s in ('pretrained', 'random') for n in (1, 2)}
     assert set(found['level']) == {'cycle', 'recording', 'subject'}
+    assert found.groupby('setting')['draw'].nunique().to_dict() == dict(logistic=1, logistic_few_shot=2, few_shot=1, linear=1)
     paired = pd.read_csv(tmp_path/'out'/'paired.csv')
     rows = found[(found['setting'] == 'linear') & (found['level'] == 'subject')].pivot(index='seed', columns='start', values='f1_macro')
     row = paired[(paired['setting'] == 'linear') & (paired['metric'] == 'f1_macro')].iloc[0]
