@@ -15,6 +15,7 @@ from pahcl.runs import load_checkpoint
 TINY = {'model.encoder_type': 'cnn', 'model.cnn_channels': [4, 6], 'model.cnn_kernel_sizes': [7, 5], 'model.cnn_strides': [8, 8]}
 MAMBA = {**TINY, 'model.encoder_type': 'cnn_mamba', 'model.mamba_d_model': 8, 'model.mamba_n_layers': 1, 'model.mamba_d_state': 4}
 BASE = {'task': 'pascal', 'pretrained': 'none', 'classifier.hidden_dim': 8, 'training.num_epochs': 2, 'training.warmup_epochs': 0, 'training.batch_size': 8, 'training.num_workers': 0, 'training.early_stopping_patience': 0}
+RESIDUAL = {'model.encoder_type': 'resnet34_1d', 'model.cnn_channels': None, 'model.cnn_kernel_sizes': None, 'model.cnn_strides': None, 'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 BAGS, PACKAGED = {'training.aggregation': 'attention'}, {'pretrained': 'packaged', 'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 
 # key: (another value, what changes, what else the two runs have in common); a change that begins with 'refused: ' is an error with these words
@@ -28,14 +29,15 @@ CASES = {
     'model.encoder_type': ('cnn_mamba_small', 'shapes', {'model.cnn_channels': None, 'model.cnn_kernel_sizes': None, 'model.cnn_strides': None}),
     'model.cnn_channels': ([4, 8], 'shapes'), 'model.cnn_kernel_sizes': ([5, 5], 'shapes'), 'model.cnn_strides': ([8, 4], 'losses'),
     'model.mamba_d_model': (16, 'shapes', MAMBA), 'model.mamba_n_layers': (2, 'shapes', MAMBA), 'model.mamba_d_state': (8, 'shapes', MAMBA), 'model.mamba_d_conv': (2, 'shapes', MAMBA),
-    'model.mamba_expand': (1, 'shapes', MAMBA), 'model.mamba_dt_rank': (3, 'shapes', MAMBA), 'model.mamba_bidirectional': (True, 'shapes', MAMBA), 'model.dropout': (0.5, 'losses', MAMBA),
+    'model.mamba_expand': (1, 'shapes', MAMBA), 'model.mamba_dt_rank': (3, 'shapes', MAMBA), 'model.mamba_bidirectional': (True, 'shapes', MAMBA), 'model.dropout': (0.5, 'losses', MAMBA), 'model.drop_path': (0.5, 'losses', MAMBA), 'model.channel_attention': (True, 'shapes', MAMBA),
+    'model.norm': ('affine', 'weights', RESIDUAL),
     'classifier.hidden_dim': (0, 'shapes'), 'classifier.dropout': (0.9, 'losses'), 'classifier.attention_dim': (5, 'shapes', BAGS), 'classifier.standardise': (True, 'shapes'),
     'downstream.num_classes': (2, 'refused: downstream.num_classes is 2'), 'downstream.label_map': ({'a': 0, 'b': 1}, 'refused: downstream.label_map is'),
     'training.num_epochs': (3, 'epochs'), 'training.batch_size': (4, 'losses'), 'training.learning_rate': (1e-2, 'rates'), 'training.weight_decay': (0.5, 'weights'), 'training.warmup_epochs': (1, 'rates'),
     'training.min_lr': (1e-4, 'rates'), 'training.encoder_lr_scale': (0.5, 'rates', PACKAGED), 'training.label_smoothing': (0.3, 'losses'), 'training.use_class_weights': (False, 'losses'),
     'training.use_balanced_sampling': (True, 'losses'), 'training.loss_type': ('focal', 'losses'), 'training.early_stopping_patience': (1, 'epochs', {'training.num_epochs': 5, 'training.learning_rate': 1e-9, 'training.min_lr': 0.}),
     'training.grad_clip_norm': (1e-3, 'weights'), 'training.accumulation_steps': (2, 'weights'), 'training.cycles_per_recording': (1, 'losses'), 'training.num_workers': (2, 'threads'), 'training.use_amp': (False, 'precision'),
-    'training.log_interval': (1, 'log'), 'training.save_interval': (1, 'files'),
+    'training.log_interval': (1, 'log'), 'training.save_interval': (1, 'files'), 'training.save_steps': (1, 'saved'),
     'training.aggregation': ('mean', 'losses'), 'training.bag_level': ('recording', 'losses', {'task': 'circor_murmur', **BAGS}), 'training.cycles_per_bag': (1, 'losses', BAGS),
     'training.use_murmur_locations': (True, 'log', {'task': 'circor_murmur'}),
     'pretrain.checkpoint_path': ('packaged', 'log', {'model.encoder_type': None, 'model.cnn_channels': None, 'model.cnn_kernel_sizes': None, 'model.cnn_strides': None, 'training.cycles_per_recording': 1, 'training.num_epochs': 1}),
@@ -78,14 +80,17 @@ def run(tasks):
 
 def spied(monkeypatch):
     "What a test cannot see in the folder: threads that read ahead, and the precision where a GPU has bfloat16."
+    import pahcl.runs as runs
     import pahcl.training as training
-    seen = dict(threads=set(), precision=set())
-    ahead, accelerator = training.ahead, training.Accelerator
+    seen = dict(threads=set(), precision=set(), saved=set())
+    ahead, accelerator, save = training.ahead, runs.Accelerator, training.save_checkpoint
     monkeypatch.setattr('pahcl.training.ahead', lambda make, items, threads=0: seen['threads'].add(threads) or ahead(make, items, threads))
     def made(mixed_precision, cpu):
         seen['precision'].add(mixed_precision)
         return accelerator(mixed_precision='no', cpu=True)
-    monkeypatch.setattr('pahcl.training.Accelerator', made)
+    monkeypatch.setattr('pahcl.runs.Accelerator', made)
+    monkeypatch.setattr('pahcl.training.save_checkpoint', lambda path, content: (seen['saved'].add(bool(content.get('training_state', {}).get('part'))), save(path, content)))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *a: (8, 0))
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     return seen
@@ -103,12 +108,12 @@ def test_every_key_is_seen(key, tasks, run, monkeypatch):
     given = {k: v for k, v in base.items() if k != flag}
     if changes.startswith('refused: '):
         with pytest.raises(PahclError, match=re.escape(changes.removeprefix('refused: '))): run(**given, **{flag: value})
-    elif changes in ('threads', 'precision'):
+    elif changes in ('threads', 'precision', 'saved'):
         seen = [spied(monkeypatch)[changes]]
         finetune(output_dir=tasks/'spied'/key/'a', data_dir=tasks/'downstream', **base)
         seen.append(spied(monkeypatch)[changes])
         finetune(output_dir=tasks/'spied'/key/'b', data_dir=tasks/'downstream', **given, **{flag: value})
-        assert seen[1] and seen[0]-seen[1]
+        assert seen[0] and seen[1] and seen[0] != seen[1]
     else:
         before, after = run(**base)[0][changes], run(**given, **{flag: value})[0][changes]
         assert before and after and before != after, changes

@@ -121,11 +121,11 @@ def test_every_key_of_contrast_has_an_effect(root, key):
         model, pair = P.starting_model(config), P.pair_maker(Cycles.from_processed(root/'processed'), config, 'cpu')
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
         for epoch in range(4):
-            out = model(pair(np.arange(12), epoch))[0]
+            out = model(pair(np.arange(0, 36, 3), epoch))[0]
             optimiser.zero_grad(); out.backward(); optimiser.step(); model.follow((epoch+1)/4)
         return out.item()
     of_moco = key in ('moco_momentum', 'moco_momentum_end', 'queue_size')
-    base = dict(moco=True) if of_moco else dict(positives='recording') if key == 'second_view' else {}  # what a key needs to matter
+    base = dict(moco=True) if of_moco else dict(positives='subject') if key == 'second_view' else {}  # what a key needs to matter
     assert loss(**base | {key: CHANGED[key]}) != loss(**base)
 
 @pytest.fixture(scope='module')

@@ -233,7 +233,7 @@ def test_the_bar_is_for_terminals(tmp_path, terminal):
     (tmp_path/'line.py').write_text(LINE)
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))   # a new terminal has no width
-    process = subprocess.Popen([sys.executable, str(tmp_path/'line.py'), str(tmp_path/'run'), '0.03'], stderr=slave if terminal else subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', TQDM_DISABLE=''))
+    process = subprocess.Popen([sys.executable, str(tmp_path/'line.py'), str(tmp_path/'run'), '0.03', '9'], stderr=slave if terminal else subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', TQDM_DISABLE=''))
     os.close(slave)
     told = b'' if terminal else process.communicate()[1]
     while terminal:
