@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['persons_and_strata', 'resampling_weights', 'weighted_matrices', 'divide', 'matrix_scores', 'official_scores',
-           'ordered_pairs', 'weighted_auroc', 'weighted_auprc', 'bootstrap_scores', 'intervals', 'strata_notes']
+           'ordered_pairs', 'weighted_auroc', 'running_sum', 'weighted_auprc', 'bootstrap_scores', 'intervals',
+           'strata_notes']
 
 # %% ../nbs/06f_uncertainty.ipynb #0a75432f
 import numpy as np
@@ -119,10 +120,18 @@ def weighted_auroc(
     above = np.einsum('dp,dp->d', weights @ pairs, weights, dtype=float)
     return divide(above, count(positive).astype(float)*count(~positive))
 
-# %% ../nbs/06f_uncertainty.ipynb #f7dfd3f4
+# %% ../nbs/06f_uncertainty.ipynb #47733778
+def running_sum(
+    rows,   # [n, draws], changed in place
+):
+    "Sum down the rows; row by row, which is four times as fast as `cumsum` over a first axis."
+    for above, below in zip(rows[:-1], rows[1:]): below += above
+    return rows
+
+# %% ../nbs/06f_uncertainty.ipynb #46611717
 def weighted_auprc(
     positive, score, index, weights,  # as in `weighted_auroc`
-    at_once=125,                      # draws at a time: memory
+    at_once=500,                      # draws at a time: memory
 ):                                    # [draws]
     "Average precision of every draw."
     positive, score = np.asarray(positive, bool), -np.asarray(score, float)
@@ -135,8 +144,9 @@ def weighted_auprc(
     for part in np.split(weights, range(at_once, len(weights), at_once)):
         draw = np.ascontiguousarray(part.T)
         gained = hits @ draw
-        found = gained.cumsum(0)
-        called = found + (alarms @ draw).cumsum(0)
+        found = running_sum(gained.copy())
+        called = running_sum(alarms @ draw)
+        called += found
         np.maximum(called, 1e-9, out=called)
         out.append(divide(np.einsum('rd,rd->d', gained, np.divide(found, called, out=called)), found[-1] if len(values) else np.zeros(len(part))))
     return np.concatenate(out)
