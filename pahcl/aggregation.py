@@ -84,17 +84,17 @@ def by_rule(
     own = dict(model=(probabilities, 'mean', None)) if isinstance(probabilities, dict) else {}
     return own | {name: (cycles, *rules) for name, rules in rules_of(label_map).items()}
 
-# %% ../nbs/06h_aggregation.ipynb #338e50b6
+# %% ../nbs/06h_aggregation.ipynb #b0fefb50
 def compare_rules(
     fitted_on,         # (table, probabilities) of the validation split
     told,              # (table, probabilities) of the split that is reported
     label_map: dict,
     primary: str,      # the metric of subjects that chooses, e.g. `f1_macro`; more is better
-):                     # (list of dict(rule, validation, value), name of the best on validation, {rule: arguments of `at_levels` for `told`})
+):                     # (list of dict(rule, validation, value), name of the best on validation, {rule: arguments of `at_levels`} for `told`, the same for `fitted_on`)
     "Every rule's score on both splits; `learned` is fitted on validation, and scored there on persons left out."
-    k, ways, rows = len(label_map), by_rule(*told, label_map), []
+    k, ways, own_ways, rows = len(label_map), by_rule(*told, label_map), by_rule(*fitted_on, label_map), []
     score = lambda labels, p: classification_metrics(labels, p, k, absent='skip')[primary]
-    for name, way in by_rule(*fitted_on, label_map).items():
+    for name, way in own_ways.items():
         (val, p), (test, q) = at_levels(fitted_on[0], *way)['subject'], at_levels(told[0], *ways[name])['subject']
         rows.append(dict(rule=name, validation=score(val['label'], p), value=score(test['label'], q)))
     cycles = lambda split: split[1]['cycle'] if isinstance(split[1], dict) else split[1]
@@ -102,9 +102,9 @@ def compare_rules(
         x, z = (subject_features(s[0], cycles(s))[0] for s in (fitted_on, told))
         own, answer = left_out(x, val['label'], k, val.get('person_id', val['subject_id'])), fit_probe(x, val['label'], k)(z)
         rows.append(dict(rule='learned', validation=score(val['label'], own), value=score(test['label'], answer)))
-        ways['learned'] = (dict(cycle=cycles(told), subject=answer), 'mean', None)
+        ways['learned'], own_ways['learned'] = ((dict(cycle=cycles(s), subject=p), 'mean', None) for s, p in ((told, answer), (fitted_on, own)))
     best = max(rows, key=lambda r: -1. if r['validation'] is None else r['validation'])['rule']
-    return rows, best, ways
+    return rows, best, ways, own_ways
 
 # %% ../nbs/06h_aggregation.ipynb #8e9048cd
 def with_silent(

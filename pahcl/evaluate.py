@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['INTERVALS', 'class_names', 'match_classes', 'check_cycles', 'task_folder', 'missing_units', 'score_level',
-           'floor_scores', 'score_predictions', 'prediction_table', 'score_tables', 'official_lines', 'all_notes',
-           'write_evaluation', 'open_split', 'seen_note', 'predict_split', 'bag_note', 'evaluate', 'needed',
-           'summary_text', 'pahcl_evaluate']
+           'floor_scores', 'official_result', 'score_predictions', 'mark_floors', 'prediction_table', 'best_floor',
+           'score_tables', 'below_text', 'official_lines', 'all_notes', 'evaluation_figures', 'extra_sections',
+           'write_evaluation', 'threshold_text', 'open_split', 'silent_recordings', 'seen_note', 'predict_split',
+           'bag_note', 'validation_answers', 'choose_way', 'choose_thresholds', 'evaluation_notes', 'assess',
+           'evaluate', 'needed', 'summary_text', 'pahcl_evaluate']
 
-# %% ../nbs/06_eval.ipynb #d27938cc
+# %% ../nbs/06_eval.ipynb #7ac9e41c
 import re
 from pathlib import Path
 
-from .basics import PahclError, UsageError, existing, logger, progress, read_json, script, write_json, write_text
+from .basics import PahclError, UsageError, existing, logger, read_json, script, write_json, write_text
 
 # %% ../nbs/06_eval.ipynb #aad1bd2a
 def class_names(
@@ -71,31 +73,34 @@ def missing_units(
 # %% ../nbs/06_eval.ipynb #33e01afd
 INTERVALS = ['accuracy', 'f1', 'f1_macro', 'f1_weighted', 'auroc', 'auprc', 'precision', 'recall', 'specificity', 'uar', 'mcc']
 
-# %% ../nbs/06_eval.ipynb #a48fd360
+# %% ../nbs/06_eval.ipynb #8b22fe87
 def score_level(
     rows,              # a row a unit: `label`, `subject_id`, and `person_id` where known
     probabilities,     # [n, classes]
     num_classes: int,
-    official=None,     # a function of (truth, decisions): also scored
+    official=None,     # an entry of `pahcl.metrics.OFFICIAL`: also scored
     draws=2000,        # of the bootstrap
     seed=0,
-) -> dict:             # `classification_metrics`, `official`, and `intervals`: name -> [low, high] or [None, None]
-    "Every score of one level with 95 % intervals over persons."
-    from pahcl.metrics import bootstrap_draws, classification_metrics, percentile_interval
-    y, persons = rows['label'].to_numpy(), rows['person_id' if 'person_id' in rows else 'subject_id'].astype(str).to_numpy()
-    def every(index):
-        scores = classification_metrics(y[index], probabilities[index], num_classes)
-        return scores | (dict(official=official(y[index], probabilities[index].argmax(1))) if official else {})
-    scores, names = every(slice(None)), INTERVALS + (['official'] if official else [])
-    drawn = [every(index) for index in progress(bootstrap_draws(persons, draws, seed), 'intervals', draws)] if len(set(persons)) > 1 else []
-    intervals = {k: percentile_interval([d[k] for d in drawn]) if scores[k] is not None else (None, None) for k in names}
-    return scores | dict(intervals=intervals)
+    decided=None,      # decided classes [n]; None: the most probable
+    positive=1,        # the class that `youden` and `discriminant_power` speak of
+) -> dict:             # `classification_metrics`, `official`, `youden`, `discriminant_power`, and `intervals`: name -> (low, high) or (None, None), with `no_interval`: name -> why
+    "Every score of one level with 95 % intervals over persons, who are drawn within their label."
+    from pahcl.challenge_rules import binary_extras
+    from pahcl.metrics import classification_metrics
+    from pahcl.uncertainty import bootstrap_scores, intervals, persons_and_strata, resampling_weights
+    y, decided = rows['label'].to_numpy(int), probabilities.argmax(1) if decided is None else decided
+    index, strata = persons_and_strata(rows['person_id'].fillna(rows['subject_id']) if 'person_id' in rows else rows['subject_id'], y)
+    scores, extras = classification_metrics(y, probabilities, num_classes, decided=decided), binary_extras(y, decided, positive)
+    if official: scores['official'] = official['function'](y, decided)
+    drawn = bootstrap_scores(y, probabilities, decided, index, resampling_weights(strata, draws, seed), official['name'] if official else '')
+    found, why = intervals(drawn, scores, strata)
+    return scores | extras | dict(reasons=scores['reasons'] | extras['reasons'], intervals=found, no_interval=why)
 
-# %% ../nbs/06_eval.ipynb #aaa58bf4
+# %% ../nbs/06_eval.ipynb #5bdd3638
 def floor_scores(
     y_true,            # true classes [n]
     names: list,       # of the classes
-    official=None,     # a function of (truth, decisions)
+    official=None,     # an entry of `pahcl.metrics.OFFICIAL`
 ) -> dict:             # `majority`: the class and its scores; `official`: score of 'all <class>'
     "What answers that never listen would score."
     import numpy as np
@@ -105,9 +110,27 @@ def floor_scores(
     majority = np.bincount(y_true, minlength=len(names)).argmax()
     scores = classification_metrics(y_true, constant[majority], len(names))
     return dict(majority=dict(class_name=names[majority], **{k: scores[k] for k in INTERVALS}),
-                official={f'all {n}': official(y_true, constant[c].argmax(1)) for c, n in enumerate(names)} if official else {})
+                official={f'all {n}': official['function'](y_true, constant[c].argmax(1)) for c, n in enumerate(names)} if official else {})
 
-# %% ../nbs/06_eval.ipynb #8f17d45e
+# %% ../nbs/06_eval.ipynb #6f52f853
+def official_result(
+    official: dict,     # an entry of `pahcl.metrics.OFFICIAL`
+    scores: dict,       # of `score_level`
+    floors: dict,       # 'all <class>' -> score
+) -> dict:              # name, level, value, interval, floors; for a cost also `auroc` and `blind`
+    "The official score with everything that must stand beside it."
+    low, high = scores['intervals'].get('official', (None, None))
+    out = dict({k: official[k] for k in ('name', 'level', 'higher_is_better')}, value=scores['official'], low=low, high=high, floors=floors)
+    if scores['official'] is None: out['reason'] = 'a class is absent from the truth'
+    if official['name'] != 'outcome_cost': return out
+    import numpy as np
+    from pahcl.metrics import blind_cost
+    ill, shares = scores['support'][1]/scores['n'], np.linspace(0, 1, 1001)
+    share, blind = sum(row[1] for row in scores['confusion_matrix'])/scores['n'], blind_cost(shares, ill)
+    told = dict(referred=share, at_random=float(blind_cost(share, ill)), cheapest=float(blind.min()), cheapest_share=float(shares[blind.argmin()]))
+    return out | dict(auroc=scores['auroc'], auroc_interval=scores['intervals']['auroc'], blind=told, floors=floors | {'cheapest random referral': told['cheapest']})
+
+# %% ../nbs/06_eval.ipynb #c6dfccd5
 def score_predictions(
     table,             # a row a cycle: `subject_id, recording_id, label`, `person_id` where known
     probabilities,     # of the cycles [n, classes], columns in the order of `label_map`; of a model of bags see `pahcl.classifier.answers`
@@ -117,51 +140,87 @@ def score_predictions(
     subject_rule=None, # recordings to subjects; None: the same. 'any_present' is the clinical rule for murmurs
     draws=2000,        # of the bootstrap
     seed=0,
+    thresholds=None,   # level -> threshold of the class that is sought, see `pahcl.calibration.decide`; None: the most probable class
+    silent=(),         # recordings without a cycle, and
+    prior=None,        # what they are given, see `pahcl.aggregation.with_silent`
 ):                     # (results: dict of plain values, levels: {level: (table, probabilities)})
     "Scores of cycles, recordings and subjects, intervals over subjects, floors, and the official score."
+    from pahcl.aggregation import with_silent
+    from pahcl.calibration import decide, sought
     from pahcl.metrics import OFFICIAL, at_levels, mixed_notes
-    names, official = class_names(label_map), OFFICIAL.get(task)
-    levels = at_levels(table, probabilities, rule, subject_rule)
-    results = dict(task=task, label_map=label_map, rule=rule, subject_rule=subject_rule or rule, n={}, levels={}, floors={}, official=None)
+    names, official, positive, thresholds = class_names(label_map), OFFICIAL.get(task), sought(label_map), thresholds or {}
+    levels = with_silent(at_levels(table, probabilities, rule, subject_rule), silent, prior)
+    results = dict(task=task, label_map=label_map, rule=rule, subject_rule=subject_rule or rule, thresholds={level: thresholds.get(level) for level in levels}, n={}, levels={}, floors={}, official=None)
     for level, (rows, values) in levels.items():
-        function = official['function'] if official and official['level'] == level else None
-        scores = score_level(rows, values, len(names), function, draws, seed)
-        low, high = scores['intervals'].pop('official', (None, None))
-        floor = floor_scores(rows['label'], names, function)
-        if function: results['official'] = dict(name=official['name'], level=level, higher_is_better=official['higher_is_better'], value=scores.pop('official'), low=low, high=high, floors=floor['official'])
-        results['n'][level], results['levels'][level], results['floors'][level] = len(rows), scores | dict(notes=scores['notes'] + mixed_notes(rows, level)), floor['majority']
-    return results, levels
+        entry = official if official and official['level'] == level else None
+        scores = score_level(rows, values, len(names), entry, draws, seed, decide(values, thresholds.get(level), positive), positive)
+        floor = floor_scores(rows['label'], names, entry)
+        if entry: results['official'] = official_result(entry, scores, floor['official'])
+        scores = {k: v for k, v in scores.items() if k != 'official'} | dict(intervals={k: v for k, v in scores['intervals'].items() if k != 'official'}, notes=scores['notes'] + mixed_notes(rows, level))
+        results['n'][level], results['levels'][level], results['floors'][level] = len(rows), scores, floor['majority']
+    return mark_floors(results), levels
 
-# %% ../nbs/06_eval.ipynb #35d2f7d9
+# %% ../nbs/06_eval.ipynb #4b5396ab
+def mark_floors(
+    results: dict,     # of `score_predictions`
+    shortcuts=None,    # of `pahcl.floors.shortcut_floors`
+) -> dict:             # the same with `shortcuts` and `below_floor`: score -> names of the floors that it does not exceed
+    "Compare the subjects' scores, and the official one, with every floor."
+    from pahcl.floors import below_floors
+    majority, official = results['floors']['subject'], results['official']
+    floors = {f'all {majority["class_name"]}': majority, **(shortcuts or {})}
+    for name, value in (official['floors'] if official else {}).items(): floors[name] = floors.get(name, {}) | dict(official=value)
+    return results | dict(shortcuts=shortcuts or {}, below_floor=below_floors(results['levels']['subject'], floors, INTERVALS, official))
+
+# %% ../nbs/06_eval.ipynb #cf7abe91
 def prediction_table(
     rows,           # a level's table
     probabilities,  # [n, classes]
     names: list,    # of the classes
+    decided=None,   # decided classes [n]; None: the most probable
 ):                  # DataFrame
     "Who, truth, decision and probabilities, a row a unit."
     import pandas as pd
     keep = [c for c in ('subject_id', 'person_id', 'recording_id', 'location', 'file_path') if c in rows]
     who = pd.concat([rows[keep], rows[['rows']].rename(columns=dict(rows='units_below'))] if 'rows' in rows else [rows[keep]], axis=1)
-    decided = probabilities.argmax(1)
+    decided = probabilities.argmax(1) if decided is None else decided
     answers = dict(label=rows['label'].astype(int), label_name=[names[i] for i in rows['label']], predicted=decided, predicted_name=[names[i] for i in decided])
     return who.assign(**answers, **{f'probability_{n}': probabilities[:, c] for c, n in enumerate(names)}).reset_index(drop=True)
 
-# %% ../nbs/06_eval.ipynb #9322b504
+# %% ../nbs/06_eval.ipynb #091ae98e
+def best_floor(
+    results: dict,   # of `mark_floors`
+    name: str,       # a score
+):                   # (its greatest value among the floors, that floor's name), or (None, '')
+    "The floor that is hardest to beat."
+    majority = results['floors']['subject']
+    floors = {f'all {majority["class_name"]}': majority, **results.get('shortcuts', {})}
+    known = [(s[name], floor) for floor, s in floors.items() if s.get(name) is not None]
+    return max(known, key=lambda k: k[0]) if known else (None, '')
+
+# %% ../nbs/06_eval.ipynb #13b48613
 def score_tables(
     results: dict,  # of `score_predictions`
 ):                  # (scores of the levels and the floor, scores a class of subjects)
-    "The report's tables: what is shown to people, with intervals."
+    "The report's tables: what is shown to people, with intervals; ▼ marks a subjects' score that does not exceed its floor."
     import pandas as pd
     from pahcl.report import number, with_interval
-    scores, floor = results['levels'], results['floors']['subject']
-    columns = {f'{level}s (n = {results["n"][level]:,})': [with_interval(scores[level][k], scores[level]['intervals'][k]) for k in INTERVALS] for level in ('subject', 'recording', 'cycle')}
-    main = pd.DataFrame(columns | {f'all {floor["class_name"]} (subjects)': [number(floor[k]) for k in INTERVALS]}, index=pd.Index(INTERVALS, name='score'))
+    scores, below = results['levels'], results.get('below_floor', {})
+    mark = lambda level, k: ' ▼' if level == 'subject' and k in below else ''
+    columns = {f'{level}s (n = {results["n"][level]:,})': [with_interval(scores[level][k], scores[level]['intervals'][k]) + mark(level, k) for k in INTERVALS] for level in ('subject', 'recording', 'cycle')}
+    floors = [best_floor(results, k) for k in INTERVALS]
+    main = pd.DataFrame(columns | {'best floor (subjects)': [f'{number(v)} ({name})' if name else '–' for v, name in floors]}, index=pd.Index(INTERVALS, name='score'))
     names, subject = class_names(results['label_map']), scores['subject']
     classes = pd.DataFrame({k: [number(v) for v in values] for k, values in subject['per_class'].items()}, index=pd.Index(names, name='class'))
     classes.insert(0, 'subjects', subject['support'])
     return main, classes
 
-# %% ../nbs/06_eval.ipynb #3abcbdc1
+# %% ../nbs/06_eval.ipynb #935ac8dd
+def below_text(results: dict) -> str:
+    "Which scores of subjects do not exceed which floors."
+    return '; '.join(f'{name} ({", ".join(floors)})' for name, floors in results['below_floor'].items())
+
+# %% ../nbs/06_eval.ipynb #d8436614
 def official_lines(
     results: dict,  # of `score_predictions`
 ) -> list:          # sentences
@@ -170,19 +229,59 @@ def official_lines(
     if not (official := results['official']): return []
     floors = ', '.join(f'{name} {number(value)}' for name, value in official['floors'].items())
     better = 'higher' if official['higher_is_better'] else 'lower'
-    return [f'{official["name"]} of {official["level"]}s: {with_interval(official["value"], (official["low"], official["high"]))} ({better} is better; {floors}).']
+    lines = [f'{official["name"]} of {official["level"]}s: {with_interval(official["value"], (official["low"], official["high"]))} ({better} is better; {floors}).']
+    if blind := official.get('blind'):
+        lines.append(f'AUROC {with_interval(official["auroc"], official["auroc_interval"])}; referred {blind["referred"]:.0%} of the subjects, which at random costs {number(blind["at_random"])}; cheapest at random: {number(blind["cheapest"])} for {blind["cheapest_share"]:.0%}.')
+    return lines + ([f'▼ not above its floor: {below_text(results)}.'] if results.get('below_floor') else [])
 
-# %% ../nbs/06_eval.ipynb #d23770a6
+# %% ../nbs/06_eval.ipynb #85035b33
 def all_notes(
     results: dict,  # of `evaluate` or `score_predictions`
 ) -> list:          # sentences
     "What must be known beside the numbers: what was matched, who is missing, what is undefined."
     missing = results.get('missing') or {}
     lost = [f'{len(ids)} {unit} of the split without a cycle, and so without a prediction: {", ".join(ids[:10])}{" …" if len(ids) > 10 else ""}.' for unit, ids in missing.items() if ids]
+    lost += [f'{name} as a floor: not computed, {s["reason"]}.' for name, s in results.get('shortcuts', {}).items() if 'reason' in s]
     named = lambda note: re.sub(r'class (\d+)', lambda m: class_names(results['label_map'])[int(m[1])], note)
     return [*results.get('notes', []), *lost, *(f'{level}s: {named(note)}.' for level, s in results['levels'].items() for note in s['notes'])]
 
-# %% ../nbs/06_eval.ipynb #4a8a5f04
+# %% ../nbs/06_eval.ipynb #62d62140
+def evaluation_figures(
+    results: dict, levels: dict,  # of `score_predictions`
+) -> dict:                        # file name -> figure
+    "Confusion matrices of the three levels, and the curves of the subjects."
+    from pahcl.calibration import decide, sought, with_temperature
+    from pahcl.report import confusion_figure, precision_recall_figure, referral_figure, reliability_figure, roc_figure
+    names, (rows, values) = class_names(results['label_map']), levels['subject']
+    title, temperature = f'{len(rows)} subjects', (results.get('calibration') or {}).get('temperature')
+    figures = {f'confusion_matrix{"" if level == "subject" else "_"+level}': confusion_figure(results['levels'][level]['confusion_matrix'], names, f'{results["n"][level]:,} {level}s') for level in ('subject', 'recording', 'cycle')}
+    versions = dict(model=values) | ({f'temperature {temperature:.2f}': with_temperature(values, temperature)} if temperature else {})
+    figures |= dict(roc=roc_figure(rows['label'], values, names, title), precision_recall=precision_recall_figure(rows['label'], values, names, title), reliability=reliability_figure(rows['label'], versions, title))
+    if results['task'] == 'circor_outcome':
+        figures['referral_cost'] = referral_figure(rows['label'], values[:, 1], decide(values, results['thresholds']['subject'], sought(results['label_map'])), title)
+    return figures
+
+# %% ../nbs/06_eval.ipynb #3151763f
+def extra_sections(
+    results: dict,  # of `evaluate`
+) -> dict:          # heading -> things, for the report
+    "Floors, rules, calibration and threshold, where they are known."
+    import pandas as pd
+    from pahcl.report import number
+    out, names = {}, ['accuracy', 'f1_macro', 'auroc', 'uar', 'official']
+    majority = results['floors']['subject']
+    floors = {f'all {majority["class_name"]}': majority, **{n: s for n, s in results.get('shortcuts', {}).items() if 'reason' not in s}}
+    for name, value in (results['official'] or {}).get('floors', {}).items(): floors[name] = floors.get(name, {}) | dict(official=value)
+    own = results['levels']['subject'] | dict(official=(results['official'] or {}).get('value'))
+    shown = [n for n in names if n != 'official' or results['official']]
+    out['Floors: what can be had without listening'] = [pd.DataFrame({n: [number(s.get(n)) for s in [own, *floors.values()]] for n in shown}, index=pd.Index(['this model', *floors], name='subjects')).rename(columns=dict(official=(results['official'] or {}).get('name')))]
+    if rules := results.get('rules'): out['From cycles to subjects'] = [f'Chosen by {results["chosen_by"]} on the validation split: {results["best_rule"]}. Used here: {results["subject_rule"]}.', pd.DataFrame([{k: v if k == 'rule' else number(v) for k, v in r.items()} for r in rules]).rename(columns=dict(value='here'))]
+    if calibration := results.get('calibration'):
+        kinds = {k: calibration[k] for k in ('before', 'after') if calibration[k]}
+        out['Calibration, of subjects'] = [f'Temperature {number(calibration["temperature"])}, fitted on the validation split.' if calibration['temperature'] else 'No validation split: no temperature.', pd.DataFrame({k: {n: number(v) for n, v in s.items()} for k, s in kinds.items()}).rename_axis('score')]
+    return out
+
+# %% ../nbs/06_eval.ipynb #29129413
 def write_evaluation(
     folder,         # where the files go; made when it is not there
     results: dict,  # of `score_predictions`, with whatever else is to be kept
@@ -192,20 +291,30 @@ def write_evaluation(
     more=None,      # further sections of the report, see `pahcl.report.report_page`
 ) -> Path:          # the folder
     "Write metrics.json, predictions of the three levels, figures and report.html, each of them whole or not at all."
-    from pahcl.report import confusion_figure, roc_figure, save_figure, write_report
-    folder, names = Path(folder), class_names(results['label_map'])
-    for level, (rows, values) in levels.items(): write_text(folder/f'predictions_{level}.csv', prediction_table(rows, values, names).to_csv(index=False, float_format='%.6f'))
-    rows, values = levels['subject']
-    confusion = confusion_figure(results['levels']['subject']['confusion_matrix'], names, f'{len(rows)} subjects')
-    roc = roc_figure(rows['label'], values, names, f'{len(rows)} subjects')
-    save_figure(confusion, folder/'confusion_matrix.png')
-    save_figure(roc, folder/'roc.png')
+    from pahcl.calibration import decide, sought, with_temperature
+    from pahcl.report import save_figure, write_report
+    folder, names, temperature = Path(folder), class_names(results['label_map']), (results.get('calibration') or {}).get('temperature')
+    for level, (rows, values) in levels.items():
+        told = prediction_table(rows, values, names, decide(values, results['thresholds'][level], sought(results['label_map'])))
+        if temperature and level == 'subject': told = told.assign(**{f'calibrated_{n}': p for n, p in zip(names, with_temperature(values, temperature).T)})
+        write_text(folder/f'predictions_{level}.csv', told.to_csv(index=False, float_format='%.6f'))
+    figures = evaluation_figures(results, levels)
+    for name, figure in figures.items(): save_figure(figure, folder/f'{name}.png')
     main, classes = score_tables(results)
-    how = f'Square brackets: 95 % intervals, resampling persons. Cycles to recordings: {results["rule"]}; recordings to subjects: {results["subject_rule"]}.'
-    sections = {'Scores': [*official_lines(results), main, how, all_notes(results)], 'Classes, of subjects': [classes], 'Figures, of subjects': [confusion, roc], **(more or {})}
+    how = f'Square brackets: 95 % intervals, resampling persons within their label. Cycles to recordings: {results["rule"]}; recordings to subjects: {results["subject_rule"]}. {threshold_text(results)}'
+    sections = {'Scores': [*official_lines(results), main, how, all_notes(results)], 'Classes, of subjects': [classes], **extra_sections(results), 'Figures': [*figures.values()], **(more or {})}
     write_report(folder/'report.html', title, sections | ({'Configuration': [settings]} if settings else {}))
     write_json(folder/'metrics.json', results)
     return folder
+
+# %% ../nbs/06_eval.ipynb #3375c3e9
+def threshold_text(
+    results: dict,  # of `score_predictions`
+) -> str:
+    "How decisions are made."
+    t, name = results['thresholds'], class_names(results['label_map'])
+    if all(v is None for v in t.values()): return 'Decided is the most probable class.'
+    return f'Decided is {"Present" if "Present" in name else name[1]} from a probability of ' + ', '.join(f'{v:.3f} ({level}s)' for level, v in t.items()) + f' on ({results.get("threshold", "given")}).'
 
 # %% ../nbs/06_eval.ipynb #266debe8
 def open_split(
@@ -221,6 +330,26 @@ def open_split(
     recordings = list(known.loc[known['split'] == split, 'recording_id'])
     if not len(cycles): raise PahclError(f'split {split} of {task} in {data_dir} has no cycles. Preprocess and prepare again.')
     return cycles, config, missing_units(cycles.table, subjects, recordings)
+
+# %% ../nbs/06_eval.ipynb #86616482
+def silent_recordings(
+    folder,         # the task's folder
+    split: str,
+    missing: dict,  # of `missing_units`
+    num_classes: int,
+):                  # (recordings without a cycle, with `label`; shares of the classes in training [classes]; what is still missing, a sentence if there are any)
+    "Who gets an answer without a cycle, and which."
+    import numpy as np
+    from pahcl.tables import read_table
+    known = read_table(folder/'recordings.csv', ('recording_id', 'split'), 'table of the recordings', 'Make it again with pahcl_prepare.')
+    if 'label' not in known: return known[:0], None, missing, []
+    known = known[known['label'].notna()].assign(label=lambda t: t['label'].astype(int))
+    silent = known[(known['split'] == split) & known['recording_id'].isin(missing['recordings'])]
+    prior = np.bincount(known.loc[known['split'] == 'train', 'label'], minlength=num_classes) + 1.   # one more of each, so that no class is impossible
+    answered = dict(subjects=set(silent['subject_id']), recordings=set(silent['recording_id'])) if len(silent) else {}
+    left = {unit: [i for i in ids if i not in answered.get(unit, ())] for unit, ids in missing.items()}
+    note = [f'{len(silent)} recordings without a cycle are answered by the shares of the classes in training: {", ".join(sorted(silent["recording_id"])[:10])}'] if len(silent) else []
+    return silent, prior/prior.sum(), left, note
 
 # %% ../nbs/06_eval.ipynb #549429c0
 def seen_note(
@@ -261,7 +390,77 @@ def bag_note(
     level = 'recordings and subjects are' if head['bag_level'] == 'subject' and not subject_rule else 'recordings are'
     return [f'{level} bags of cycles that the model answers for itself, by {head["aggregation"]}']
 
-# %% ../nbs/06_eval.ipynb #fd5ed1de
+# %% ../nbs/06_eval.ipynb #662fb776
+def validation_answers(
+    checkpoint, task, data_dir, split, config, batch_size,  # as in `evaluate`; `task_config.json`
+):                                                          # (table, probabilities), or None where there is no validation split beside `split`
+    "What the model says about the validation split."
+    if split == 'val' or not (Path(data_dir)/task/'val.csv').is_file(): return None
+    cycles = open_split(task, data_dir, 'val')[0]
+    return cycles.table, predict_split(checkpoint, cycles, config, batch_size)[0]
+
+# %% ../nbs/06_eval.ipynb #bff15352
+def choose_way(
+    val, told,           # (table, probabilities) of the validation split, or None, and of the split that is reported
+    config: dict,        # `task_config.json`
+    rule, subject_rule,  # as in `evaluate`
+):                       # (arguments of `at_levels` for `told`, for `val` or None, {rules, best_rule, chosen_by, subject_rule})
+    "The way from cycles to subjects, and how all the others do."
+    primary = config.get('primary_metric', 'f1_macro')
+    if val is None:
+        if subject_rule in ('choose', 'learned'): raise PahclError(f'--subject-rule {subject_rule} needs a validation split beside the one that is reported. Give mean, logmean, trimmed or any_present.')
+        return (told[1], rule, subject_rule), None, {}
+    from pahcl.aggregation import compare_rules
+    rows, best, ways, own = compare_rules(val, told, config['label_map'], primary)
+    name = best if subject_rule == 'choose' else subject_rule
+    kept = dict(rules=rows, best_rule=best, chosen_by=primary)
+    if name in ('learned', 'model') or subject_rule == 'choose': return ways[name], own[name], kept | dict(subject_rule=name)
+    return (told[1], rule, subject_rule), (val[1], rule, subject_rule), kept
+
+# %% ../nbs/06_eval.ipynb #c47ef22c
+def choose_thresholds(
+    how: str,            # see `pahcl.calibration.threshold_goal`; 'argmax': none
+    levels,              # of `at_levels`, of the validation split; None: there is none
+    label_map, task,
+) -> dict:               # level -> threshold
+    "A threshold for each level."
+    from pahcl.calibration import choose_threshold, sought, threshold_goal
+    if how == 'argmax': return {}
+    threshold_goal(how, sought(label_map), task)   # a misspelt one is told before anything else
+    if levels is None: raise PahclError(f'--threshold {how} needs the validation split, and there is none.')
+    return {level: choose_threshold(rows['label'].to_numpy(), values, how, sought(label_map), task) for level, (rows, values) in levels.items()}
+
+# %% ../nbs/06_eval.ipynb #fe9bcab6
+def evaluation_notes(
+    saved: dict, matched, cycles, task, split, subject_rule, threshold,  # as in `evaluate`; a checkpoint's content, of `match_classes`
+) -> list:                                                               # sentences
+    "What a reader must know of how this was made."
+    across = [f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []
+    flattered = [f'--threshold {threshold} was chosen on the split that is reported: this flatters'] if threshold != 'argmax' and split == 'val' else []
+    return [*across, *bag_note(saved, subject_rule), *seen_note(saved, cycles.table), *flattered]
+
+# %% ../nbs/06_eval.ipynb #773c96a0
+def assess(
+    told, val,                         # (table, probabilities) of the split that is reported, and of the validation split or None
+    config: dict, folder,              # `task_config.json`, the task's folder
+    split: str, missing: dict,         # of `missing_units`
+    rule='mean', subject_rule=None, draws=2000, seed=0, threshold='argmax', raw_dir=None,  # as in `evaluate`
+):                                     # (results, levels), as `score_predictions`, with rules, thresholds, calibration and shortcuts
+    "Everything that is computed from predictions: choices on the validation split, scores, floors."
+    from pahcl.calibration import calibration_scores
+    from pahcl.floors import shortcut_floors
+    from pahcl.metrics import OFFICIAL, at_levels
+    label_map, task = config['label_map'], config['task_name']
+    silent, prior, missing, lost = silent_recordings(Path(folder), split, missing, len(label_map))
+    way, own, kept = choose_way(val, told, config, rule, subject_rule)
+    chosen_on = at_levels(val[0], *own) if val else at_levels(told[0], *way) if split == 'val' else None
+    results, levels = score_predictions(told[0], way[0], label_map, task, way[1], way[2], draws, seed, choose_thresholds(threshold, chosen_on, label_map, task), silent, prior)
+    (rows, values), fitted = levels['subject'], chosen_on['subject'] if val else None
+    calibration = calibration_scores(rows['label'], values, fitted and (fitted[0]['label'], fitted[1]))
+    results = results | kept | dict(missing=missing, fallback=len(silent), notes=lost, threshold=threshold, calibration=calibration)
+    return mark_floors(results, shortcut_floors(config, folder, levels, raw_dir, OFFICIAL.get(task))), levels
+
+# %% ../nbs/06_eval.ipynb #79591642
 def evaluate(
     checkpoint,                  # a checkpoint of pahcl_finetune; the model is built from it alone
     task: str,                   # a prepared task, e.g. `circor_murmur`
@@ -270,20 +469,24 @@ def evaluate(
     output_dir=None,             # None: `evaluation_<task>_<split>` beside the checkpoint
     batch_size=64,
     rule='mean',                 # cycles to recordings
-    subject_rule=None,           # recordings to subjects; 'any_present' for murmurs. Choose on val, report on test
+    subject_rule=None,           # recordings to subjects: a rule of `pahcl.metrics.aggregate`, 'learned', or 'choose' (the best on val). None: as `rule`, or the model's own answer
     draws=2000,                  # of the bootstrap
     seed=0,                      # of the bootstrap
+    threshold='argmax',          # or youden, f1, cost, sensitivity=0.9: chosen on val
+    raw_dir=None,                # the folder of raw data, for the floor of demographics
 ) -> dict:                       # what stands in metrics.json, and `output_dir`
     "Evaluate a checkpoint on a split and write the evaluation's folder."
     existing(checkpoint, 'checkpoint', 'Train one with pahcl_finetune.')
     cycles, config, missing = open_split(task, data_dir, split)
+    choose_thresholds(threshold, {}, config['label_map'], task)   # a misspelt one is told before the model speaks
     probabilities, saved, matched = predict_split(checkpoint, cycles, config, batch_size)
-    notes = [*([f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []), *bag_note(saved, subject_rule), *seen_note(saved, cycles.table)]
-    results, levels = score_predictions(cycles.table, probabilities, config['label_map'], task, rule, subject_rule, draws, seed)
-    results = dict(checkpoint=str(checkpoint), trained_on=saved['task'], encoder_type=saved['encoder_type'], split=split, matched=matched, missing=missing, notes=notes, **results)
+    val = validation_answers(checkpoint, task, data_dir, split, config, batch_size)
+    results, levels = assess((cycles.table, probabilities), val, config, Path(data_dir)/task, split, missing, rule, subject_rule, draws, seed, threshold, raw_dir)
+    about = dict(checkpoint=str(checkpoint), trained_on=saved['task'], encoder_type=saved['encoder_type'], split=split, matched=matched)
+    results = about | results | dict(notes=[*evaluation_notes(saved, matched, cycles, task, split, subject_rule, threshold), *results['notes']])
     for note in all_notes(results): logger().info(note)
     folder = Path(output_dir) if output_dir else Path(checkpoint).parent/f'evaluation_{task}_{split}'
-    asked = dict(checkpoint=str(checkpoint), task=task, data_dir=str(data_dir), split=split, encoder_type=saved['encoder_type'], draws=draws, seed=seed)
+    asked = dict(about, data_dir=str(data_dir), rule=rule, subject_rule=subject_rule, threshold=threshold, draws=draws, seed=seed)
     write_evaluation(folder, results, levels, f'{task}, {split}: {Path(checkpoint).parent.name}/{Path(checkpoint).name}', dict(evaluation=asked, checkpoint=saved.get('config') or {}))
     return results | dict(output_dir=str(folder))
 
@@ -301,7 +504,7 @@ def summary_text(
     main, _ = score_tables(results)
     return '\n'.join([main.to_string(), *official_lines(results), *([f'Report: {results["output_dir"]}/report.html'] if 'output_dir' in results else [])])
 
-# %% ../nbs/06_eval.ipynb #3bbf15f6
+# %% ../nbs/06_eval.ipynb #53585c6c
 @script
 def pahcl_evaluate(
     checkpoint: str = None,             # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt
@@ -310,8 +513,11 @@ def pahcl_evaluate(
     split: str = 'test',                # train, val or test
     output_dir: str = None,             # where the files go (default: evaluation_<task>_<split> beside the checkpoint)
     batch_size: int = 64,               # cycles at once
-    subject_rule: str = 'mean',         # recordings to subjects: mean, logmean or any_present (murmur)
+    rule: str = 'mean',                 # cycles to recordings: mean, logmean or trimmed
+    subject_rule: str = None,           # recordings to subjects: mean, logmean, trimmed, any_present (murmur), learned, or choose (the best on val); default: as --rule
+    threshold: str = 'argmax',          # decisions: argmax (most probable class), youden, f1, cost or sensitivity=0.9, chosen on val
+    raw_dir: str = 'data/raw',          # folder of the raw data, for the floor of demographics; may be absent
 ):
     "Evaluate a fine-tuned checkpoint: scores of cycles, recordings and subjects with intervals, figures and a report."
     needed(checkpoint=checkpoint, task=task)
-    print(summary_text(evaluate(checkpoint, task, data_dir, split, output_dir, batch_size, subject_rule=subject_rule)))
+    print(summary_text(evaluate(checkpoint, task, data_dir, split, output_dir, batch_size, rule, subject_rule, threshold=threshold, raw_dir=raw_dir)))
