@@ -99,7 +99,7 @@ def roc_figure(
         ax.legend(title='AUROC', loc='lower right')
     return figure
 
-# %% ../nbs/06b_report.ipynb #e10ab6f1
+# %% ../nbs/06b_report.ipynb #179e8070
 def precision_recall_figure(
     y_true, probabilities, names, title='',  # as in `roc_figure`
 ) -> Figure:
@@ -113,7 +113,7 @@ def precision_recall_figure(
             ax.plot(*([], []) if area is None else pr_points(ill, probabilities[:, c]), drawstyle='steps-pre', label=f'{names[c]}: {"undefined here" if area is None else f"{area:.3f}"}', **style)
             if area is not None: ax.axhline(ill.mean(), color=style['color'], lw=.6, ls=style['ls'])
         ax.set(xlabel='sensitivity (recall)', ylabel='precision', xlim=(-.01, 1.01), ylim=(-.01, 1.03), aspect='equal', title=title)
-        ax.legend(title='average precision; thin: blind', loc='lower left')
+        ax.legend(title='average precision; thin: blind', loc='lower left', frameon=True, edgecolor='none')
     return figure
 
 # %% ../nbs/06b_report.ipynb #fbf3b02e
@@ -128,7 +128,7 @@ def pr_points(
     precision = hits/(last+1)
     return np.append(0, hits)/hits[-1], np.append(precision[0], precision)
 
-# %% ../nbs/06b_report.ipynb #95e6afcd
+# %% ../nbs/06b_report.ipynb #9b173d8e
 def reliability_figure(
     y_true,             # true classes [n]
     versions: dict,     # name -> probabilities [n, classes], e.g. as they were and with the temperature
@@ -146,7 +146,7 @@ def reliability_figure(
             counts.bar(points['low']+(i+.5)/len(versions)/bins, points['n'], .9/len(versions)/bins, color=COLOURS[i], alpha=.9, hatch=['', '///', '...'][i % 3], edgecolor='white')
         ax.set(ylabel='accuracy', xlim=(0, 1), ylim=(-.02, 1.02), title=title)
         counts.set(xlabel='confidence (probability of the decided class)', ylabel='decisions')
-        ax.legend(loc='upper left')
+        ax.legend(loc='lower right')
     return figure
 
 # %% ../nbs/06b_report.ipynb #fd51bc08

@@ -7,12 +7,12 @@ __all__ = ['persons_and_strata', 'resampling_weights', 'weighted_matrices', 'div
            'ordered_pairs', 'weighted_auroc', 'running_sum', 'weighted_auprc', 'bootstrap_scores', 'intervals',
            'strata_notes']
 
-# %% ../nbs/06f_uncertainty.ipynb #0a75432f
+# %% ../nbs/06f_uncertainty.ipynb #9c236b30
 import numpy as np
 from scipy.sparse import csr_array
 
 from .basics import PahclError, generator
-from .metrics import classification_metrics, percentile_interval
+from .metrics import percentile_interval
 
 # %% ../nbs/06f_uncertainty.ipynb #6efbdb27
 def persons_and_strata(
@@ -128,11 +128,11 @@ def running_sum(
     for above, below in zip(rows[:-1], rows[1:]): below += above
     return rows
 
-# %% ../nbs/06f_uncertainty.ipynb #46611717
+# %% ../nbs/06f_uncertainty.ipynb #f56c1e57
 def weighted_auprc(
     positive, score, index, weights,  # as in `weighted_auroc`
     at_once=500,                      # draws at a time: memory
-):                                    # [draws]
+):                                    # [draws]; NaN where a draw has one class only
     "Average precision of every draw."
     positive, score = np.asarray(positive, bool), -np.asarray(score, float)
     values, where = np.unique(score[positive], return_inverse=True)
@@ -149,7 +149,8 @@ def weighted_auprc(
         called += found
         np.maximum(called, 1e-9, out=called)
         out.append(divide(np.einsum('rd,rd->d', gained, np.divide(found, called, out=called)), found[-1] if len(values) else np.zeros(len(part))))
-    return np.concatenate(out)
+    healthy = weights @ np.bincount(index[~positive], minlength=weights.shape[1]).astype(np.float32)
+    return np.where(healthy > 0, np.concatenate(out), np.nan)   # a draw without negatives has no average precision
 
 # %% ../nbs/06f_uncertainty.ipynb #8c6097fa
 def bootstrap_scores(
