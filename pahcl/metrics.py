@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'confusion_matrix', 'ratio', 'class_scores', 'matthews', 'auroc', 'auprc', 'checked', 'macro',
-           'metric_notes', 'classification_metrics', 'murmur_weighted_accuracy', 'outcome_cost',
-           'sensitivity_specificity_mean', 'precision_sum', 'any_present', 'aggregate', 'at_levels', 'mixed_notes',
-           'metrics_at_levels', 'made_cycles', 'bootstrap_draws', 'percentile_interval', 'bootstrap']
+           'metric_notes', 'why_undefined', 'classification_metrics', 'murmur_weighted_accuracy', 'outcome_cost',
+           'sensitivity_specificity_mean', 'precision_sum', 'blind_cost', 'any_present', 'trimmed_mean', 'aggregate',
+           'at_levels', 'mixed_notes', 'metrics_at_levels', 'made_cycles', 'bootstrap_draws', 'percentile_interval',
+           'bootstrap']
 
 # %% ../nbs/02b_metrics.ipynb #f800fdd8
 import numpy as np
@@ -118,16 +119,29 @@ def metric_notes(
     if (matrix.sum(1) > 0).sum() == 1: notes.append('the truth has one class only: auroc, auprc and mcc are undefined')
     return notes
 
-# %% ../nbs/02b_metrics.ipynb #c7b63ccb
+# %% ../nbs/02b_metrics.ipynb #29cba359
+def why_undefined(
+    scores: dict,   # name -> number or None
+    support,        # rows of each class in the truth
+) -> dict:          # name -> sentence, for each score that is None
+    "The reason beside every score that does not exist."
+    gone = [f'class {c}' for c, n in enumerate(support) if not n]
+    def why(name):
+        if len(gone) == len(support)-1 and name in ('auroc', 'auprc', 'mcc', 'specificity'): return 'the truth has one class only'
+        return f'the mean over classes needs every class, and no row is of {" and ".join(gone)}' if len(support) > 2 or name in ('f1_macro', 'uar') else f'no row is of {gone[0]}'
+    return {name: why(name) for name, value in scores.items() if value is None}
+
+# %% ../nbs/02b_metrics.ipynb #54318f22
 def classification_metrics(
     y_true,            # true classes, integers [n]
     probabilities,     # [n, num_classes]; the decision is the most probable class
     num_classes: int,  # classes of the task, also those that do not occur here
     absent='none',     # means over classes where one is absent from `y_true`: 'none' (undefined, the honest report), 'skip' (mean of the others, for choosing an epoch)
-) -> dict:             # the scores; undefined ones are None, the reason stands in `notes`
+    decided=None,      # decided classes [n], where a threshold decides; None: the most probable class
+) -> dict:             # the scores; undefined ones are None, and why stands in `reasons` (name -> sentence)
     "Every score of a classification; see above for what `f1`, `precision`, `recall`, `specificity`, `auroc` and `auprc` mean with two and with more classes."
     y_true, probabilities = checked(y_true, probabilities, num_classes)
-    matrix = confusion_matrix(y_true, probabilities.argmax(1), num_classes)
+    matrix = confusion_matrix(y_true, probabilities.argmax(1) if decided is None else decided, num_classes)
     per_class = class_scores(matrix)
     per_class.update(auroc=[auroc(y_true == c, probabilities[:, c]) for c in range(num_classes)],
                      auprc=[auprc(y_true == c, probabilities[:, c]) for c in range(num_classes)])
@@ -135,9 +149,9 @@ def classification_metrics(
     one = {k: v[1] for k, v in per_class.items()} if num_classes == 2 else mean
     support = matrix.sum(1)
     weighted = sum(s*f for s, f in zip(support, per_class['f1']) if s)/support.sum()
-    return dict(accuracy=float(np.trace(matrix)/matrix.sum()), f1=one['f1'], f1_macro=mean['f1'], f1_weighted=float(weighted), auroc=one['auroc'], auprc=one['auprc'],
-                precision=one['precision'], recall=one['recall'], specificity=one['specificity'], uar=mean['recall'], mcc=matthews(matrix),
-                confusion_matrix=matrix.tolist(), support=support.tolist(), per_class=per_class, n=len(y_true), notes=metric_notes(matrix, absent))
+    scores = dict(accuracy=float(np.trace(matrix)/matrix.sum()), f1=one['f1'], f1_macro=mean['f1'], f1_weighted=float(weighted), auroc=one['auroc'], auprc=one['auprc'],
+                  precision=one['precision'], recall=one['recall'], specificity=one['specificity'], uar=mean['recall'], mcc=matthews(matrix))
+    return scores | dict(confusion_matrix=matrix.tolist(), support=support.tolist(), per_class=per_class, n=len(y_true), notes=metric_notes(matrix, absent), reasons=why_undefined(scores, support))
 
 # %% ../nbs/02b_metrics.ipynb #04854837
 def murmur_weighted_accuracy(
@@ -179,6 +193,14 @@ def precision_sum(
     values = class_scores(confusion_matrix(y_true, y_pred, num_classes))['precision']
     return None if None in values else float(sum(values))
 
+# %% ../nbs/02b_metrics.ipynb #3b4cbd06
+def blind_cost(
+    share,       # share of subjects that is referred at random, 0 to 1; a number or an array
+    prevalence,  # share of subjects whose outcome is abnormal
+):               # expected cost per subject, see `outcome_cost`
+    "What referring at random costs."
+    return 10 + 25 + 397*share - 1718*share**2 + 11296*share**4 + prevalence*(10_000*share + 50_000*(1-share))
+
 # %% ../nbs/02b_metrics.ipynb #c21b0e54
 OFFICIAL = dict(
     circor_murmur=dict(name='murmur_weighted_accuracy', function=murmur_weighted_accuracy, level='subject', higher_is_better=True),
@@ -196,11 +218,21 @@ def any_present(
     speaking = probabilities[decided == first]
     return speaking[speaking[:, 0].argmax()]
 
-# %% ../nbs/02b_metrics.ipynb #d813d989
+# %% ../nbs/02b_metrics.ipynb #6f96a5e5
+def trimmed_mean(
+    probabilities,  # of one group [n, classes]
+    share=0.1,      # left out at each end, rounded; of 5 to 14 rows one, of fewer none
+):                  # [classes], made to sum to 1
+    "The mean of each class's middle probabilities."
+    cut = int(share*len(probabilities) + .5)
+    means = np.sort(probabilities, axis=0)[cut:len(probabilities)-cut].mean(0)
+    return means/means.sum()
+
+# %% ../nbs/02b_metrics.ipynb #effbff20
 def aggregate(
     probabilities,  # [n, classes], rows sum to 1
     groups,         # the id of the recording or subject that each row belongs to [n]
-    rule='mean',    # 'mean', 'logmean' (geometric mean, made to sum to 1) or 'any_present' (murmur recordings to subjects)
+    rule='mean',    # 'mean', 'logmean' (geometric mean, made to sum to 1), 'trimmed' (see `trimmed_mean`) or 'any_present' (murmur recordings to subjects)
 ):                  # (probabilities [groups, classes], sorted group ids [groups])
     "One row of probabilities for each group."
     probabilities = np.asarray(probabilities, float)
@@ -208,7 +240,8 @@ def aggregate(
     if rule == 'any_present':
         if probabilities.shape[1] != 3: raise PahclError(f"the rule 'any_present' needs the murmur classes Present, Absent, Unknown, not {probabilities.shape[1]} classes. Use 'mean'.")
         return np.stack([any_present(probabilities[index == g]) for g in range(len(ids))]), ids
-    if rule not in ('mean', 'logmean'): raise PahclError(f"no such rule: {rule!r}. Use 'mean', 'logmean' or 'any_present'.")
+    if rule == 'trimmed': return np.stack([trimmed_mean(probabilities[rows]) for rows in np.split(np.argsort(index, kind='stable'), np.bincount(index).cumsum()[:-1])]), ids
+    if rule not in ('mean', 'logmean'): raise PahclError(f"no such rule: {rule!r}. Use 'mean', 'logmean', 'trimmed' or 'any_present'.")
     values = np.log(np.maximum(probabilities, 1e-12)) if rule == 'logmean' else probabilities
     sums = np.zeros((len(ids), probabilities.shape[1]))
     np.add.at(sums, index, values)

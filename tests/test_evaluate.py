@@ -14,7 +14,9 @@ from pahcl.evaluate import evaluate, match_classes, pahcl_evaluate, score_predic
 from pahcl.metrics import made_cycles, murmur_weighted_accuracy
 from pahcl.summarize import pahcl_summarize
 
-MURMUR, FILES = {'Present': 0, 'Absent': 1, 'Unknown': 2}, {'metrics.json', 'predictions_cycle.csv', 'predictions_recording.csv', 'predictions_subject.csv', 'confusion_matrix.png', 'roc.png', 'report.html'}
+MURMUR = {'Present': 0, 'Absent': 1, 'Unknown': 2}
+FILES = {'metrics.json', 'report.html', *(f'predictions_{l}.csv' for l in ('cycle', 'recording', 'subject')),
+         *(f'{n}.png' for n in ('confusion_matrix', 'confusion_matrix_recording', 'confusion_matrix_cycle', 'roc', 'precision_recall', 'reliability'))}
 
 
 @pytest.fixture
@@ -38,8 +40,9 @@ def house(tmp_path, monkeypatch):
         folder = tmp_path/'downstream'/name
         folder.mkdir(parents=True)
         write_json(folder/'task_config.json', dict(task_name=name, label_map=label_map, split_subjects=dict(test=sorted(set(table['subject_id'])) + ['lost']), sample_rate=5000, length_mode='pad', **extra))
-        (folder/'test.csv').write_text('subject_id,file_path,label,label_name,location,split\n')
-        table[['subject_id', 'recording_id']].drop_duplicates().assign(split='test').to_csv(folder/'recordings.csv', index=False)
+        for split in ('val', 'test'): (folder/f'{split}.csv').write_text('subject_id,file_path,label,label_name,location,split\n')
+        table[['subject_id', 'person_id', 'recording_id', 'label']].drop_duplicates().assign(split='test').to_csv(folder/'recordings.csv', index=False)
+        table[['subject_id']].assign(s2_end=1500, valid_length=3000).to_csv(folder/'cycles.csv', index=False)
     def checkpoint(name='run', task='circor_murmur', label_map=MURMUR, answer=probabilities, **data):
         path = tmp_path/'outputs'/name/'best_model.pt'
         path.parent.mkdir(parents=True)
@@ -75,11 +78,55 @@ def test_same_input_gives_the_same_files(house, tmp_path):
 def test_recordings_without_cycles_are_counted(house):
     house.task()
     known = pd.read_csv(house.data/'circor_murmur'/'recordings.csv', dtype=str)
-    known.loc[len(known)] = ['000', '000_Phc', 'test']
-    known.loc[len(known)] = ['001', '001_Phc', 'train']
+    known.loc[len(known)] = ['000', '000', '000_Phc', '0', 'test']
+    known.loc[len(known)] = ['001', '001', '001_Phc', '1', 'train']
+    known.loc[len(known)] = ['lost', 'lost', 'lost_AV', '2', 'test']
+    known.loc[len(known)] = ['000', '000', '000_TV', '', 'test']
     known.to_csv(house.data/'circor_murmur'/'recordings.csv', index=False)
     results = evaluate(house.checkpoint(), 'circor_murmur', house.data, draws=5)
-    assert results['missing']['recordings'] == ['000_Phc']
+    assert results['missing'] == dict(subjects=[], recordings=['000_TV']) and results['fallback'] == 2   # without a label there is nothing to compare with
+    told = pd.read_csv(house.outputs/'run'/'evaluation_circor_murmur_test'/'predictions_recording.csv', dtype=dict(subject_id=str)).set_index('recording_id')
+    assert told.loc[['000_Phc', 'lost_AV'], 'units_below'].tolist() == [0, 0]
+    assert np.allclose(told.loc['lost_AV'].filter(like='probability').astype(float), [.25, .5, .25])   # one Absent in training, and one of each
+    assert results['n']['subject'] == 13 and any('2 recordings without a cycle are answered' in n for n in results['notes'])
+
+
+def test_threshold_and_rule_are_chosen_on_validation(house):
+    house.task()
+    path = house.checkpoint()
+    results = evaluate(path, 'circor_murmur', house.data, draws=20, threshold='sensitivity=1', subject_rule='choose')
+    subject = pd.read_csv(house.outputs/'run'/'evaluation_circor_murmur_test'/'predictions_subject.csv')
+    t = results['thresholds']['subject']
+    assert ((subject['probability_Present'] >= t) == (subject['predicted'] == 0)).all()
+    assert results['levels']['subject']['per_class']['recall'][0] == 1   # the house answers the same on both splits
+    assert results['subject_rule'] == results['best_rule'] == max(results['rules'], key=lambda r: r['validation'])['rule']
+    assert results['calibration']['after']['surprise'] <= results['calibration']['before']['surprise'] + 1e-9 and 'calibrated_Present' in subject
+    page = (house.outputs/'run'/'evaluation_circor_murmur_test'/'report.html').read_text()
+    assert 'sensitivity=1' in page and 'Temperature' in page and 'http' not in page.replace('http-equiv', '') and 'width=device-width' in page
+    own = evaluate(path, 'circor_murmur', house.data, split='val', draws=5, threshold='f1')
+    assert any('flatters' in n for n in own['notes']) and own['calibration']['temperature'] is None
+    assert pahcl_evaluate(['--checkpoint', str(path), '--task', 'circor_murmur', '--data_dir', str(house.data), '--threshold', 'best']) == 2
+
+
+def test_a_result_under_its_floor_is_marked_everywhere(house, capsys):
+    house.task()
+    path = house.checkpoint(answer=np.tile([.2, .3, .5], (len(house.table), 1)))
+    assert pahcl_evaluate(['--checkpoint', str(path), '--task', 'circor_murmur', '--data_dir', str(house.data)]) == 0
+    folder = house.outputs/'run'/'evaluation_circor_murmur_test'
+    kept = json.loads((folder/'metrics.json').read_text())
+    assert 'all Present' in kept['below_floor']['auroc'] and 'all Present' in kept['below_floor']['murmur_weighted_accuracy']
+    assert '▼ not above its floor' in capsys.readouterr().out and '▼' in (folder/'report.html').read_text()
+
+
+def test_a_cost_never_stands_alone(house):
+    house.table['label'] %= 2
+    house.task('circor_outcome', dict(Normal=0, Abnormal=1), dataset='circor')
+    p = np.eye(2)[house.table['label']]*.8 + .1
+    official = evaluate(house.checkpoint('a', 'circor_outcome', dict(Normal=0, Abnormal=1), p), 'circor_outcome', house.data, draws=5)['official']
+    assert official['auroc'] == 1 and official['value'] < official['blind']['cheapest'] <= official['blind']['at_random']
+    folder = house.outputs/'a'/'evaluation_circor_outcome_test'
+    assert (folder/'referral_cost.png').exists() and 'at random costs' in (folder/'report.html').read_text()
+    assert '--raw-dir' in (folder/'report.html').read_text()   # the demographics could not be computed, and the page says why
 
 
 def test_across_data_sets_with_other_numbers(house):
@@ -213,6 +260,6 @@ def test_real_checkpoints_end_to_end(trained, capsys):
     assert pahcl_evaluate(['--checkpoint', best, '--task', 'circor_murmur', '--data-dir', data]) == 1
     assert 'the classes do not agree' in capsys.readouterr().err
     assert pahcl_ensemble(['--checkpoints', str(trained/'outputs'/'circor_outcome_member_*'/'best_model.pt'), '--task', 'circor_outcome', '--data-dir', data]) == 0
-    assert {p.name for p in (trained/'outputs'/'ensemble_circor_outcome_test').iterdir()} == FILES | {'disagreement_subject.csv'}
+    assert {p.name for p in (trained/'outputs'/'ensemble_circor_outcome_test').iterdir()} == FILES | {'disagreement_subject.csv', 'referral_cost.png'}
     assert pahcl_summarize(['--output-dir', str(trained/'outputs')]) == 0
     assert pd.read_csv(trained/'outputs'/'summary.csv')['experiment'].tolist() == ['member_1', 'member_2']

@@ -1,0 +1,166 @@
+"Uncertainty, aggregation, calibration and floors against plain loops and scikit-learn"
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from pahcl.aggregation import compare_rules, with_silent
+from pahcl.basics import UsageError
+from pahcl.calibration import brier, calibration_error, choose_threshold, decide, fit_temperature, sought, surprise, with_temperature
+from pahcl.challenge_rules import UNSURE, quality_weighted_mean
+from pahcl.floors import below_floors, demographics, shortcut_floors
+from pahcl.metrics import OFFICIAL, at_levels, auprc, auroc, classification_metrics, made_cycles
+from pahcl.uncertainty import bootstrap_scores, intervals, persons_and_strata, resampling_weights
+from sklearn import metrics as sk
+
+
+@st.composite
+def cohort(draw):
+    "Rows of a few persons, probabilities on a coarse grid (many ties), classes that may be absent."
+    k, n = draw(st.integers(2, 3)), draw(st.integers(4, 40))
+    person = draw(st.lists(st.integers(0, 6), min_size=n, max_size=n))
+    y = draw(st.lists(st.integers(0, k-1), min_size=n, max_size=n))
+    p = np.array(draw(st.lists(st.lists(st.integers(1, 4), min_size=k, max_size=k), min_size=n, max_size=n)), float)
+    return np.array(person), np.array(y), p/p.sum(1, keepdims=True), k
+
+
+@settings(max_examples=60, deadline=None)
+@given(cohort())
+def test_every_draw_is_the_literal_one(case):
+    person, y, p, k = case
+    index, strata = persons_and_strata(person, y)
+    weights = resampling_weights(strata, draws=6)
+    for s in np.unique(strata): assert (weights[:, strata == s].sum(1) == (strata == s).sum()).all()
+    official = 'murmur_weighted_accuracy' if k == 3 else 'outcome_cost'
+    function = next(o['function'] for o in OFFICIAL.values() if o['name'] == official)
+    drawn = bootstrap_scores(y, p, p.argmax(1), index, weights, official)
+    for d, w in enumerate(weights):
+        rows = np.repeat(np.arange(len(y)), w[index].astype(int))
+        literal = classification_metrics(y[rows], p[rows], k) | dict(official=function(y[rows], p[rows].argmax(1)))
+        for name, values in drawn.items():
+            if literal[name] is None: assert np.isnan(values[d]), name
+            else: assert values[d] == pytest.approx(literal[name], abs=2e-5, rel=1e-6), name
+
+
+def test_the_same_persons_get_the_same_weights_at_every_level():
+    table, p = made_cycles(1, subjects=30)
+    every = [resampling_weights(persons_and_strata(r['person_id'], r['label'])[1], 50) for r, _ in at_levels(table, p).values()]
+    assert (every[0] == every[1]).all() and (every[1] == every[2]).all()
+    assert not (every[0] == resampling_weights(persons_and_strata(table['person_id'], table['label'])[1], 50, seed=1)).all()
+
+
+def test_fifty_thousand_cycles_within_a_few_seconds():
+    "1.3 s of one core here; the limit leaves room for slower machines."
+    table, p = made_cycles(1, subjects=942, cycles=18)
+    began = time.process_time()
+    for rows, values in at_levels(table, p).values():
+        index, strata = persons_and_strata(rows['person_id'], rows['label'])
+        bootstrap_scores(rows['label'].to_numpy(), values, values.argmax(1), index, resampling_weights(strata))
+    assert len(table) > 50_000 and time.process_time()-began < 8
+
+
+def test_stratified_interval_covers():
+    "About 95 % of the intervals hold the true AUROC of subjects (binormal, d' = 1: 0.760)."
+    inside, random = 0, np.random.default_rng(0)
+    y, k = np.arange(80) % 2, 200
+    for trial in range(k):
+        s = random.normal(size=80) + y
+        p = np.stack([-s, s], 1)
+        index, strata = persons_and_strata(np.arange(80), y)
+        found, _ = intervals(bootstrap_scores(y, p, p.argmax(1), index, resampling_weights(strata, 200, trial)), dict(auroc=.5, auprc=None), strata)
+        inside += found['auroc'][0] <= 0.7602 <= found['auroc'][1]
+    assert .88*k <= inside <= .99*k
+
+
+@settings(max_examples=60, deadline=None)
+@given(cohort(), st.floats(.1, 8))
+def test_calibration_against_sklearn(case, temperature):
+    _, y, p, k = case
+    if k == 2: assert brier(y, p) == pytest.approx(2*sk.brier_score_loss(y, p[:, 1]))
+    assert surprise(y, p) == pytest.approx(sk.log_loss(y, p, labels=range(k)))
+    warm = with_temperature(p, temperature)
+    assert np.allclose(warm.sum(1), 1) and (warm.argmax(1) == p.argmax(1)).all()
+    assert np.allclose(with_temperature(warm, 1/temperature), p, atol=1e-6)
+    assert surprise(y, with_temperature(p, fit_temperature(y, p))) <= surprise(y, p) + 1e-6
+    conf, right, gap = p.max(1), p.argmax(1) == y, 0   # the definition, bin by bin
+    for b in range(10):
+        inside = (np.minimum((conf*10).astype(int), 9) == b)
+        if inside.any(): gap += inside.mean()*abs(conf[inside].mean()-right[inside].mean())
+    assert calibration_error(y, p) == pytest.approx(gap)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cohort(), st.sampled_from(['youden', 'f1', 'sensitivity=0.8']))
+def test_no_threshold_is_better_than_the_chosen_one(case, how):
+    _, y, p, k = case
+    if not 0 < (y == 1).sum() < len(y): return
+    rate = lambda z: ((z == 1)[y == 1].mean(), (z != 1)[y != 1].mean())
+    goal = dict(youden=lambda z: sum(rate(z)), f1=lambda z: sk.f1_score(y == 1, z == 1, zero_division=0)).get(how, lambda z: rate(z)[1] if rate(z)[0] >= .8 else -1)
+    chosen = goal(decide(p, choose_threshold(y, p, how, 1), 1))
+    assert chosen >= max(goal(decide(p, t, 1)) for t in [0, *np.unique(p[:, 1]), 2]) - 1e-9
+
+
+def test_threshold_mistakes_are_usage_errors():
+    assert sought(dict(Present=0, Absent=1)) == 0 and sought(dict(normal=0, murmur=1)) == 1
+    for how in ('sensitivity', 'sensitivity=2', 'sensitivity=x', 'Youden'):
+        with pytest.raises(UsageError, match='argmax, youden'): choose_threshold([0, 1], np.eye(2), how, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0, 1, UNSURE]), st.booleans()), min_size=4, max_size=30))
+def test_quality_rules_are_the_published_formula(rows):
+    y, z, noisy = map(np.array, zip(*rows))
+    rates = []
+    for c in (1, 0):
+        n = [((y == c) & (noisy == q)).sum() for q in (False, True)]
+        if not sum(n): return
+        clean = ((y == c) & ~noisy & (z == c)).sum()/n[0] if n[0] else 0
+        poor = ((y == c) & noisy & ((z == c) | (z == UNSURE))).sum()/n[1] if n[1] else 0
+        rates.append((n[0]*clean + n[1]*poor)/sum(n))
+    assert quality_weighted_mean(y, z, noisy) == pytest.approx((sum(rates)/2, *rates))
+
+
+def task_on_disk(folder, persons=60):
+    "A 2016-like task whose folder letter gives the class away and whose heart rate does not."
+    random = np.random.default_rng(0)
+    label = np.arange(persons) % 2
+    ids = [f'{"ae"[c]}{i:04d}' for i, c in enumerate(label)]
+    recordings = pd.DataFrame(dict(recording_id=ids, subject_id=ids, person_id=ids, label=label, split=np.where(np.arange(persons) < persons//2, 'train', 'test')))
+    recordings.to_csv(folder/'recordings.csv', index=False)
+    cycles = recordings.loc[recordings.index.repeat(3)].assign(s2_end=random.integers(1200, 1800, 3*persons), valid_length=random.integers(2500, 4001, 3*persons))
+    cycles.to_csv(folder/'cycles.csv', index=False)
+    test = cycles[cycles['split'] == 'test']
+    return dict(dataset='physionet2016', label_map=dict(normal=0, abnormal=1)), at_levels(test, np.full((len(test), 2), .5))
+
+
+def test_the_folder_letter_is_found_out(tmp_path):
+    task, levels = task_on_disk(tmp_path)
+    floors = shortcut_floors(task, tmp_path, levels, official=OFFICIAL['physionet2016'])
+    assert set(floors) == {'heart rate', 'folder letter'} and floors['folder letter']['auroc'] == floors['folder letter']['official'] == 1
+    assert abs(floors['heart rate']['auroc']-.5) < .25
+    assert below_floors(dict(auroc=.95), floors, ['auroc']) == dict(auroc=['folder letter'])
+    assert 'hides the rate' in shortcut_floors(task | dict(length_mode='phase'), tmp_path, levels)['heart rate']['reason']
+    assert '--raw-dir' in shortcut_floors(task | dict(dataset='circor'), tmp_path, levels)['demographics']['reason']
+
+
+def test_demographics_are_those_of_the_table(raw):
+    people = demographics(raw)
+    table = pd.read_csv(raw/'circor'/'training_data.csv', dtype=str).set_index('Patient ID')
+    assert list(people.index) == list(table.index) and (people['female'] == (table['Sex'] == 'Female')).all()
+    heights = pd.to_numeric(table['Height'], errors='coerce')
+    assert np.allclose(people['height'], heights, equal_nan=True)
+
+
+def test_rules_are_chosen_on_validation_only():
+    "What is chosen does not change when the reported split's labels do."
+    val, told, murmur = made_cycles(1, seed=1), made_cycles(1, seed=2), dict(Present=0, Absent=1, Unknown=2)
+    turned = told[0].assign(label=(told[0]['label']+1) % 3)
+    a, b = compare_rules(val, told, murmur, 'f1_macro'), compare_rules(val, (turned, told[1]), murmur, 'f1_macro')
+    assert a[1] == b[1] and [r['validation'] for r in a[0]] == [r['validation'] for r in b[0]] and [r['value'] for r in a[0]] != [r['value'] for r in b[0]]
+
+
+def test_nobody_silent_changes_nothing():
+    table, p = made_cycles(1)
+    levels = at_levels(table, p)
+    assert with_silent(levels, table[:0], [1, 0, 0]) is levels
