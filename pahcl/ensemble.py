@@ -151,7 +151,7 @@ def write_ensemble(
     write_text(Path(folder)/'disagreement_subject.csv', told.to_csv(index=False, float_format='%.6f'))
     return write_evaluation(folder, results, levels, title, settings, {'Members, each alone (subjects)': [members], 'Disagreement': [summary, told.head(20).round(3)]})
 
-# %% ../nbs/06c_ensemble.ipynb #3a6a11f3
+# %% ../nbs/06c_ensemble.ipynb #d3c009c7
 def validation_weights(
     paths: list, members: dict,  # of the checkpoints, and path -> the checkpoint's dict
     task, data_dir, batch_size, rule, subject_rule,  # as in `ensemble`
@@ -159,8 +159,9 @@ def validation_weights(
     "`learnt_weights` on the task's validation subjects."
     from pahcl.metrics import at_levels
     cycles, config, _ = open_split(task, data_dir, 'val')
-    if any(seen := {p: seen_note(saved, cycles.table) for p, saved in members.items()}.values()):
-        raise PahclError('weights cannot be learnt on the validation subjects, as members were trained on some of them: ' + '; '.join(f'{p}: {s[0]}' for p, s in zip(paths, seen) if s) + '. Leave --weighted out.')
+    from pahcl.classifier import persons_seen
+    seen = {p: (persons_seen(saved) or set()) & set(cycles.table['person_id'].astype(str)) for p, saved in members.items()}
+    if any(seen.values()): raise PahclError('weights cannot be learnt on the validation subjects: ' + '; '.join(f'{p} was trained on {len(s)} of them' for p, s in seen.items() if s) + '. Leave --weighted out.')
     said = [at_levels(cycles.table, predict_split(p, cycles, config, batch_size)[0], rule, subject_rule)['subject'] for p in paths]
     return learnt_weights([values for _, values in said], said[0][0]['label'].astype(int))
 
