@@ -301,7 +301,7 @@ def summary_text(
     main, _ = score_tables(results)
     return '\n'.join([main.to_string(), *official_lines(results), *([f'Report: {results["output_dir"]}/report.html'] if 'output_dir' in results else [])])
 
-# %% ../nbs/06_eval.ipynb #3bbf15f6
+# %% ../nbs/06_eval.ipynb #32575528
 @script
 def pahcl_evaluate(
     checkpoint: str = None,             # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt
@@ -311,7 +311,11 @@ def pahcl_evaluate(
     output_dir: str = None,             # where the files go (default: evaluation_<task>_<split> beside the checkpoint)
     batch_size: int = 64,               # cycles at once
     subject_rule: str = 'mean',         # recordings to subjects: mean, logmean or any_present (murmur)
+    robustness: bool = False,           # also under noise, at other sample rates and by device: robustness.csv, .md, .tex, .html, .png
 ):
     "Evaluate a fine-tuned checkpoint: scores of cycles, recordings and subjects with intervals, figures and a report."
     needed(checkpoint=checkpoint, task=task)
     print(summary_text(evaluate(checkpoint, task, data_dir, split, output_dir, batch_size, subject_rule=subject_rule)))
+    if robustness:
+        from pahcl.robustness import robustness as more
+        more(checkpoint, task, data_dir, split, output_dir, batch_size, subject_rule=subject_rule)
