@@ -187,14 +187,14 @@ def robustness_figure(
             ax.set(xlim=(-.6, max(len(own), 1)-.4), title=kind, ylabel=f'{name} of subjects' if not i else '')
     return figure
 
-# %% ../nbs/06l_robustness.ipynb #d9f01a18
+# %% ../nbs/06l_robustness.ipynb #e474e86b
 def printed(
     table,   # of `robustness_table`
 ):           # DataFrame of strings
     "The table for people."
     from pahcl.report import with_interval
-    cell = lambda r, s: with_interval(getattr(r, s), (getattr(r, f'{s}_low'), getattr(r, f'{s}_high')))
-    gap = lambda r: '–' if r.auroc_difference != r.auroc_difference or r.auroc_difference is None else f'{r.auroc_difference:+.3f} [{r.auroc_difference_low:+.3f}, {r.auroc_difference_high:+.3f}]'
+    cell = lambda r, s: with_interval(getattr(r, s), (getattr(r, f'{s}_low'), getattr(r, f'{s}_high'))) if getattr(r, s) == getattr(r, s) else '–'
+    gap = lambda r: '–' if r.auroc_difference != r.auroc_difference else f'{r.auroc_difference:+.3f} [{r.auroc_difference_low:+.3f}, {r.auroc_difference_high:+.3f}]'
     return pd.DataFrame([{'Condition': r.condition if r.kind == 'stored' else f'{r.kind}: {r.condition}', 'Subjects': r.subjects, 'AUROC': cell(r, 'auroc'), 'F1 macro': cell(r, 'f1_macro'), 'Δ AUROC': gap(r)} for r in table.itertuples()])
 
 def robustness(
