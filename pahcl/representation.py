@@ -7,11 +7,10 @@ __all__ = ['DETECTORS', 'NORMAL', 'UNJUDGED', 'PROBES', 'mahalanobis_score', 'co
            'subject_means', 'anomaly', 'knn_probabilities', 'probe_probabilities', 'probes', 'heart_rates', 'tsne',
            'map_figure', 'drawn', 'map_data', 'represent', 'pahcl_represent']
 
-# %% ../nbs/06k_representation.ipynb #a9106d27
+# %% ../nbs/06k_representation.ipynb #c79f1c95
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from .basics import PahclError, generator, logger, script, write_json, write_text
 
@@ -55,7 +54,7 @@ def normal_class(
     if not (found := [by[n] for n in NORMAL if n in by]): raise PahclError(f'no class of {", ".join(label_map)} is called {" or ".join(NORMAL)}: anomaly detection needs one.')
     return found[0], [c for n, c in by.items() if c != found[0] and n not in UNJUDGED]
 
-# %% ../nbs/06k_representation.ipynb #539d5509
+# %% ../nbs/06k_representation.ipynb #914a50b8
 def subject_means(
     table, values,   # a row a cycle, and a number a cycle
 ):                   # DataFrame: subject_id, person_id, label, value
@@ -69,6 +68,7 @@ def anomaly(
     label_map: dict, draws=2000, seed=0,
 ):                     # (DataFrame a row a detector: subjects, ill, auroc, low, high; DataFrame of the subjects' scores)
     "How well illness is noticed by one who has heard normal hearts only."
+    import pandas as pd
     from pahcl.compare import counted_auroc, draw_counts, middle
     from pahcl.metrics import auroc
     normal, ill = normal_class(label_map)
@@ -112,21 +112,23 @@ def probe_probabilities(
 
 PROBES = dict(knn=knn_probabilities, linear=probe_probabilities)
 
-# %% ../nbs/06k_representation.ipynb #eebbe76e
+# %% ../nbs/06k_representation.ipynb #1bad9528
 def probes(
     train, test,       # (table, features) of both splits
     label_map: dict, draws=2000, seed=0,
 ):                     # DataFrame, a row a probe: subjects, and each score with `_low`, `_high`
     "Scores of the probes on subjects, with intervals over persons."
+    import pandas as pd
     from pahcl.robustness import scored, subject_frame
     return pd.DataFrame([dict(probe=name, **scored(subject_frame(test[0], probe(train, test, len(label_map))), None, draws, seed)) for name, probe in PROBES.items()])
 
-# %% ../nbs/06k_representation.ipynb #091e9ada
+# %% ../nbs/06k_representation.ipynb #c3382076
 def heart_rates(
     cycles,              # a `pahcl.loader.Cycles`
     processed_dir=None,  # has the beats' true lengths, where it is there
 ):                       # beats a minute [n]; NaN where the cycle was cropped and the length is not known
     "The heart rate of each cycle, from the length of its beat."
+    import pandas as pd
     valid, rate, length = cycles.boundaries[:, 3].astype(float), cycles.settings.get('sample_rate', 5000), cycles.settings['target_length']
     out = np.where(valid < length, 60*rate/np.maximum(valid, 1), np.nan) if cycles.settings.get('length_mode') != 'phase' else np.full(len(valid), np.nan)
     if not processed_dir: return out
@@ -138,7 +140,7 @@ def heart_rates(
         out[rows] = np.where(seconds > 0, 60/np.where(seconds > 0, seconds, 1), out[rows])
     return out
 
-# %% ../nbs/06k_representation.ipynb #47ffcf56
+# %% ../nbs/06k_representation.ipynb #294f0e70
 def tsne(
     features,     # [n, C]
     seed=0,
@@ -157,6 +159,7 @@ def map_figure(
     about,    # DataFrame [n]: class, data set, location (text; '' is grey) and heart rate (number; NaN is grey)
 ):            # a matplotlib Figure
     "One map, four colourings."
+    import pandas as pd
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from pahcl.report import COLOURS, STYLE
@@ -174,7 +177,7 @@ def map_figure(
             ax.set(xticks=[], yticks=[], title=column)
     return figure
 
-# %% ../nbs/06k_representation.ipynb #e80f9a9e
+# %% ../nbs/06k_representation.ipynb #268b2b68
 def drawn(
     cycles, per_recording: int, seed: int,   # a `Cycles`; cycles of each recording
 ):                                           # a `Cycles`
@@ -187,6 +190,7 @@ def map_data(
     encoder, task: str, data_dir, split: str, points: int, processed_dir=None, seed=0, batch_size=64,   # as in `represent`
 ):                                                                                                     # (features, DataFrame of `map_figure`)
     "Cycles of the task, and as many of each other data set that was cut alike."
+    import pandas as pd
     from pahcl.classifier import encode
     from pahcl.evaluate import class_names, open_split
     sets = {}
@@ -200,11 +204,12 @@ def map_data(
         cycles = drawn(cycles, 3, seed)
         cycles = cycles.subset(np.sort(generator(seed, 'map', dataset).permutation(len(cycles))[:points//len(sets)]))
         names = class_names(config['label_map']) if config['task_name'] == task else [''] * len(config['label_map'])
-        about = pd.DataFrame({'class': [names[i] for i in cycles.table['label']], 'data set': dataset, 'location': cycles.table['location'].fillna('').astype(str).to_numpy(), 'heart rate': heart_rates(cycles, processed_dir)})
+        places = cycles.table['location'].fillna('').astype(str).where(config['task_name'] == task, '')   # other data sets name places their own way
+        about = pd.DataFrame({'class': [names[i] for i in cycles.table['label']], 'data set': dataset, 'location': places.to_numpy(), 'heart rate': heart_rates(cycles, processed_dir)})
         parts.append((encode(encoder, cycles, batch_size=batch_size), about))
     return np.concatenate([p[0] for p in parts]), pd.concat([p[1] for p in parts], ignore_index=True)
 
-# %% ../nbs/06k_representation.ipynb #44bfdd3f
+# %% ../nbs/06k_representation.ipynb #3eacc014
 def represent(
     checkpoint,                     # of pahcl_pretrain or pahcl_finetune, or `packaged`
     task: str, data_dir='data/downstream', split='test',   # as in `pahcl.evaluate.evaluate`
@@ -215,6 +220,7 @@ def represent(
     batch_size=64, draws=2000, seed=0,
 ) -> dict:                          # what stands in representation.json, and `output_dir`
     "Map, probes, anomaly detection and, of a fine-tuned checkpoint, saliency."
+    import pandas as pd
     from pahcl.classifier import encode, find_checkpoint, persons_seen, pretrained_encoder
     from pahcl.evaluate import open_split
     from pahcl.report import save_figure, with_interval, write_report
@@ -246,7 +252,7 @@ def represent(
     write_report(folder/'report.html', f'{task}, {split}: features of {checkpoint}', sections)
     return results | dict(output_dir=str(folder))
 
-# %% ../nbs/06k_representation.ipynb #f9eb2f9a
+# %% ../nbs/06k_representation.ipynb #4ba08e8c
 @script
 def pahcl_represent(
     checkpoint: str = None,                # needed: checkpoint of pahcl_pretrain or pahcl_finetune, or packaged
@@ -261,6 +267,7 @@ def pahcl_represent(
     seed: int = 0,                         # of the map and of which cycles are taken
 ):
     "What a checkpoint's features hold: t-SNE, neighbours, a linear probe, anomaly detection from normal cycles, and saliency."
+    import pandas as pd
     from pahcl.evaluate import needed
     needed(checkpoint=checkpoint, task=task)
     results = represent(checkpoint, task, data_dir, split, output_dir, processed_dir, cycles_per_recording, points, batch_size, seed=seed)

@@ -15,18 +15,20 @@ import torch
 
 from .basics import generator, logger, progress, write_text
 
-# %% ../nbs/06n_saliency.ipynb #7771a96f
+# %% ../nbs/06n_saliency.ipynb #3a7de41a
 def integrated_gradients(
     answer,     # function x -> [B], e.g. the logit of a class
     x,          # inputs [B, ...]; a row must not depend on the others
-    steps=64,   # of the way from silence, taken at the middles of equal parts
+    steps=64,   # of the way from silence
+    power=4,    # steps are short near silence, where a normalised encoder wakes up: their ends lie at (i / steps)^power
 ):              # the shares, as x
     "Each input value times the mean gradient on the straight way from zero (silence)."
     total = torch.zeros_like(x)
-    for a in (torch.arange(steps)+.5)/steps:
-        at = (x.detach()*a).requires_grad_()
-        total += torch.autograd.grad(answer(at).sum(), at)[0]
-    return total/steps*x.detach()
+    for i in range(steps):
+        a, b, at = (i/steps)**power, ((i+1)/steps)**power, ((i+.5)/steps)**power
+        point = (x.detach()*at).requires_grad_()
+        total += (b-a)*torch.autograd.grad(answer(point).sum(), point)[0]
+    return total*x.detach()
 
 # %% ../nbs/06n_saliency.ipynb #56e1fde7
 def class_margin(
