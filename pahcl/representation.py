@@ -177,7 +177,7 @@ def map_figure(
             ax.set(xticks=[], yticks=[], title=column)
     return figure
 
-# %% ../nbs/06k_representation.ipynb #268b2b68
+# %% ../nbs/06k_representation.ipynb #e4a94bdb
 def drawn(
     cycles, per_recording: int, seed: int,   # a `Cycles`; cycles of each recording
 ):                                           # a `Cycles`
@@ -204,7 +204,7 @@ def map_data(
         cycles = drawn(cycles, 3, seed)
         cycles = cycles.subset(np.sort(generator(seed, 'map', dataset).permutation(len(cycles))[:points//len(sets)]))
         names = class_names(config['label_map']) if config['task_name'] == task else [''] * len(config['label_map'])
-        places = cycles.table['location'].fillna('').astype(str).where(config['task_name'] == task, '')   # other data sets name places their own way
+        places = cycles.table['location'].fillna('').astype(str) if config['task_name'] == task else pd.Series([''] * len(cycles))   # other data sets name places their own way
         about = pd.DataFrame({'class': [names[i] for i in cycles.table['label']], 'data set': dataset, 'location': places.to_numpy(), 'heart rate': heart_rates(cycles, processed_dir)})
         parts.append((encode(encoder, cycles, batch_size=batch_size), about))
     return np.concatenate([p[0] for p in parts]), pd.concat([p[1] for p in parts], ignore_index=True)

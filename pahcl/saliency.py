@@ -30,7 +30,7 @@ def integrated_gradients(
         total += (b-a)*torch.autograd.grad(answer(point).sum(), point)[0]
     return total*x.detach()
 
-# %% ../nbs/06n_saliency.ipynb #56e1fde7
+# %% ../nbs/06n_saliency.ipynb #6fbde89f
 def class_margin(
     model, valid, c: int,   # a `Classifier`, valid lengths [B], the class
 ):                          # function x [B, 1, T] -> [B]
@@ -52,11 +52,12 @@ def saliency(
         b, own = cycles.batch(rows[i:i+batch_size]), np.asarray(classes[i:i+batch_size])
         out, lost = torch.zeros(b['x'].shape), np.zeros(len(own))
         for c in np.unique(own):
-            at = torch.from_numpy(np.flatnonzero(own == c))
+            rows_of_class = np.flatnonzero(own == c)
+            at = torch.from_numpy(rows_of_class)
             x, answer = b['x'][at], class_margin(model, b['valid_length'][at], int(c))
             out[at] = integrated_gradients(answer, x, steps)
             with torch.no_grad(): whole = (answer(x)-answer(torch.zeros_like(x))).numpy()
-            lost[at] = np.abs(out[at].sum((1, 2)).numpy()-whole)/np.maximum(np.abs(whole), 1e-6)
+            lost[rows_of_class] = np.abs(out[at].sum((1, 2)).numpy()-whole)/np.maximum(np.abs(whole), 1e-6)
         shares.append(out[:, 0].numpy())
         missing.append(lost)
         phases.append(b['phases'].numpy())
