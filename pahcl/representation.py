@@ -140,7 +140,7 @@ def heart_rates(
         out[rows] = np.where(seconds > 0, 60/np.where(seconds > 0, seconds, 1), out[rows])
     return out
 
-# %% ../nbs/06k_representation.ipynb #294f0e70
+# %% ../nbs/06k_representation.ipynb #fbff7d1d
 def tsne(
     features,     # [n, C]
     seed=0,
@@ -174,7 +174,7 @@ def map_figure(
             else:
                 for i, name in enumerate(sorted(set(values)-{''})): ax.scatter(*places[values == name].T, s=7, c=COLOURS[i % 6], marker=marks[i % 8], lw=0, alpha=.7, label=name)
                 if (~rest).any(): ax.legend(markerscale=2, loc='best', fontsize=7)
-            ax.set(xticks=[], yticks=[], title=column)
+            ax.set(xticks=[], yticks=[], title=column if not rest.all() else f'{column}: not known')
     return figure
 
 # %% ../nbs/06k_representation.ipynb #e4a94bdb
