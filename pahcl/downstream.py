@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MODES', 'DATASETS', 'DEMO', 'DEMO_SUBJECTS', 'Way', 'demo_way', 'content', 'Stage', 'reason', 'run_stage',
            'raw_files', 'missing_raw', 'get_raw', 'data_stages', 'expected_tasks', 'data_key', 'pretrain_stage',
-           'pretrained_of', 'task_stages', 'train_task', 'job', 'run_job', 'train_tasks', 'made_files', 'check_words',
-           'plan', 'plan_lines', 'downstream', 'pahcl_downstream']
+           'pretrained_of', 'task_stages', 'train_task', 'job', 'in_process', 'run_job', 'train_tasks', 'made_files',
+           'check_words', 'plan', 'plan_lines', 'downstream', 'pahcl_downstream']
 
-# %% ../nbs/06e_downstream.ipynb #92d5e953
+# %% ../nbs/06e_downstream.ipynb #f348f994
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -267,22 +268,31 @@ def job(argument=None):
     try: train_task(Way(**given['way']), given['task'], given['mode'], given['pretrained'])
     except (PahclError, KeyboardInterrupt) as e: sys.exit(report_error('pahcl_downstream', e))
 
-# %% ../nbs/06e_downstream.ipynb #f80579e0
+# %% ../nbs/06e_downstream.ipynb #3c5b4a56
+def in_process(
+    title: str,     # what it is, for the log
+    code: str,      # Python that does it
+    argument: dict, # given to it as JSON, in `sys.argv[1]`
+    log: Path,      # everything it says
+    threads: int,   # its share of the processors
+) -> str:           # why it failed, or ''
+    "Do a piece of work in a process of its own."
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logger().info(f'{title}: started with {threads} thread(s), log {log}')
+    with open(log, 'w', encoding='utf-8') as f:
+        code = subprocess.run([sys.executable, '-c', code, json.dumps(argument)], stdout=f, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS=str(threads))).returncode
+    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
+    said = re.sub(r'^pahcl_\w+: error: ', '', lines[-1]) if lines else 'it said nothing'
+    why = '' if code == 0 else f'{said} (exit code {code}, log {log})'
+    logger().info(f'{title}: {f"FAILED: {why}" if why else "done"}')
+    return why
+
 def run_job(
     way: Way, task: str, mode: str, pretrained: str,   # as in `task_stages`
 ) -> str:                                              # why it failed, or ''
-    "Fine-tune one task in a process of its own, with its share of the processors."
-    log = Path(way.output_dir)/'logs'/f'{task}_{mode}.log'
-    log.parent.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1)//way.jobs)
-    logger().info(f'fine-tune {task}: started with {threads} thread(s), log {log}')
-    argument = json.dumps(dict(way=asdict(way), task=task, mode=mode, pretrained=pretrained))
-    with open(log, 'w', encoding='utf-8') as f:
-        code = subprocess.run([sys.executable, '-c', 'from pahcl.downstream import job; job()', argument], stdout=f, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS=str(threads))).returncode
-    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
-    why = '' if code == 0 else f'{lines[-1] if lines else "it said nothing"} (exit code {code}, log {log})'.removeprefix('pahcl_downstream: error: ')
-    logger().info(f'fine-tune {task}: {f"FAILED: {why}" if why else "done"}')
-    return why
+    "Fine-tune one task in a process of its own."
+    argument = dict(way=asdict(way), task=task, mode=mode, pretrained=pretrained)
+    return in_process(f'fine-tune {task}', 'from pahcl.downstream import job; job()', argument, Path(way.output_dir)/'logs'/f'{task}_{mode}.log', max(1, (os.cpu_count() or 1)//way.jobs))
 
 # %% ../nbs/06e_downstream.ipynb #870338af
 def train_tasks(

@@ -395,7 +395,7 @@ def summary_text(
     main, _ = score_tables(results)
     return '\n'.join([main.to_string(), *official_lines(results), *([f'Report: {results["output_dir"]}/report.html'] if 'output_dir' in results else [])])
 
-# %% ../nbs/06_eval.ipynb #926d4f6e
+# %% ../nbs/06_eval.ipynb #32575528
 @script
 def pahcl_evaluate(
     checkpoint: str = None,             # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt
@@ -408,6 +408,7 @@ def pahcl_evaluate(
     subject_rule: str = None,           # recordings to subjects: mean, logmean, trimmed, any_present (murmur), learned, or choose (the best on val); default: as --rule
     threshold: str = 'argmax',          # decisions: argmax (most probable class), youden, f1, cost or sensitivity=0.9, chosen on val
     raw_dir: str = 'data/raw',          # folder of the raw data, for the floor of demographics; may be absent
+    robustness: bool = False,           # also under noise, at other sample rates and by device: robustness.csv, .md, .tex, .html, .png
     cross_validate: int = None,         # instead of a split: so many fine-tunings with this checkpoint's configuration, every person tested once
 ):
     "Evaluate a fine-tuned checkpoint: scores of cycles, recordings and subjects with intervals, figures and a report."
@@ -417,3 +418,6 @@ def pahcl_evaluate(
         if threshold != 'argmax': raise UsageError('--threshold does not go with --cross-validate: each fold would choose another.')
         return print(summary_text(validate(checkpoint, task, cross_validate, data_dir, output_dir, rule, subject_rule)))
     print(summary_text(evaluate(checkpoint, task, data_dir, split, output_dir, batch_size, rule, subject_rule, threshold=threshold, raw_dir=raw_dir)))
+    if robustness:
+        from pahcl.robustness import robustness as more
+        more(checkpoint, task, data_dir, split, output_dir, batch_size, rule, subject_rule if subject_rule in ('mean', 'logmean', 'any_present') else None)

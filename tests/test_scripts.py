@@ -18,7 +18,7 @@ GUIDE = dict(
     pahcl_download='dataset output-dir', pahcl_preprocess='raw-dir output-dir num-workers', pahcl_prepare='dataset raw-dir processed-dir output-dir seed copy verbose',
     pahcl_pretrain='config processed-dir downstream-dir output-dir experiment-name encoder-type moco epochs lr batch-size seed include-heldout-subjects tensorboard wandb wandb-project wandb-entity overwrite',
     pahcl_finetune='task config pretrained data-dir output-dir experiment-name linear-eval few-shot shot-ratio epochs lr batch-size seed tensorboard wandb wandb-project wandb-entity',
-    pahcl_evaluate='checkpoint task data-dir split', pahcl_ensemble='checkpoints task', pahcl_summarize='', pahcl_downstream='demo epochs pretrain-epochs', pahcl_simulate='output-dir dataset subjects seed',
+    pahcl_evaluate='checkpoint task data-dir split robustness', pahcl_ensemble='checkpoints task weighted', pahcl_summarize='compare', pahcl_ablation='config jobs dry-run', pahcl_represent='checkpoint task', pahcl_downstream='demo epochs pretrain-epochs', pahcl_simulate='output-dir dataset subjects seed',
     pahcl_score_states='groups columns only-predicted output')
 POSITIONAL = dict(pahcl_score_states=('found', 'true'))
 

@@ -1,0 +1,90 @@
+"pahcl.compare, pahcl.summarize --compare and pahcl.ensemble's weights: properties, oracles, and runs that cannot be compared"
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy.optimize import minimize
+
+from pahcl.compare import counted_auroc, delong, draw_counts, placements
+from pahcl.ensemble import learnt_weights, mutual_information
+from pahcl.metrics import auroc
+from pahcl.summarize import pahcl_summarize
+
+scores = st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 5)), min_size=6, max_size=30).filter(lambda rows: 2 <= sum(r[0] for r in rows) <= len(rows)-2)
+
+
+@given(scores)
+@settings(max_examples=60, deadline=None)
+def test_delong_pair_by_pair(rows):
+    "Ties and all: the fast version is the paper's sum over pairs."
+    positive, a, b = (np.array(c) for c in zip(*rows))
+    positive = positive.astype(bool)
+    psi = np.stack([(s[positive][:, None] > s[~positive])+.5*(s[positive][:, None] == s[~positive]) for s in (a.astype(float), b.astype(float))])
+    for s, p in zip((a, b), psi):
+        own, other = placements(positive, s)
+        assert np.allclose(own, p.mean(1)) and np.allclose(other, p.mean(0)) and own.mean() == pytest.approx(auroc(positive, s))
+    c = np.array([-1, 1])
+    variance = c @ (np.cov(psi.mean(2))/positive.sum()+np.cov(psi.mean(1))/(~positive).sum()) @ c
+    test, turned = delong(positive, a, b), delong(positive, b, a)
+    assert test['deviation']**2 == pytest.approx(variance, abs=1e-12) and test['difference'] == pytest.approx(-turned['difference']) and test['p'] == pytest.approx(turned['p'])
+
+
+@given(scores, st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_counted_auroc_is_that_of_repeated_rows(rows, seed):
+    positive, score, _ = (np.array(c) for c in zip(*rows))
+    positive = positive.astype(bool)
+    counts = draw_counts(range(len(rows)), positive, 5, seed)
+    for c, value in zip(counts, counted_auroc(positive, score, counts)): assert value == pytest.approx(auroc(np.repeat(positive, c), np.repeat(score, c)))
+
+
+def test_weights_are_the_optimum():
+    random = np.random.default_rng(0)
+    y = random.integers(3, size=80)
+    members = np.stack([.6*np.eye(3)[y]*random.random((80, 1))+.4*random.dirichlet(np.ones(3), 80) for _ in range(3)])
+    members /= members.sum(-1, keepdims=True)
+    true = members[:, range(80), y]
+    best = minimize(lambda v: -np.log(np.exp(v)/np.exp(v).sum() @ true).mean(), np.zeros(3))
+    w = learnt_weights(members, y, steps=3000)
+    assert -np.log(w @ true).mean() == pytest.approx(best.fun, abs=1e-5) and w.sum() == pytest.approx(1)
+
+
+def test_mutual_information_is_between_0_and_the_members_entropy():
+    p = np.random.default_rng(0).dirichlet(np.ones(3), (5, 50))
+    between, shared = mutual_information(p)
+    assert (between >= 0).all() and (between <= np.log2(5)).all() and (shared <= np.log2(3)).all()
+
+
+def run(folder, name, people=20, task='pascal', evaluated=True, shift=0.):
+    random = np.random.default_rng(0)
+    path = folder/f'{task}_{name}'
+    path.mkdir(parents=True)
+    (path/'final_metrics.json').write_text(json.dumps(dict(task=task, experiment=name, seed=42, test_accuracy=.5)))
+    label = np.arange(people) % 2
+    p = np.clip(.5+.2*(2*label-1)*shift+.2*random.normal(size=people), .01, .99)
+    table = pd.DataFrame(dict(subject_id=[f'{s:03d}' for s in range(people)], label=label, label_name='x', probability_normal=1-p, probability_murmur=p))
+    if evaluated:
+        (path/f'evaluation_{task}_test').mkdir()
+        table.to_csv(path/f'evaluation_{task}_test'/'predictions_subject.csv', index=False)
+    return path
+
+
+def test_script(tmp_path, capsys):
+    run(tmp_path, 'a')
+    run(tmp_path, 'b', shift=2.)
+    assert pahcl_summarize(['--output-dir', str(tmp_path), '--compare', 'a', 'b']) == 0
+    table = pd.read_csv(tmp_path/'compare_a_b.csv').set_index('score')
+    assert table.loc['auroc', 'b'] == 1 and table.loc['auroc', 'low'] > 0 and table.loc['auroc', 'p_delong'] < .01
+    assert {p.suffix for p in tmp_path.glob('compare_a_b.*')} == {'.csv', '.md', '.tex', '.html'}
+    assert pahcl_summarize(['--output-dir', str(tmp_path)]) == 0 and len(pd.read_csv(tmp_path/'summary.csv')) == 2
+
+
+@pytest.mark.parametrize('other, said', [
+    (dict(people=18), '2 are in pascal_a only (018, 019)'), (dict(evaluated=False), 'pahcl_evaluate --checkpoint'), (dict(task='circor_outcome'), 'no task in common: a is of pascal, b of circor_outcome')])
+def test_runs_that_cannot_be_compared(tmp_path, capsys, other, said):
+    run(tmp_path, 'a')
+    run(tmp_path, 'b', **other)
+    assert pahcl_summarize(['--output-dir', str(tmp_path), '--compare', 'a', 'b']) == 1 and said in capsys.readouterr().err
+    assert not list(tmp_path.glob('compare_*'))

@@ -1,0 +1,78 @@
+"pahcl_represent and pahcl_evaluate --robustness on simulated recordings, and completeness of the saliency of a real encoder"
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pahcl.classifier import load_model
+from pahcl.evaluate import pahcl_evaluate
+from pahcl.loader import Cycles
+from pahcl.representation import heart_rates, pahcl_represent
+from pahcl.robustness import Changed, conditions
+from pahcl.saliency import class_margin, integrated_gradients, saliency
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    from pahcl.cycles import preprocess
+    from pahcl.finetune import finetune
+    from pahcl.simulate import simulate_dataset
+    from pahcl.splits import prepare
+    work = tmp_path_factory.mktemp('represent')
+    simulate_dataset(work/'raw', 'pascal', subjects=20, seed=0)
+    preprocess(work/'raw', work/'processed', num_workers=1)
+    prepare('all', work/'raw', work/'processed', work/'downstream')
+    finetune(task='pascal', pretrained='none', data_dir=work/'downstream', output_dir=work/'outputs', epochs=1, encoder_type='cnn', **{'training.cycles_per_recording': 2})
+    return work
+
+
+def test_represent(trained):
+    best = trained/'outputs'/'pascal_downstream'/'best_model.pt'
+    assert pahcl_represent(['--checkpoint', str(best), '--task', 'pascal', '--data-dir', str(trained/'downstream'), '--processed-dir', str(trained/'processed'), '--points', '40', '--cycles-per-recording', '2']) == 0
+    folder = best.parent/'representation_pascal_test'
+    assert {p.name for p in folder.iterdir()} == {'tsne.png', 'anomaly_subject.csv', 'representation.json', 'report.html', 'saliency.png', 'saliency.csv'}
+    kept = json.loads((folder/'representation.json').read_text())
+    assert {a['detector'] for a in kept['anomaly']} == {'mahalanobis', 'cosine', 'neighbours'} and kept['saliency']['median_missing'] < .1
+    assert all(sum(s) == pytest.approx(1) for s in kept['saliency']['states'].values())
+
+
+def test_heart_rates_agree_with_the_beats(trained):
+    cycles = Cycles.from_task(trained/'downstream'/'pascal', 'train')
+    alone, known = heart_rates(cycles), heart_rates(cycles, trained/'processed')
+    both = ~np.isnan(alone)
+    assert not np.isnan(known).any() and both.any() and np.abs(alone[both]-known[both]).max() < 1 and (known[~both] <= 76).all()
+
+
+def test_completeness_of_an_encoder(trained):
+    model, _ = load_model(trained/'outputs'/'pascal_downstream'/'best_model.pt')
+    cycles = Cycles.from_task(trained/'downstream'/'pascal', 'test')
+    b = cycles.batch(np.arange(4))
+    answer = class_margin(model, b['valid_length'], 1)
+    shares = integrated_gradients(answer, b['x'], 128)
+    with torch.no_grad(): whole = answer(b['x'])-answer(torch.zeros_like(b['x']))
+    assert torch.allclose(shares.sum((1, 2)), whole, atol=.03*float(whole.abs().max()))
+    assert not shares[:, 0][b['phases'] == 0].any()
+    one, many = saliency(model, cycles, [2], [1], 16)[0], saliency(model, cycles, np.arange(4), [1]*4, 16, batch_size=3)[0]
+    assert np.allclose(one[0], many[2], atol=1e-6)
+
+
+def test_changed_cycles_do_not_depend_on_the_batch(trained):
+    cycles = Cycles.from_task(trained/'downstream'/'pascal', 'test')
+    for change in conditions(cycles).values():
+        if change is None: continue
+        changed = Changed(cycles, change)
+        whole, one = changed.batch(np.arange(5))['x'], changed.batch([3])['x']
+        assert torch.allclose(whole[3], one[0], atol=1e-5) and not whole[:, 0][cycles.batch(np.arange(5))['phases'] == 0].any()
+
+
+def test_robustness_script(trained):
+    best = trained/'outputs'/'pascal_downstream'/'best_model.pt'
+    assert pahcl_evaluate(['--checkpoint', str(best), '--task', 'pascal', '--data-dir', str(trained/'downstream'), '--robustness']) == 0
+    folder = best.parent/'evaluation_pascal_test'
+    table = pd.read_csv(folder/'robustness.csv')
+    assert table['kind'].value_counts().loc[['stored', 'noise', 'sample rate']].tolist() == [1, 4, 4] and {'device left out', 'device alone'} <= set(table['kind'])
+    kept = json.loads((folder/'metrics.json').read_text())['levels']['subject']
+    assert table.loc[0, 'accuracy'] == pytest.approx(kept['accuracy'])
+    assert {f'robustness{e}' for e in ('.csv', '.md', '.tex', '.html', '.png')} <= {p.name for p in folder.iterdir()}
