@@ -251,7 +251,7 @@ def task_stages(
         finetune(way.config, output_dir=way.output_dir, overwrite=way.overwrite, **way.trackers, **settings)
     def test():
         from pahcl.evaluate import evaluate
-        evaluate(folder/'best_model.pt', task, way.data_dir)
+        evaluate(folder/'best_model.pt', task, way.data_dir, raw_dir=way.raw_dir)
     return [Stage('fine-tune', folder, train, lambda: dict(configuration=config, data=data_key(way, task), checkpoint=source()), ('best_model.pt', 'final_metrics.json'), repeat=way.overwrite, after=('prepare', 'pretrain'), note=task),
             Stage('evaluate', folder, test, lambda: dict(model=content([folder/'best_model.pt'], folder), data=data_key(way, task)), (f'evaluation_{task}_test/metrics.json',), after=('fine-tune',), note=task)]
 
