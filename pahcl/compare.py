@@ -16,6 +16,7 @@ from scipy.stats import norm, rankdata, wilcoxon
 
 from .basics import PahclError, existing, generator
 from .metrics import auroc
+from .uncertainty import persons_and_strata
 
 # %% ../nbs/06j_compare.ipynb #2938355c
 def placements(
@@ -53,10 +54,8 @@ def draw_counts(
     seed=0,
 ):               # how often each subject counts in each draw [draws, n]
     "Whole persons drawn with replacement, within each class; a person with two labels is of the larger."
-    ids, person = np.unique(np.asarray(persons).astype(str), return_inverse=True)
-    stratum, random = np.zeros(len(ids), int), generator(seed, 'paired bootstrap')
-    np.maximum.at(stratum, person, np.asarray(labels, int))
-    counts = np.zeros((draws, len(ids)), int)
+    person, stratum = persons_and_strata(persons, labels)
+    random, counts = generator(seed, 'paired bootstrap'), np.zeros((draws, len(stratum)), int)
     for s in np.unique(stratum):
         own = np.flatnonzero(stratum == s)
         counts[:, own] = random.multinomial(len(own), np.full(len(own), 1/len(own)), size=draws)
