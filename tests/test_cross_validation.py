@@ -9,17 +9,7 @@ from pahcl.evaluate import pahcl_evaluate
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    from pahcl.cycles import preprocess
-    from pahcl.finetune import finetune
-    from pahcl.simulate import simulate_dataset
-    from pahcl.splits import prepare
-    work = tmp_path_factory.mktemp('cross')
-    simulate_dataset(work/'raw', 'physionet2016', subjects=12, seed=0)
-    preprocess(work/'raw', work/'processed', num_workers=1)
-    prepare('physionet2016', work/'raw', work/'processed', work/'downstream')
-    finetune(task='physionet2016', pretrained='none', data_dir=work/'downstream', output_dir=work/'outputs', epochs=1, encoder_type='cnn', **{'training.cycles_per_recording': 1})
-    return work
+def trained(trained_on): return trained_on('physionet2016', 12, 1)
 
 
 def test_everybody_is_tested_once_and_by_strangers(trained, capsys):

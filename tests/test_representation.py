@@ -15,17 +15,7 @@ from pahcl.saliency import class_margin, integrated_gradients, saliency
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    from pahcl.cycles import preprocess
-    from pahcl.finetune import finetune
-    from pahcl.simulate import simulate_dataset
-    from pahcl.splits import prepare
-    work = tmp_path_factory.mktemp('represent')
-    simulate_dataset(work/'raw', 'pascal', subjects=20, seed=0)
-    preprocess(work/'raw', work/'processed', num_workers=1)
-    prepare('all', work/'raw', work/'processed', work/'downstream')
-    finetune(task='pascal', pretrained='none', data_dir=work/'downstream', output_dir=work/'outputs', epochs=1, encoder_type='cnn', **{'training.cycles_per_recording': 2})
-    return work
+def trained(trained_on): return trained_on('pascal', 20, 2)
 
 
 def test_represent(trained):
