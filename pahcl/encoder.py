@@ -238,14 +238,15 @@ def pool(self: Encoder,
     return (sequence*weight).sum(1)/weight.sum(1).clamp(min=1)
 
 @patch
-def check_input(self: Encoder,
+def clean_input(self: Encoder,
     x,             # what should be [B, 1, T]
     valid_length,  # what should be [B] or None
-):
-    "Raise a `PahclError` for wrong shapes."
+):                # x with zeros for padding, whatever stood there
+    "What an encoder may work on; a `PahclError` for wrong shapes."
     if x.dim() != 3 or x.shape[1] != 1 or not x.shape[2]: raise PahclError(f'encoder: x has shape {list(x.shape)}; cycles are [B, 1, T].')
     if valid_length is not None and valid_length.shape != x.shape[:1]:
         raise PahclError(f'encoder: valid_length has shape {list(valid_length.shape)}; for {x.shape[0]} cycles it is [{x.shape[0]}].')
+    return x if valid_length is None else x.masked_fill(~first_mask(valid_length, x.shape[-1])[:, None], 0)
 
 # %% ../nbs/03_encoder.ipynb #7f1fa54e
 class CNNMamba(Encoder):
@@ -264,8 +265,7 @@ class CNNMamba(Encoder):
         valid_length=None,  # [B], or None: no padding
     ):                      # [B, L', C], zeros where not valid
         "The features frame by frame."
-        self.check_input(x, valid_length)
-        if valid_length is not None: x = x.masked_fill(~first_mask(valid_length, x.shape[-1])[:, None], 0)
+        x = self.clean_input(x, valid_length)
         length = None if valid_length is None else frames(valid_length, self.stride)
         y = self.mamba(self.projection(self.cnn(x, valid_length).transpose(1, 2)), length)
         return y if valid_length is None else y*self.frame_mask(valid_length, x.shape[-1])[..., None]

@@ -142,8 +142,7 @@ class ResNet34(Encoder):
         valid_length=None,  # [B], or None: no padding
     ):                      # [B, L', C], zeros where not valid
         "The features frame by frame."
-        self.check_input(x, valid_length)
-        if valid_length is not None: x = x.masked_fill(~first_mask(valid_length, x.shape[-1])[:, None], 0)
+        x = self.clean_input(x, valid_length)
         count = frames(x.shape[-1], self.stride)
         x, length = self.stem(x, valid_length)
         x = F.max_pool1d(F.relu(x), 3, 2, 1)
@@ -254,8 +253,7 @@ class SincNeXt(Encoder):
         valid_length=None,  # [B], or None: no padding
     ):                      # [B, L', C], zeros where not valid
         "The features frame by frame."
-        self.check_input(x, valid_length)
-        if valid_length is not None: x = x.masked_fill(~first_mask(valid_length, x.shape[-1])[:, None], 0)
+        x = self.clean_input(x, valid_length)
         T, x = x.shape[-1], self.sinc_conv(x)
         length = None if valid_length is None else frames(valid_length, self.sinc_conv.stride)
         x = F.gelu(self.sinc_norm(x, None if length is None else first_mask(length, x.shape[-1]))).transpose(1, 2)
