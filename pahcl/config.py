@@ -74,6 +74,7 @@ class ClassifierSection(Section):
     "The head on top of the encoder: one hidden layer; `hidden_dim: 0` makes it linear."
     hidden_dim: int = Field(128, ge=0)
     dropout: float = Field(0.3, ge=0, lt=1)
+    pooling: Literal['cycle', 'phases'] = 'cycle'   # one mean over the cycle, or those of S1, systole, S2 and diastole side by side
     attention_dim: int = Field(64, ge=1)       # hidden width of the attention of `training.aggregation: attention`
     standardise: Optional[bool] = None         # features to zero mean, unit variance over the training cycles; None: where the encoder is frozen
 

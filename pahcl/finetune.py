@@ -54,7 +54,7 @@ def make_objective(
             if frozen: self.model.encoder.eval()
             return self
         def forward(self, batch):
-            features = batch['features'] if 'features' in batch else self.model.encoder(batch['x'], batch['valid_length'])
+            features = batch['features'] if 'features' in batch else self.model.features(batch['x'], batch['valid_length'], batch.get('phases'))
             logits = self.model.head(features, batch.get('bag'))
             loss = cycle_losses(logits, batch['label'], self.weights, settings.label_smoothing, settings.loss_type).mean()
             return loss, dict(probabilities=logits.softmax(-1), label=batch['label'])
@@ -84,7 +84,7 @@ def head_settings(
     "The head that the configuration means."
     head, training = config.classifier, config.training
     standardise = config.pretrain.freeze_encoder if head.standardise is None else head.standardise
-    return dict(hidden_dim=head.hidden_dim, dropout=head.dropout, standardise=standardise, aggregation=training.aggregation, attention_dim=head.attention_dim, bag_level=training.bag_level)
+    return dict(hidden_dim=head.hidden_dim, dropout=head.dropout, standardise=standardise, aggregation=training.aggregation, attention_dim=head.attention_dim, bag_level=training.bag_level, pooling=head.pooling)
 
 # %% ../nbs/05_finetune.ipynb #e852844a
 def substructure_note(
@@ -166,7 +166,7 @@ def predictor(
     from pahcl.classifier import answers, encode
     from pahcl.training import predict_shared
     every, device = np.arange(len(cycles)), run.accelerator.device
-    now = lambda: predict_shared(run, every, lambda rows: encode(model.encoder, cycles, device, batch_size, rows))
+    now = lambda: predict_shared(run, every, lambda rows: encode(model.encoder, cycles, device, batch_size, rows, model.pooling))
     return lambda: answers(model, now() if features is None else features, cycles.table)
 
 # %% ../nbs/05_finetune.ipynb #2560501c
@@ -207,9 +207,9 @@ def learn(
     from pahcl.training import fit, parameter_groups
     frozen, settings, train, device = config.pretrain.freeze_encoder, config.training, data['train'], run.accelerator.device
     cache = Path(config.data.base_dir)/config.task.name/'.features'
-    features = {s: cached_features(run, model.encoder, data[s], cache) if frozen else None for s in ('train', 'val')}
+    features = {s: cached_features(run, model.encoder, data[s], cache, pooling=model.pooling) if frozen else None for s in ('train', 'val')}
     model.to(device)
-    if model.head_settings['standardise']: model.standardise.fit(encode(model.encoder, train, device) if features['train'] is None else features['train'])
+    if model.head_settings['standardise']: model.standardise.fit(encode(model.encoder, train, device, pooling=model.pooling) if features['train'] is None else features['train'])
     units = Cyclewise(config, train, device, features['train']) if settings.aggregation == 'cycle' else Bagwise(config, train, device, features['train'], run.processes)
     objective = make_objective(model, settings, units.labels, label_map, frozen)
     scale = 1. if config.pretrain.checkpoint_path == 'none' else settings.encoder_lr_scale
@@ -278,7 +278,7 @@ def run_experiment(
     run.accelerator.wait_for_everyone()
     best, saved = load_model(run.folder/'best_model.pt')
     cache = Path(config.data.base_dir)/config.task.name/'.features'
-    features = cached_features(run, best.encoder, data['test'], cache) if config.pretrain.freeze_encoder else None
+    features = cached_features(run, best.encoder, data['test'], cache, pooling=best.pooling) if config.pretrain.freeze_encoder else None
     probabilities = predictor(run, best.to(run.accelerator.device), data['test'], config.training.batch_size, features)()
     scores = final_scores(data['test'].table, probabilities, task, config)
     if config.evaluation.save_confusion_matrix and run.is_main: write_confusion(run.folder, scores['levels'][scores['level']]['confusion_matrix'], label_map)

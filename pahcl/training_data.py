@@ -91,16 +91,17 @@ def cached_features(
     run, encoder, cycles,   # a `pahcl.training.Run`, the encoder, all `Cycles` of a split
     folder,                 # of the cache
     batch_size=64,
-):                          # [n, encoder.out_dim] float32
+    pooling='cycle',        # see `pahcl.classifier.pooled`
+):                          # [n, features] float32
     "Features of all cycles, computed by all processes together if they are not in the cache."
     import numpy as np
     from pahcl.basics import atomic_path
     from pahcl.classifier import encode, encoder_fingerprint
     from pahcl.training import predict_shared
-    path = Path(folder)/f'{encoder_fingerprint(encoder)}-{cycles.fingerprint()}.npy'
+    path = Path(folder)/f'{encoder_fingerprint(encoder)}-{cycles.fingerprint()}{"" if pooling == "cycle" else "-"+pooling}.npy'
     try: return np.load(path)
     except (OSError, ValueError): pass   # not there, or damaged
-    features = predict_shared(run, np.arange(len(cycles)), lambda rows: encode(encoder, cycles, run.accelerator.device, batch_size, rows))
+    features = predict_shared(run, np.arange(len(cycles)), lambda rows: encode(encoder, cycles, run.accelerator.device, batch_size, rows, pooling))
     if run.is_main:
         try:
             with atomic_path(path) as temporary, open(temporary, 'wb') as f: np.save(f, features)

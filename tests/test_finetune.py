@@ -229,6 +229,26 @@ def test_linear_evaluation_asks_the_encoder_once(work, monkeypatch):
     assert tune(work, 'cached/out', **given, experiment_name='c')['history'] == first['history'] and calls == rows*2
 
 
+@pytest.mark.parametrize('linear_eval, aggregation', [(True, 'cycle'), (False, 'attention')])
+def test_a_head_on_the_means_of_the_states(work, linear_eval, aggregation):
+    "The model that was saved says of the test cycles what the run measured, from the states' own means, and its cached features are not those of cycles."
+    from pahcl.basics import read_json
+    from pahcl.classifier import load_model, predict
+    from pahcl.config import load_config
+    from pahcl.cross_validation import without_none
+    from pahcl.finetune import final_scores
+    from pahcl.loader import Cycles
+    shutil.copytree(work/'downstream'/'pascal', work/f'states_{aggregation}'/'pascal', ignore=shutil.ignore_patterns('.features'))
+    given = dict(task='pascal', pretrained='packaged', linear_eval=linear_eval, epochs=2, data_dir=work/f'states_{aggregation}', **{'training.aggregation': aggregation})
+    tune(work, 'outputs', **given, experiment_name=f'means_{aggregation}')
+    metrics = tune(work, 'outputs', **given, experiment_name=f'states_{aggregation}', **{'classifier.pooling': 'phases'})
+    model, saved = load_model(work/'outputs'/f'pascal_states_{aggregation}'/'best_model.pt')
+    assert model.pooling == 'phases' and next(m.in_features for m in model.classifier if hasattr(m, 'in_features')) == 4*model.encoder.out_dim
+    test = Cycles.from_task(work/f'states_{aggregation}'/'pascal', 'test')
+    said = predict(model, test)
+    assert metrics['levels']['subject']['auroc'] == pytest.approx(final_scores(test.table, said, read_json(work/'downstream'/'pascal'/'task_config.json'), load_config('finetune', without_none(saved['config'])))['levels']['subject']['auroc'])
+
+
 def test_the_linear_head_does_the_features_justice(work, monkeypatch):
     "scikit-learn's logistic regression on the same features, spoilt by scales from 0.001 to 1000, is the oracle: the head's loss comes close to its optimum."
     import pahcl.classifier as classifier

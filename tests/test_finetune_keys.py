@@ -31,7 +31,7 @@ CASES = {
     'model.mamba_d_model': (16, 'shapes', MAMBA), 'model.mamba_n_layers': (2, 'shapes', MAMBA), 'model.mamba_d_state': (8, 'shapes', MAMBA), 'model.mamba_d_conv': (2, 'shapes', MAMBA),
     'model.mamba_expand': (1, 'shapes', MAMBA), 'model.mamba_dt_rank': (3, 'shapes', MAMBA), 'model.mamba_bidirectional': (True, 'shapes', MAMBA), 'model.dropout': (0.5, 'losses', MAMBA), 'model.drop_path': (0.5, 'losses', MAMBA), 'model.channel_attention': (True, 'shapes', MAMBA),
     'model.norm': ('affine', 'weights', RESIDUAL),
-    'classifier.hidden_dim': (0, 'shapes'), 'classifier.dropout': (0.9, 'losses'), 'classifier.attention_dim': (5, 'shapes', BAGS), 'classifier.standardise': (True, 'shapes'),
+    'classifier.hidden_dim': (0, 'shapes'), 'classifier.dropout': (0.9, 'losses'), 'classifier.attention_dim': (5, 'shapes', BAGS), 'classifier.standardise': (True, 'shapes'), 'classifier.pooling': ('phases', 'shapes'),
     'downstream.num_classes': (2, 'refused: downstream.num_classes is 2'), 'downstream.label_map': ({'a': 0, 'b': 1}, 'refused: downstream.label_map is'),
     'training.num_epochs': (3, 'epochs'), 'training.batch_size': (4, 'losses'), 'training.learning_rate': (1e-2, 'rates'), 'training.weight_decay': (0.5, 'weights'), 'training.warmup_epochs': (1, 'rates'),
     'training.min_lr': (1e-4, 'rates'), 'training.encoder_lr_scale': (0.5, 'rates', PACKAGED), 'training.label_smoothing': (0.3, 'losses'), 'training.use_class_weights': (False, 'losses'),
