@@ -13,7 +13,7 @@ import numpy as np
 from .basics import PahclError
 from .metrics import ratio
 
-# %% ../nbs/02c_challenge_rules.ipynb #4fd73935
+# %% ../nbs/02c_challenge_rules.ipynb #02620f7b
 UNSURE = -1   # the answer that is neither normal nor abnormal
 
 def quality_weighted_mean(
@@ -29,7 +29,8 @@ def quality_weighted_mean(
         if not own.any(): return None
         share = (weights or {}).get(c, (own & ~noisy).sum()/own.sum())
         parts = [(share, own & ~noisy), (1-share, own & noisy)]
-        if empty := [w for w, part in parts if w and not part.any()]: raise PahclError(f'class {c} has no recording of a quality that weighs {empty[0]:.3f}. Leave weights out.')
+        if empty := [w for w, part in parts if w and not part.any()]:
+            raise PahclError(f'class {c} has no recording of a quality that weighs {empty[0]:.3f}. Leave weights out.')
         return sum(w*right[part].mean() for w, part in parts if w)
     sensitivity, specificity = rate(1), rate(0)
     return None if None in (sensitivity, specificity) else float(sensitivity + specificity)/2, sensitivity, specificity

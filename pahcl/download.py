@@ -28,14 +28,15 @@ class Source:
     wanted: str = ''  # regular expression of the files to fetch; empty: cannot be fetched by a program
     layout: str = ''  # what `recordings` expects below the raw folder
 
-# %% ../nbs/00_data_download.ipynb #d60f1e65
+# %% ../nbs/00_data_download.ipynb #eb2bd8ae
 SOURCES = {
     'circor': Source('CirCor DigiScope Phonocardiogram Dataset 1.0.3', 'https://physionet.org/files/circor-heart-sound/1.0.3/', 'ODC-By 1.0',
                      'Oliveira et al. 2022, doi:10.13026/tshs-mw03', r'training_data\.csv|training_data/[^/]+\.(wav|tsv|hea|txt)|LICENSE\.txt',
                      'circor/training_data.csv and circor/training_data/*.wav'),
     'physionet2016': Source('PhysioNet/CinC Challenge 2016 1.0.0', 'https://physionet.org/files/challenge-2016/1.0.0/', 'ODC-By 1.0',
                             'Liu et al. 2016, doi:10.1088/0967-3334/37/12/2181',   # validation/ is left out: it repeats 301 recordings of training-*
-                            r'training-[a-f]/[^/]+\.(wav|hea|csv)|annotations/(hand_corrected/.+_StateAns\.mat|(updated/training-[a-f]/)?[^/]+\.csv)|LICENSE\.txt',
+                            r'training-[a-f]/[^/]+\.(wav|hea|csv)|LICENSE\.txt|'
+                            r'annotations/(hand_corrected/.+_StateAns\.mat|(updated/training-[a-f]/)?[^/]+\.csv)',
                             'physionet2016/training-*/ (or training/training-*/) with *.wav and REFERENCE.csv, in each folder or one on top'),
     'pascal': Source('PASCAL Classifying Heart Sounds Challenge 2011', 'http://istethoscope.peterjbentley.com/heartchallenge', 'research use',
                      'Bentley et al. 2011, www.peterjbentley.com/heartchallenge', '', 'pascal/set_a/*.wav and pascal/set_b/*.wav with set_a.csv and set_b.csv'),
@@ -172,14 +173,15 @@ def read_table(
     if missing: raise PahclError(f'{path} has no column {missing[0]!r}; it has {", ".join(table.columns[:8])}. Download it again.')
     return table.apply(lambda column: column.str.strip())
 
-# %% ../nbs/00_data_download.ipynb #134374f7
+# %% ../nbs/00_data_download.ipynb #7a945011
 def one_of(
     value,          # a cell
     choices,        # what it may be
     where,          # file, column and row, for the message
 ):                  # the value
     "`value` if it is one of `choices`; anything else is a `PahclError`."
-    if value not in choices: raise PahclError(f'{where} is {value!r}; expected one of {", ".join(str(c) for c in choices if c != "")}. Correct it, or download the data set again.')
+    known = ', '.join(str(c) for c in choices if c != '')
+    if value not in choices: raise PahclError(f'{where} is {value!r}; expected one of {known}. Correct it, or download the data set again.')
     return value
 
 # %% ../nbs/00_data_download.ipynb #c30ed5f9
@@ -284,7 +286,7 @@ def _appendix_subjects(folder):
     table = read_table(tables[0], ['Challenge record name', 'Subject ID'])
     return {r: f'bS{int(float(s))}' for r, s in zip(table['Challenge record name'], table['Subject ID']) if r[:1] == 'b' and s not in ('', 'nan', 'NaN')}
 
-# %% ../nbs/00_data_download.ipynb #f56bfbd2
+# %% ../nbs/00_data_download.ipynb #4c27ce48
 def _physionet2016(folder):
     "rows of the 2016 challenge; nothing if no REFERENCE.csv is found"
     places = [p for base in (folder, folder/'training') for p in sorted(base.glob('training-*')) if p.is_dir()]
@@ -296,8 +298,8 @@ def _physionet2016(folder):
     _warn_missing(len(labels.keys()-wavs.keys()), 'REFERENCE.csv', folder)
     quality = _qualities(folder, labels, wavs.keys())
     unknown = sum(r[:1] == 'b' and r not in subjects for r in wavs)
-    if unknown: logger().warning(f'the subjects of {unknown} recordings of training-b are not known (no Online_Appendix_training_set.csv in {folder/"annotations"}): '
-                                 'each counts as a person, and one person may be on both sides of a split')
+    if unknown: logger().warning(f'the subjects of {unknown} recordings of training-b are not known (no Online_Appendix_training_set.csv in '
+                                 f'{folder/"annotations"}): each counts as a person, and one person may be on both sides of a split')
     return [dict(subject_id=subjects.get(record, record), person_id=subjects.get(record, record), recording_id=record, path=wav, source=wav.parent.name,
                  label=labels.get(record), raw_label=labels.get(record), annotation_path=annotations.get(record), folder=f'rec_{record}',
                  signal_quality=quality.get(record))

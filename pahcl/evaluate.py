@@ -123,7 +123,7 @@ def with_quality(
     quality = known.set_index('recording_id')['signal_quality'].reindex(rows['recording_id'].astype(str))
     return levels | dict(recording=(rows.assign(signal_quality=quality.where(quality.notna(), None).to_numpy()), values))
 
-# %% ../nbs/06_eval.ipynb #d48dd3c2
+# %% ../nbs/06_eval.ipynb #e8baff3f
 def seen_note(
     saved: dict,   # a checkpoint's content
     table,         # of the cycles it is tested on: `person_id`
@@ -133,8 +133,8 @@ def seen_note(
     known, persons = persons_seen(saved), set(table['person_id'].astype(str))
     if known is None: return ['the checkpoint does not say whom it was trained on: whether test persons are among them cannot be checked']
     seen = sorted(known & persons)
-    told = f'{len(seen)} of {len(persons)} persons trained the model, so this is no estimate of how it does on others: {", ".join(seen[:10])}{" …" if len(seen) > 10 else ""}'
-    return [told] if seen else []
+    few = ', '.join(seen[:10])+(' …' if len(seen) > 10 else '')
+    return [f'{len(seen)} of {len(persons)} persons trained the model, so this is no estimate of how it does on others: {few}'] if seen else []
 
 # %% ../nbs/06_eval.ipynb #42e47f33
 def predict_split(
@@ -172,7 +172,7 @@ def validation_answers(
     cycles = open_split(task, data_dir, 'val')[0]
     return cycles.table, predict_split(checkpoint, cycles, config, batch_size)[0]
 
-# %% ../nbs/06_eval.ipynb #4343c059
+# %% ../nbs/06_eval.ipynb #3463b9e2
 def choose_way(
     val, told,           # (table, probabilities) of the validation split, or None, and of the split that is reported
     config: dict,        # `task_config.json`
@@ -181,12 +181,16 @@ def choose_way(
     "The way from cycles to subjects, and how all the others do."
     primary = config.get('primary_metric', 'f1_macro')
     if val is None:
-        if subject_rule in CHOSEN: raise PahclError(f'--subject-rule {subject_rule} needs a validation split beside the one that is reported. Give mean, logmean, trimmed or any_present.')
+        if subject_rule in CHOSEN:
+            raise PahclError(f'--subject-rule {subject_rule} needs a validation split beside the one that is reported. '
+                             'Give mean, logmean, trimmed or any_present.')
         return (told[1], rule, subject_rule), None, {}
     from pahcl.aggregation import compare_rules
     rows, best, ways, own = compare_rules(val, told, config['label_map'], primary)
     name = best if subject_rule == 'choose' else subject_rule
     kept = dict(rules=rows, best_rule=best, chosen_by=primary)
+    if name == 'learned' and name not in ways:
+        raise PahclError('--subject-rule learned needs validation persons of two classes, and there is one. Give mean or choose.')
     if name in ('learned', 'model') or subject_rule == 'choose': return ways[name], own[name], kept | dict(subject_rule=name)
     return (told[1], rule, subject_rule), (val[1], rule, subject_rule), kept
 
@@ -247,7 +251,7 @@ def evaluation_notes(
     flattered = [f'--threshold {threshold} was chosen on the split that is reported: this flatters'] if threshold != 'argmax' and split == 'val' else []
     return [*across, *bag_note(saved, subject_rule), *seen_note(saved, cycles.table), *flattered]
 
-# %% ../nbs/06_eval.ipynb #46b409c9
+# %% ../nbs/06_eval.ipynb #5fab3b01
 def evaluate(
     checkpoint,                  # a checkpoint of pahcl_finetune; the model is built from it alone
     task: str,                   # a prepared task, e.g. `circor_murmur`
@@ -256,7 +260,7 @@ def evaluate(
     output_dir=None,             # None: `evaluation_<task>_<split>` beside the checkpoint
     batch_size=64,
     rule='mean',                 # cycles to recordings
-    subject_rule=None,           # recordings to subjects: a rule of `pahcl.metrics.aggregate`, or one of `pahcl.fold_scores.CHOSEN`. None: as `rule`, or the model's own answer
+    subject_rule=None,           # recordings to subjects: a rule of `pahcl.metrics.aggregate`, or of `CHOSEN`. None: as `rule`, or the model's own answer
     draws=2000,                  # of the bootstrap
     seed=0,                      # of the bootstrap
     threshold='argmax',          # or youden, f1, cost, sensitivity=0.9: chosen on val
@@ -284,7 +288,7 @@ def needed(**flags):
     for name, value in flags.items():
         if value is None: raise UsageError(f'--{name.replace("_", "-")} is needed. --help lists all flags.')
 
-# %% ../nbs/06_eval.ipynb #ae80e9e0
+# %% ../nbs/06_eval.ipynb #76ceb7a4
 @script
 def pahcl_evaluate(
     checkpoint: str = None,             # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt
@@ -294,11 +298,11 @@ def pahcl_evaluate(
     output_dir: str = None,             # where the files go (default: evaluation_<task>_<split> beside the checkpoint)
     batch_size: int = 64,               # cycles at once
     rule: str = 'mean',                 # cycles to recordings: mean, logmean or trimmed
-    subject_rule: str = None,           # recordings to subjects: mean, logmean, trimmed, any_present (murmur), learned, or choose (the best on val); default: as --rule
+    subject_rule: str = None,           # recordings to subjects: mean, logmean, trimmed, any_present (murmur), learned or choose (on val); default: as --rule
     threshold: str = 'argmax',          # decisions: argmax (most probable class), youden, f1, cost or sensitivity=0.9, chosen on val
     raw_dir: str = 'data/raw',          # folder of the raw data, for the floor of demographics; may be absent
     robustness: bool = False,           # also under noise, at other sample rates and by device: robustness.csv, .md, .tex, .html, .png
-    cross_validate: str = None,         # instead of a split: a number K, K fine-tunings that test every person once; or device, a fine-tuning without each device (2016: folder, PASCAL: set) that is tested there
+    cross_validate: str = None,         # K: so many fine-tunings, each person tested once; device: each (2016's folders, PASCAL's sets) left out of training
 ):
     "Evaluate a fine-tuned checkpoint: scores of cycles, recordings and subjects with intervals, figures and a report."
     needed(checkpoint=checkpoint, task=task)

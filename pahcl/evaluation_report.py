@@ -32,7 +32,7 @@ def prediction_table(
     answers = dict(label=rows['label'].astype(int), label_name=named(rows['label']), predicted=decided, predicted_name=named(decided))
     return who.assign(**answers, **{f'probability_{n}': probabilities[:, c] for c, n in enumerate(names)}).reset_index(drop=True)
 
-# %% ../nbs/06t_evaluation_report.ipynb #2bfc1ea8
+# %% ../nbs/06t_evaluation_report.ipynb #526c46e4
 def all_floors(
     results: dict,   # of `mark_floors`
 ) -> dict:           # name -> scores, `official` among them
@@ -42,6 +42,7 @@ def all_floors(
     for name, value in (results['official'] or {}).get('floors', {}).items(): floors[name] = floors.get(name, {}) | dict(official=value)
     return floors
 
+# %% ../nbs/06t_evaluation_report.ipynb #87cd9aa5
 def best_floor(
     results: dict,   # of `mark_floors`
     name: str,       # a score
@@ -50,7 +51,7 @@ def best_floor(
     known = [(s[name], floor) for floor, s in all_floors(results).items() if s.get(name) is not None and name in COMPARED]
     return max(known, key=lambda k: k[0]) if known else (None, '')
 
-# %% ../nbs/06t_evaluation_report.ipynb #369009dd
+# %% ../nbs/06t_evaluation_report.ipynb #7002c526
 def level_column(
     results: dict,  # of `score_predictions`
     level: str,     # cycle, recording or subject
@@ -60,6 +61,7 @@ def level_column(
     scores, below = results['levels'][level], results.get('below_floor', {}) if level == 'subject' else {}
     return [with_interval(scores[k], scores['intervals'][k]) + (' ▼' if k in below else '') for k in INTERVALS]
 
+# %% ../nbs/06t_evaluation_report.ipynb #82a045a9
 def score_tables(
     results: dict,  # of `score_predictions`
 ):                  # (scores of the levels and the floor, scores a class of subjects)
@@ -74,11 +76,12 @@ def score_tables(
     classes.insert(0, 'subjects', subject['support'])
     return pd.DataFrame(columns, index=pd.Index(INTERVALS, name='score')), classes
 
-# %% ../nbs/06t_evaluation_report.ipynb #cec2b91d
+# %% ../nbs/06t_evaluation_report.ipynb #935ac8dd
 def below_text(results: dict) -> str:
     "Which scores of subjects do not exceed which floors."
     return '; '.join(f'{name} ({", ".join(floors)})' for name, floors in results['below_floor'].items())
 
+# %% ../nbs/06t_evaluation_report.ipynb #f827a5f9
 def quality_line(
     official: dict,   # of `pahcl.scoring.official_result`
 ) -> list:            # no or one sentence
@@ -87,11 +90,12 @@ def quality_line(
     if 'rule' not in official: return []
     if official['rule'] == 'plain': return ['The plain (Se + Sp)/2: the task has no signal-quality labels.']
     q = official['quality']
-    parts = [f'{n} recordings {number(q[k]["score"])}' + f' (Se {number(q[k]["sensitivity"])}, Sp {number(q[k]["specificity"])})' for k in ('good', 'poor') for n in [f'{q[k]["recordings"]} {k}']]
+    part = lambda k, s: f'{s["recordings"]} {k} recordings {number(s["score"])} (Se {number(s["sensitivity"])}, Sp {number(s["specificity"])})'
     lacking = f'; {q["unlabelled"]} without a label count as good' if q['unlabelled'] else ''
-    return [f'By the signal-quality rule of the challenge: {", ".join(parts)}{lacking}. Unsure, because no cycle was heard, about {q["unsure"]}: right where the quality is poor, wrong elsewhere.']
+    return [f'By the signal-quality rule of the challenge: {part("good", q["good"])}, {part("poor", q["poor"])}{lacking}. '
+            f'Unsure, because no cycle was heard, about {q["unsure"]}: right where the quality is poor, wrong elsewhere.']
 
-# %% ../nbs/06t_evaluation_report.ipynb #0a314fa2
+# %% ../nbs/06t_evaluation_report.ipynb #b20d9022
 def official_lines(
     results: dict,  # of `score_predictions`
 ) -> list:          # sentences
@@ -103,8 +107,9 @@ def official_lines(
     value = with_interval(official['value'], (official['low'], official['high']))
     lines = [f'{official["name"]} of {official["level"]}s: {value} ({better} is better; {floors}).', *quality_line(official)]
     if blind := official.get('blind'):
-        lines.append(f'AUROC {with_interval(official["auroc"], official["auroc_interval"])}; referred {blind["referred"]:.0%} of the subjects, which at random costs '
-                     f'{number(blind["at_random"])}; cheapest at random: {number(blind["cheapest"])} for {blind["cheapest_share"]:.0%}.')
+        lines.append(f'AUROC {with_interval(official["auroc"], official["auroc_interval"])}; '
+                     f'referred {blind["referred"]:.0%} of the subjects, which at random costs {number(blind["at_random"])}; '
+                     f'cheapest at random: {number(blind["cheapest"])} for {blind["cheapest_share"]:.0%}.')
     return lines + ([f'▼ not above its floor: {below_text(results)}.'] if results.get('below_floor') else [])
 
 # %% ../nbs/06t_evaluation_report.ipynb #61af004c
@@ -119,16 +124,18 @@ def all_notes(
     named = lambda note: re.sub(r'class (\d+)', lambda m: class_names(results['label_map'])[int(m[1])], note)
     return [*results.get('notes', []), *lost, *(f'{level}s: {named(note)}.' for level, s in results['levels'].items() for note in s['notes'])]
 
-# %% ../nbs/06t_evaluation_report.ipynb #16069c0b
+# %% ../nbs/06t_evaluation_report.ipynb #c63e8dc2
 def threshold_text(
     results: dict,  # of `score_predictions`
 ) -> str:
     "How decisions are made."
     t, name = {k: v for k, v in results['thresholds'].items() if v is not None}, class_names(results['label_map'])
     sought = 'Present' if 'Present' in name else name[1]
-    if results.get('folds') and results.get('threshold', 'argmax') != 'argmax': return f'Each fold chose its own threshold for {sought} ({results["threshold"]}) on its validation persons.'
+    if results.get('folds') and results.get('threshold', 'argmax') != 'argmax':
+        return f'Each fold chose its own threshold for {sought} ({results["threshold"]}) on its validation persons.'
     if not t: return 'Decided is the most probable class.'
-    return f'Decided is {sought} from a probability of ' + ', '.join(f'{v:.3f} ({level}s)' for level, v in t.items()) + f' on ({results.get("threshold", "given")}).'
+    values = ', '.join(f'{v:.3f} ({level}s)' for level, v in t.items())
+    return f'Decided is {sought} from a probability of {values} on ({results.get("threshold", "given")}).'
 
 # %% ../nbs/06t_evaluation_report.ipynb #a294e4ee
 def evaluation_figures(
@@ -160,7 +167,7 @@ def floor_section(
     table = {official['name'] if n == 'official' else n: [number(s.get(n)) for s in [own, *floors.values()]] for n in shown}
     return pd.DataFrame(table, index=pd.Index(['this model', *floors], name='subjects'))
 
-# %% ../nbs/06t_evaluation_report.ipynb #b0f018cd
+# %% ../nbs/06t_evaluation_report.ipynb #544db4c1
 def rule_section(
     results: dict,  # of `pahcl.evaluate.evaluate`, with `rules`
 ) -> list:          # a sentence and a DataFrame
@@ -171,6 +178,7 @@ def rule_section(
     cells = [{k: v if k == 'rule' else number(v) for k, v in r.items()} for r in results['rules']]
     return [told, pd.DataFrame(cells).rename(columns=dict(value='here'))]
 
+# %% ../nbs/06t_evaluation_report.ipynb #3026b1c6
 def calibration_section(
     calibration: dict,  # of `pahcl.calibration.calibration_scores`
 ) -> list:              # a sentence and a DataFrame

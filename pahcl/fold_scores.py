@@ -14,9 +14,9 @@ from .scoring import class_names, mark_floors, score_levels
 # %% ../nbs/06u_fold_scores.ipynb #43112637
 CHOSEN = ('choose', 'learned')
 
-# %% ../nbs/06u_fold_scores.ipynb #b0c2ec45
+# %% ../nbs/06u_fold_scores.ipynb #595175eb
 def pooled_levels(
-    folds: dict,   # name -> `levels` (of `pahcl.scoring.decided_levels`), `chosen` (of `pahcl.evaluate.settle`), `shortcuts` (of `pahcl.floors.shortcut_answers`)
+    folds: dict,   # name -> `levels` of `pahcl.scoring.decided_levels`, `chosen` of `pahcl.evaluate.settle`, `shortcuts` of `pahcl.floors.shortcut_answers`
 ) -> dict:         # as `decided_levels`, with the column `fold`
     "All tested persons as if they were one split."
     import numpy as np
@@ -59,7 +59,7 @@ def part_scores(
     kept = {k: official[k] for k in ('name', 'value', 'low', 'high') if k in official}
     return told | dict(official=kept or None, best_floor={m: best_floor(results, m) for m in PART_SCORES}, below_floor=results['below_floor'])
 
-# %% ../nbs/06u_fold_scores.ipynb #f95cfdc1
+# %% ../nbs/06u_fold_scores.ipynb #eed53896
 def part_of(
     levels: dict, shortcuts: dict,   # of `pooled_levels` and `pooled_shortcuts`
     keep: dict,                      # level -> mask
@@ -69,6 +69,7 @@ def part_of(
     said = lambda a: a if 'reason' in a else a | dict(probabilities=a['probabilities'][keep['subject']])
     return dict(levels=some, shortcuts={name: said(a) for name, a in shortcuts.items()})
 
+# %% ../nbs/06u_fold_scores.ipynb #cf2fbe7a
 def device_parts(
     levels: dict, shortcuts: dict,   # of `pooled_levels` and `pooled_shortcuts`
     dataset: str,
@@ -83,7 +84,7 @@ def device_parts(
     where = {level: of.reindex(rows['subject_id'].astype(str)).to_numpy() for level, (rows, _) in levels.items()}
     return {d: part_of(levels, shortcuts, {level: w == d for level, w in where.items()}) for d in sorted(set(own))}
 
-# %% ../nbs/06u_fold_scores.ipynb #34cd931e
+# %% ../nbs/06u_fold_scores.ipynb #f2748153
 def part_row(
     part: dict,    # of `part_scores`, with its name as `fold`
     names: list,   # of the classes
@@ -96,15 +97,17 @@ def part_row(
     mark = ' ▼' if own and own['name'] in part['below_floor'] else ''
     official = {own['name']: with_interval(own['value'], (own['low'], own['high'])) + mark} if own else {}
     support = ', '.join(f'{n} {c}' for n, c in zip(names, part['support']))
-    return {what: part['fold'], 'subjects': support, **{m: cell(m) for m in PART_SCORES}, **official, 'best floor, AUROC': f'{number(floor)} ({name})' if name else '–'}
+    best = {'best floor, AUROC': f'{number(floor)} ({name})' if name else '–'}
+    return {what: part['fold'], 'subjects': support, **{m: cell(m) for m in PART_SCORES}, **official, **best}
 
+# %% ../nbs/06u_fold_scores.ipynb #ecd96c94
 def reason_notes(
     parts: list,   # as in `part_row`
 ) -> list:         # sentences
     "Why a score of a fold or device is empty."
     return [f'{p["fold"]}: {m} is undefined: {why}' for p in parts for m, why in p['reasons'].items()]
 
-# %% ../nbs/06u_fold_scores.ipynb #3c09853e
+# %% ../nbs/06u_fold_scores.ipynb #879210af
 def spread_table(
     parts: list,   # as in `part_row`
 ):                 # DataFrame: mean and standard deviation of each score over the folds where it is defined
@@ -113,6 +116,7 @@ def spread_table(
     each = pd.DataFrame([{m: p[m] for m in PART_SCORES} for p in parts], dtype=float)
     return each.agg(['mean', 'std']).round(3).rename_axis('over folds').reset_index()
 
+# %% ../nbs/06u_fold_scores.ipynb #b0786e5f
 def choice_table(
     folds: dict,   # as in `pooled_levels`
 ):                 # DataFrame
@@ -122,7 +126,7 @@ def choice_table(
     thresholds = lambda c: {f'threshold, {level}s': number(c['thresholds'].get(level)) for level in ('recording', 'subject')}
     return pd.DataFrame([dict(fold=name, rule=f['chosen']['subject_rule']) | thresholds(f['chosen']) for name, f in folds.items()])
 
-# %% ../nbs/06u_fold_scores.ipynb #78adce1b
+# %% ../nbs/06u_fold_scores.ipynb #8467b69a
 def fold_choices(
     folds: dict,      # as in `pooled_levels`
     rule, subject_rule, threshold,  # as in `pahcl.evaluate.evaluate`
@@ -131,15 +135,17 @@ def fold_choices(
     chosen, way = [f['chosen'] for f in folds.values()], f'{subject_rule}, in each fold'
     missing = {unit: sorted(i for c in chosen for i in c['missing'].get(unit, [])) for unit in ('subjects', 'recordings')}
     ways = dict(rule=way, subject_rule=way) if subject_rule in CHOSEN else dict(rule=rule, subject_rule=subject_rule or rule)
-    return ways | dict(thresholds=dict.fromkeys(('cycle', 'recording', 'subject')), threshold=threshold, missing=missing, fallback=sum(c['fallback'] for c in chosen))
+    whole = dict(thresholds=dict.fromkeys(('cycle', 'recording', 'subject')), threshold=threshold)
+    return ways | whole | dict(missing=missing, fallback=sum(c['fallback'] for c in chosen))
 
-# %% ../nbs/06u_fold_scores.ipynb #79f52d70
+# %% ../nbs/06u_fold_scores.ipynb #5d869ffe
 def kept_choices(
     chosen: dict,   # of `pahcl.evaluate.settle`
 ) -> dict:
     "What of a fold's choices goes into metrics.json."
     return {k: v for k, v in chosen.items() if k in ('rule', 'subject_rule', 'thresholds', 'best_rule', 'rules')}
 
+# %% ../nbs/06u_fold_scores.ipynb #3c3d1ff6
 def score_folds(
     folds: dict,                # as in `pooled_levels`
     config: dict,               # `task_config.json`
@@ -159,7 +165,7 @@ def score_folds(
     results |= dict(folds=each, devices=[told(n, p) for n, p in within.items()])
     return mark_floors(results, score_floors(levels, shortcuts, OFFICIAL.get(task))), levels
 
-# %% ../nbs/06u_fold_scores.ipynb #ab23b98c
+# %% ../nbs/06u_fold_scores.ipynb #fa30cb03
 def fold_sections(
     results: dict, folds: dict,   # of `score_folds`; as in `pooled_levels`
     by_device=False,
@@ -169,7 +175,8 @@ def fold_sections(
     names = class_names(results['label_map'])
     table = lambda parts, what: pd.DataFrame([part_row(p, names, what) for p in parts])
     out = {'Folds, of subjects': [table(results['folds'], 'device left out of training' if by_device else 'fold'), spread_table(results['folds'])]}
-    if 'in each fold' in results['subject_rule'] or results['threshold'] != 'argmax': out['What each fold chose on its validation persons'] = [choice_table(folds)]
+    chosen = 'in each fold' in results['subject_rule'] or results['threshold'] != 'argmax'
+    if chosen: out['What each fold chose on its validation persons'] = [choice_table(folds)]
     told = 'The same answers, device by device: here it is of no use to know the device.'
     if results['devices']: out['Within each device, of subjects'] = [told, table(results['devices'], 'device')]
     return out

@@ -18,13 +18,14 @@ def class_names(
 INTERVALS = ['accuracy', 'f1', 'f1_macro', 'f1_weighted', 'auroc', 'auprc', 'precision', 'recall', 'specificity', 'uar', 'mcc']
 COMPARED = [k for k in INTERVALS if k not in ('precision', 'recall', 'specificity')]
 
-# %% ../nbs/06m_scoring.ipynb #661f6e18
+# %% ../nbs/06m_scoring.ipynb #6197d684
 def persons_of(
     rows,   # `subject_id`, and `person_id` where known
 ):
     "The person of each row; a subject without a known person is one."
     return rows['person_id'].fillna(rows['subject_id']) if 'person_id' in rows else rows['subject_id']
 
+# %% ../nbs/06m_scoring.ipynb #3376afba
 def few_persons(
     rows,          # a row a subject: `label` and who it is
     names: list,   # of the classes
@@ -67,7 +68,7 @@ def official_scores_of(
     if details: decided = as_committed(y, answers, rows['signal_quality'] == 'poor')
     return official['function'](y, decided), decided, details
 
-# %% ../nbs/06m_scoring.ipynb #bfd6f806
+# %% ../nbs/06m_scoring.ipynb #03887d4a
 def score_level(
     rows,              # a row a unit of `decided_levels`: `label`, `predicted`, `subject_id`, and `person_id` where known
     probabilities,     # [n, classes]
@@ -76,7 +77,7 @@ def score_level(
     draws=2000,        # of the bootstrap
     seed=0,
     positive=1,        # the class that `youden` and `discriminant_power` speak of
-) -> dict:             # `classification_metrics`, `official`, `youden`, `discriminant_power`, and `intervals`: name -> (low, high) or (None, None), with `no_interval`: name -> why
+) -> dict:             # `classification_metrics`, `binary_extras`, `official`; `intervals`: name -> (low, high) or (None, None); `no_interval`: name -> why
     "Every score of one level with 95 % intervals over persons, who are drawn within their label."
     from pahcl.challenge_rules import binary_extras
     from pahcl.metrics import classification_metrics
@@ -108,7 +109,7 @@ def floor_scores(
     return dict(majority=dict(class_name=names[majority], **{k: scores[k] for k in INTERVALS}),
                 official={f'all {n}': official['function'](y_true, constant[c].argmax(1)) for c, n in enumerate(names)} if official else {})
 
-# %% ../nbs/06m_scoring.ipynb #9e784578
+# %% ../nbs/06m_scoring.ipynb #d14863ce
 def official_result(
     official: dict,     # an entry of `pahcl.metrics.OFFICIAL`
     scores: dict,       # of `score_level`
@@ -125,7 +126,8 @@ def official_result(
     ill, shares = scores['support'][1]/scores['n'], np.linspace(0, 1, 1001)
     share, blind = sum(row[1] for row in scores['confusion_matrix'])/scores['n'], blind_cost(shares, ill)
     told = dict(referred=share, at_random=float(blind_cost(share, ill)), cheapest=float(blind.min()), cheapest_share=float(shares[blind.argmin()]))
-    return out | dict(auroc=scores['auroc'], auroc_interval=scores['intervals']['auroc'], blind=told, floors=floors | {'cheapest random referral': told['cheapest']})
+    area = dict(auroc=scores['auroc'], auroc_interval=scores['intervals']['auroc'])
+    return out | area | dict(blind=told, floors=floors | {'cheapest random referral': told['cheapest']})
 
 # %% ../nbs/06m_scoring.ipynb #f1afaa2a
 def score_levels(

@@ -36,7 +36,7 @@ def chosen_tasks(
     if dataset not in [*known, 'all']: raise PahclError(f'dataset {dataset!r} is not known. Choose one of {", ".join(known)}, all.')
     return {name: t for name, t in TASKS.items() if dataset in (t['dataset'], 'all')}
 
-# %% ../nbs/02_downstream_splits.ipynb #c67beaed
+# %% ../nbs/02_downstream_splits.ipynb #6dfcf598
 def check_labels(
     recordings,  # of the processed folder
     raw,         # `pahcl.download.recordings` of the raw folder
@@ -52,7 +52,8 @@ def check_labels(
                              f'{old[old != new].iloc[0] or "none"}, in the raw folder {new[old != new].iloc[0] or "none"}. Run pahcl_preprocess again.')
     new = raw['signal_quality'].notna().sum() if 'signal_quality' in raw else 0
     if new and not ('signal_quality' in recordings and recordings['signal_quality'].notna().sum() == new):
-        logger().warning(f'the raw folder has signal-quality labels of {new} recordings that were not preprocessed. Run pahcl_preprocess again: nothing is cut anew.')
+        logger().warning(f'the raw folder has signal-quality labels of {new} recordings that the processed folder lacks. '
+                         'Run pahcl_preprocess again: nothing is cut anew.')
     lost = sorted(set(zip(raw['dataset'], raw['recording_id'])) - set(zip(recordings['dataset'], recordings['recording_id'])))
     lost = [r for d, r in lost if d in set(recordings['dataset'])]
     if lost: logger().warning(f'{len(lost)} recordings of the raw folder were not preprocessed: {some(lost)}. Run pahcl_preprocess again to include them.')
@@ -273,8 +274,9 @@ def describe_task(
     for key in ('split_persons', 'split_subjects'): check_leaks(config[key], key[6:])
     return config | {k: settings.get(k) for k in ('sample_rate', 'target_length', 'length_mode', 'states', 'band_hz')}
 
-# %% ../nbs/02_downstream_splits.ipynb #12324a38
-CYCLE_TABLE = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length', 'duration_s']
+# %% ../nbs/02_downstream_splits.ipynb #ffd40e7d
+CYCLE_TABLE = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length',
+               'duration_s']
 RECORDING_TABLE = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles']
 
 def recording_table(

@@ -163,7 +163,10 @@ def test_what_cannot_be_cross_validated_is_said(trained, monkeypatch, capsys):
     for flags, why in [(['2'], 'give 3 or more'), (['folder'], "is 'folder'"), (['3', '--threshold', 'best'], '--threshold is best'), (['3', '--threshold', 'cost'], 'have a cost')]:
         assert run('--cross-validate', *flags) == 2 and why in capsys.readouterr().err
     assert run('--cross-validate', '3', '--subject-rule', 'any_present') == 1 and 'any_present' in capsys.readouterr().err
+    monkeypatch.setattr('pahcl.cross_validation.fold_splits', lambda *args: {'fold 0': {'a0001': 'val', 'a0002': 'test'}})
+    assert run('--cross-validate', '3', '--subject-rule', 'learned') == 1 and 'the validation persons of fold 0 are all of class' in capsys.readouterr().err
     everybody = set(pd.read_csv(trained/'downstream'/'physionet2016'/'cycles.csv')['person_id'].astype(str))
+    monkeypatch.undo()
     monkeypatch.setattr('pahcl.cross_validation.pretraining_persons', lambda saved: (everybody, ''))
     assert run('--cross-validate', '3') == 1 and 'took part in pretraining' in capsys.readouterr().err
     assert run('--cross-validate', 'device') == 1 and 'nobody is left to choose the epoch' in capsys.readouterr().err
