@@ -81,14 +81,14 @@ def below_text(results: dict) -> str:
     "Which scores of subjects do not exceed which floors."
     return '; '.join(f'{name} ({", ".join(floors)})' for name, floors in results['below_floor'].items())
 
-# %% ../nbs/06t_evaluation_report.ipynb #f827a5f9
+# %% ../nbs/06t_evaluation_report.ipynb #19602109
 def quality_line(
     official: dict,   # of `pahcl.scoring.official_result`
 ) -> list:            # no or one sentence
     "By which rule of 2016 the score was computed, and what noise costs."
     from pahcl.report import number
     if 'rule' not in official: return []
-    if official['rule'] == 'plain': return ['The plain (Se + Sp)/2: the task has no signal-quality labels.']
+    if official['rule'] == 'plain': return ['The plain (Se + Sp)/2: no signal-quality labels were used.']
     q = official['quality']
     part = lambda k, s: f'{s["recordings"]} {k} recordings {number(s["score"])} (Se {number(s["sensitivity"])}, Sp {number(s["specificity"])})'
     lacking = f'; {q["unlabelled"]} without a label count as good' if q['unlabelled'] else ''

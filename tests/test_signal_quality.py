@@ -82,7 +82,7 @@ def test_the_rule_by_hand(tmp_path):
 def test_without_labels_the_plain_mean_and_the_page_says_so(tmp_path):
     results = score(tmp_path, [None]*8)   # the two that were not heard are answered abnormal, as most in training are
     assert results['official']['value'] == pytest.approx((3/4+2/4)/2) and results['official']['rule'] == 'plain'
-    assert 'The plain (Se + Sp)/2: the task has no signal-quality labels.' in official_lines(results)
+    assert 'The plain (Se + Sp)/2: no signal-quality labels were used.' in official_lines(results)
 
 
 @settings(deadline=None)
