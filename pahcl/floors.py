@@ -65,7 +65,7 @@ def probe_floor(
     asked = features.reindex(pd.Index(test).astype(str))
     return fit_probe(columns, train.to_numpy(), num_classes, strength=1.)(asked.to_numpy(float)), int(asked.isna().all(axis=1).sum())
 
-# %% ../nbs/06i_floors.ipynb #da6d9f84
+# %% ../nbs/06i_floors.ipynb #f2d1db7c
 AGAIN = 'Make it again with pahcl_prepare.'
 
 def recording_rows(
@@ -75,6 +75,7 @@ def recording_rows(
     "The task's `recordings.csv`."
     return read_table(Path(folder)/'recordings.csv', ['recording_id', 'subject_id', *more], 'table of the recordings', AGAIN)
 
+# %% ../nbs/06i_floors.ipynb #dbe51505
 def whole_cycles(
     task: dict,   # `task_config.json`
     folder,       # the task's folder
@@ -103,9 +104,10 @@ def floor_features(
     if task.get('dataset') == 'physionet2016': out['folder letter'] = folder_letters(recording_rows(folder))
     return out
 
-# %% ../nbs/06i_floors.ipynb #7345253f
+# %% ../nbs/06i_floors.ipynb #171ce808
 KEPT = ['accuracy', 'f1', 'f1_macro', 'f1_weighted', 'auroc', 'auprc', 'precision', 'recall', 'specificity', 'uar', 'mcc']
 
+# %% ../nbs/06i_floors.ipynb #eb916b2e
 def score_floor(
     levels: dict,      # of `pahcl.metrics.at_levels`
     probabilities,     # [subjects, classes]
@@ -144,7 +146,7 @@ def shortcut_answers(
             out[name] = dict(probabilities=probabilities, without=without, train_subjects=len(train))
     return out
 
-# %% ../nbs/06i_floors.ipynb #9bc8e9f8
+# %% ../nbs/06i_floors.ipynb #14136b31
 def score_floors(
     levels: dict,    # of `pahcl.metrics.at_levels`
     answers: dict,   # of `shortcut_answers`, for the subjects of `levels`
@@ -154,6 +156,7 @@ def score_floors(
     score = lambda a: a if 'reason' in a else score_floor(levels, a['probabilities'], official) | {k: v for k, v in a.items() if k != 'probabilities'}
     return {name: score(a) for name, a in answers.items()}
 
+# %% ../nbs/06i_floors.ipynb #44a722de
 def shortcut_floors(
     task: dict, folder, levels: dict, raw_dir=None, official=None,   # as above
 ) -> dict:                                                           # as `score_floors`
