@@ -28,14 +28,15 @@ class Source:
     wanted: str = ''  # regular expression of the files to fetch; empty: cannot be fetched by a program
     layout: str = ''  # what `recordings` expects below the raw folder
 
-# %% ../nbs/00_data_download.ipynb #e942f10f
+# %% ../nbs/00_data_download.ipynb #eb2bd8ae
 SOURCES = {
     'circor': Source('CirCor DigiScope Phonocardiogram Dataset 1.0.3', 'https://physionet.org/files/circor-heart-sound/1.0.3/', 'ODC-By 1.0',
                      'Oliveira et al. 2022, doi:10.13026/tshs-mw03', r'training_data\.csv|training_data/[^/]+\.(wav|tsv|hea|txt)|LICENSE\.txt',
                      'circor/training_data.csv and circor/training_data/*.wav'),
     'physionet2016': Source('PhysioNet/CinC Challenge 2016 1.0.0', 'https://physionet.org/files/challenge-2016/1.0.0/', 'ODC-By 1.0',
                             'Liu et al. 2016, doi:10.1088/0967-3334/37/12/2181',   # validation/ is left out: it repeats 301 recordings of training-*
-                            r'training-[a-f]/[^/]+\.(wav|hea|csv)|annotations/(hand_corrected/.+_StateAns\.mat|[^/]+\.csv)|LICENSE\.txt',
+                            r'training-[a-f]/[^/]+\.(wav|hea|csv)|LICENSE\.txt|'
+                            r'annotations/(hand_corrected/.+_StateAns\.mat|(updated/training-[a-f]/)?[^/]+\.csv)',
                             'physionet2016/training-*/ (or training/training-*/) with *.wav and REFERENCE.csv, in each folder or one on top'),
     'pascal': Source('PASCAL Classifying Heart Sounds Challenge 2011', 'http://istethoscope.peterjbentley.com/heartchallenge', 'research use',
                      'Bentley et al. 2011, www.peterjbentley.com/heartchallenge', '', 'pascal/set_a/*.wav and pascal/set_b/*.wav with set_a.csv and set_b.csv'),
@@ -172,14 +173,15 @@ def read_table(
     if missing: raise PahclError(f'{path} has no column {missing[0]!r}; it has {", ".join(table.columns[:8])}. Download it again.')
     return table.apply(lambda column: column.str.strip())
 
-# %% ../nbs/00_data_download.ipynb #134374f7
+# %% ../nbs/00_data_download.ipynb #7a945011
 def one_of(
     value,          # a cell
     choices,        # what it may be
     where,          # file, column and row, for the message
 ):                  # the value
     "`value` if it is one of `choices`; anything else is a `PahclError`."
-    if value not in choices: raise PahclError(f'{where} is {value!r}; expected one of {", ".join(str(c) for c in choices if c != "")}. Correct it, or download the data set again.')
+    known = ', '.join(str(c) for c in choices if c != '')
+    if value not in choices: raise PahclError(f'{where} is {value!r}; expected one of {known}. Correct it, or download the data set again.')
     return value
 
 # %% ../nbs/00_data_download.ipynb #c30ed5f9
@@ -231,19 +233,50 @@ def _circor(folder):
     _warn_missing((listed-found).total(), path, folder/'training_data')
     return rows
 
-# %% ../nbs/00_data_download.ipynb #5a11ce52
+# %% ../nbs/00_data_download.ipynb #9305f98b
 def _references(paths):
     "record → normal or abnormal, from REFERENCE.csv files; later ones win"
     labels = {}
     for path in paths:
-        try: lines = path.read_text(encoding='utf-8-sig').splitlines()
-        except UnicodeDecodeError as e: raise PahclError(f'{path} is not a text file in UTF-8 ({e.reason}). Download it again.') from e
-        for number, line in enumerate(lines, 1):
-            if not line.strip(): continue
-            record, value = [part.strip() for part in f'{line},'.split(',')[:2]]
+        for number, (record, value) in _rows_of(path, 2):
             one_of(value, ('-1', '1'), f'{path} line {number}, the label of {record!r},')
             labels[record] = 'abnormal' if value == '1' else 'normal'
     return labels
+
+# %% ../nbs/00_data_download.ipynb #d98f04e8
+def _quality_files(folder):
+    "the files about signal quality, those that override others last"
+    beside = [p for base in (folder, folder/'training') for p in sorted(base.glob('training-*/REFERENCE-SQI.csv'))]
+    return [*beside, *sorted(folder.glob('annotations/updated/training-*/REFERENCE_withSQI.csv'))]
+
+def _rows_of(path, columns):
+    "(line number, cells) of a table without header"
+    try: lines = path.read_text(encoding='utf-8-sig').splitlines()
+    except UnicodeDecodeError as e: raise PahclError(f'{path} is not a text file in UTF-8 ({e.reason}). Download it again.') from e
+    for number, line in enumerate(lines, 1):
+        if line.strip(): yield number, [part.strip() for part in (line+','*columns).split(',')[:columns]]
+
+def _tell_conflicts(odd, what):
+    "one line in the log for all rows of a kind"
+    if odd: logger().warning(f'signal quality: {len(odd)} rows {what}: '+'; '.join(odd[:5])+('; …' if len(odd) > 5 else ''))
+
+# %% ../nbs/00_data_download.ipynb #02364b77
+def _qualities(folder, labels, records):
+    "record → good or poor, of the records that are there; what contradicts `labels` (record → class), the records or another file is told"
+    quality, unknown, otherwise, twice = {}, [], [], []
+    for path in _quality_files(folder):
+        for number, (record, label, good) in _rows_of(path, 3):
+            where, value = f'{path} line {number} ({record})', dict(zip('10', ('good', 'poor'))).get(good)
+            one_of(label, ('-1', '1', '0'), f'{path} line {number}, the label of {record!r},')
+            one_of(good, ('1', '0'), f'{path} line {number}, the quality of {record!r},')
+            if record not in records: unknown.append(where)
+            elif label != '0' and labels.get(record) and labels[record] != ('abnormal' if label == '1' else 'normal'): otherwise.append(f'{where} says {label}')
+            if quality.get(record, value) != value: twice.append(f'{where} says {value}')
+            quality[record] = value
+    _tell_conflicts(unknown, 'are of recordings that are not there')
+    _tell_conflicts(otherwise, 'have another class than REFERENCE.csv, which counts')
+    _tell_conflicts(twice, 'contradict an earlier one, and count')
+    return {record: value for record, value in quality.items() if record in records}
 
 # %% ../nbs/00_data_download.ipynb #f3795065
 def _appendix_subjects(folder):
@@ -253,7 +286,7 @@ def _appendix_subjects(folder):
     table = read_table(tables[0], ['Challenge record name', 'Subject ID'])
     return {r: f'bS{int(float(s))}' for r, s in zip(table['Challenge record name'], table['Subject ID']) if r[:1] == 'b' and s not in ('', 'nan', 'NaN')}
 
-# %% ../nbs/00_data_download.ipynb #f595d8a6
+# %% ../nbs/00_data_download.ipynb #4c27ce48
 def _physionet2016(folder):
     "rows of the 2016 challenge; nothing if no REFERENCE.csv is found"
     places = [p for base in (folder, folder/'training') for p in sorted(base.glob('training-*')) if p.is_dir()]
@@ -263,10 +296,13 @@ def _physionet2016(folder):
     annotations = {p.name.removesuffix('_StateAns.mat'): p for p in (folder/'annotations').rglob('*_StateAns.mat')}
     wavs = {wav.stem: wav for place in reversed(places) for wav in _wavs(place)}           # the first folder wins
     _warn_missing(len(labels.keys()-wavs.keys()), 'REFERENCE.csv', folder)
+    quality = _qualities(folder, labels, wavs.keys())
     unknown = sum(r[:1] == 'b' and r not in subjects for r in wavs)
-    if unknown: logger().warning(f'the subjects of {unknown} recordings of training-b are not known (no Online_Appendix_training_set.csv in {folder/"annotations"}): each counts as a person, and one person may be on both sides of a split')
+    if unknown: logger().warning(f'the subjects of {unknown} recordings of training-b are not known (no Online_Appendix_training_set.csv in '
+                                 f'{folder/"annotations"}): each counts as a person, and one person may be on both sides of a split')
     return [dict(subject_id=subjects.get(record, record), person_id=subjects.get(record, record), recording_id=record, path=wav, source=wav.parent.name,
-                 label=labels.get(record), raw_label=labels.get(record), annotation_path=annotations.get(record), folder=f'rec_{record}')
+                 label=labels.get(record), raw_label=labels.get(record), annotation_path=annotations.get(record), folder=f'rec_{record}',
+                 signal_quality=quality.get(record))
             for record, wav in wavs.items()]
 
 # %% ../nbs/00_data_download.ipynb #cd193b87
@@ -299,10 +335,10 @@ def _pascal(folder):
                              label=PASCAL_TASK_LABELS.get(p['label']), raw_label=p['label'], folder=f'rec_{place or wav.stem}'))
     return rows
 
-# %% ../nbs/00_data_download.ipynb #66ed3b70
+# %% ../nbs/00_data_download.ipynb #4cbc2e0a
 READERS = {'circor': _circor, 'physionet2016': _physionet2016, 'pascal': _pascal}
 COLUMNS = ['dataset', 'subject_id', 'person_id', 'recording_id', 'location', 'path', 'sample_rate', 'seconds', 'murmur', 'outcome', 'label', 'annotation_path',
-           'folder', 'source', 'raw_label', 'murmur_locations']
+           'folder', 'source', 'raw_label', 'murmur_locations', 'signal_quality']
 
 def _header(path, unreadable=False):
     "(sample rate in Hz, seconds) of an audio file, from its header; NaN for a file that cannot be read, where that is allowed"

@@ -80,7 +80,7 @@ def auprc(
     gained = np.diff(hits[last], prepend=0)
     return float((gained*hits[last]/(last+1)).sum()/hits[-1])
 
-# %% ../nbs/02b_metrics.ipynb #287fe38c
+# %% ../nbs/02b_metrics.ipynb #aec7b04e
 def checked(
     y_true,            # true classes [n]
     probabilities,     # [n, num_classes]
@@ -90,8 +90,10 @@ def checked(
     y_true, probabilities = np.asarray(y_true), np.asarray(probabilities, float)
     if y_true.ndim != 1 or not len(y_true): raise PahclError(f'y_true must be a list of at least one class, not an array of shape {y_true.shape}.')
     if probabilities.shape != (len(y_true), num_classes):
-        raise PahclError(f'probabilities have shape {probabilities.shape}, but {len(y_true)} labels of {num_classes} classes need {(len(y_true), num_classes)}.')
-    if not np.isfinite(probabilities).all(): raise PahclError(f'probabilities of row {np.flatnonzero(~np.isfinite(probabilities).all(1))[0]} are not finite: the model has diverged, or its input is broken.')
+        needed = (len(y_true), num_classes)
+        raise PahclError(f'probabilities have shape {probabilities.shape}, but {len(y_true)} labels of {num_classes} classes need {needed}.')
+    broken = np.flatnonzero(~np.isfinite(probabilities).all(1))
+    if len(broken): raise PahclError(f'probabilities of row {broken[0]} are not finite: the model has diverged, or its input is broken.')
     wrong = y_true[~np.isin(y_true, range(num_classes))]
     if len(wrong): raise PahclError(f'y_true holds {wrong[0]}, which is no class of 0 … {num_classes-1}. Leave unlabelled rows out.')
     return y_true.astype(int), probabilities
@@ -119,7 +121,7 @@ def metric_notes(
     if (matrix.sum(1) > 0).sum() == 1: notes.append('the truth has one class only: auroc, auprc and mcc are undefined')
     return notes
 
-# %% ../nbs/02b_metrics.ipynb #29cba359
+# %% ../nbs/02b_metrics.ipynb #4741b776
 def why_undefined(
     scores: dict,   # name -> number or None
     support,        # rows of each class in the truth
@@ -128,15 +130,16 @@ def why_undefined(
     gone = [f'class {c}' for c, n in enumerate(support) if not n]
     def why(name):
         if len(gone) == len(support)-1 and name in ('auroc', 'auprc', 'mcc', 'specificity'): return 'the truth has one class only'
-        return f'the mean over classes needs every class, and no row is of {" and ".join(gone)}' if len(support) > 2 or name in ('f1_macro', 'uar') else f'no row is of {gone[0]}'
+        if len(support) == 2 and name not in ('f1_macro', 'uar'): return f'no row is of {gone[0]}'
+        return f'the mean over classes needs every class, and no row is of {" and ".join(gone)}'
     return {name: why(name) for name, value in scores.items() if value is None}
 
-# %% ../nbs/02b_metrics.ipynb #54318f22
+# %% ../nbs/02b_metrics.ipynb #fd24373c
 def classification_metrics(
     y_true,            # true classes, integers [n]
     probabilities,     # [n, num_classes]; the decision is the most probable class
     num_classes: int,  # classes of the task, also those that do not occur here
-    absent='none',     # means over classes where one is absent from `y_true`: 'none' (undefined, the honest report), 'skip' (mean of the others, for choosing an epoch)
+    absent='none',     # means over classes where one is absent: 'none' (undefined, the honest report), 'skip' (mean of the others, for choosing an epoch)
     decided=None,      # decided classes [n], where a threshold decides; None: the most probable class
 ) -> dict:             # the scores; undefined ones are None, and why stands in `reasons` (name -> sentence)
     "Every score of a classification; see above for what `f1`, `precision`, `recall`, `specificity`, `auroc` and `auprc` mean with two and with more classes."
@@ -149,9 +152,11 @@ def classification_metrics(
     one = {k: v[1] for k, v in per_class.items()} if num_classes == 2 else mean
     support = matrix.sum(1)
     weighted = sum(s*f for s, f in zip(support, per_class['f1']) if s)/support.sum()
-    scores = dict(accuracy=float(np.trace(matrix)/matrix.sum()), f1=one['f1'], f1_macro=mean['f1'], f1_weighted=float(weighted), auroc=one['auroc'], auprc=one['auprc'],
+    scores = dict(accuracy=float(np.trace(matrix)/matrix.sum()), f1=one['f1'], f1_macro=mean['f1'], f1_weighted=float(weighted),
+                  auroc=one['auroc'], auprc=one['auprc'],
                   precision=one['precision'], recall=one['recall'], specificity=one['specificity'], uar=mean['recall'], mcc=matthews(matrix))
-    return scores | dict(confusion_matrix=matrix.tolist(), support=support.tolist(), per_class=per_class, n=len(y_true), notes=metric_notes(matrix, absent), reasons=why_undefined(scores, support))
+    counts = dict(confusion_matrix=matrix.tolist(), support=support.tolist(), per_class=per_class, n=len(y_true))
+    return scores | counts | dict(notes=metric_notes(matrix, absent), reasons=why_undefined(scores, support))
 
 # %% ../nbs/02b_metrics.ipynb #04854837
 def murmur_weighted_accuracy(
@@ -228,7 +233,7 @@ def trimmed_mean(
     means = np.sort(probabilities, axis=0)[cut:len(probabilities)-cut].mean(0)
     return means/means.sum()
 
-# %% ../nbs/02b_metrics.ipynb #effbff20
+# %% ../nbs/02b_metrics.ipynb #d9ebaee9
 def aggregate(
     probabilities,  # [n, classes], rows sum to 1
     groups,         # the id of the recording or subject that each row belongs to [n]
@@ -238,9 +243,12 @@ def aggregate(
     probabilities = np.asarray(probabilities, float)
     ids, index = np.unique(np.asarray(groups).astype(str), return_inverse=True)
     if rule == 'any_present':
-        if probabilities.shape[1] != 3: raise PahclError(f"the rule 'any_present' needs the murmur classes Present, Absent, Unknown, not {probabilities.shape[1]} classes. Use 'mean'.")
+        k = probabilities.shape[1]
+        if k != 3: raise PahclError(f"the rule 'any_present' needs the murmur classes Present, Absent, Unknown, not {k} classes. Use 'mean'.")
         return np.stack([any_present(probabilities[index == g]) for g in range(len(ids))]), ids
-    if rule == 'trimmed': return np.stack([trimmed_mean(probabilities[rows]) for rows in np.split(np.argsort(index, kind='stable'), np.bincount(index).cumsum()[:-1])]), ids
+    if rule == 'trimmed':
+        members = np.split(np.argsort(index, kind='stable'), np.bincount(index).cumsum()[:-1])
+        return np.stack([trimmed_mean(probabilities[rows]) for rows in members]), ids
     if rule not in ('mean', 'logmean'): raise PahclError(f"no such rule: {rule!r}. Use 'mean', 'logmean', 'trimmed' or 'any_present'.")
     values = np.log(np.maximum(probabilities, 1e-12)) if rule == 'logmean' else probabilities
     sums = np.zeros((len(ids), probabilities.shape[1]))
@@ -250,10 +258,10 @@ def aggregate(
     means = np.exp(means - means.max(1, keepdims=True))
     return means/means.sum(1, keepdims=True), ids
 
-# %% ../nbs/02b_metrics.ipynb #e20f9998
+# %% ../nbs/02b_metrics.ipynb #92c50357
 def at_levels(
     table,             # a row a cycle: `subject_id, recording_id, label`, and `person_id` where it is known
-    probabilities,     # of the cycles [n, classes]; or `{'cycle': …, 'recording': …, 'subject': …}` where the model itself answers for more than cycles, in the order of sorted ids
+    probabilities,     # of the cycles [n, classes]; or `{'cycle': …, 'recording': …, 'subject': …}` where a model answers for more, by sorted ids
     rule='mean',       # cycles to recordings, see `aggregate`
     subject_rule=None, # recordings to subjects; None: the same rule, or the model's own answer
 ) -> dict:             # `{'cycle'|'recording'|'subject': (table, probabilities)}`
@@ -297,7 +305,7 @@ def metrics_at_levels(
         scores[level]['notes'] += mixed_notes(rows, level)
     return scores
 
-# %% ../nbs/02b_metrics.ipynb #1ed7b4bb
+# %% ../nbs/02b_metrics.ipynb #ff0a66ca
 def made_cycles(
     separation=2.,     # distance between the classes in standard deviations of a cycle's logits; 0: pure chance
     subjects=30,       # as many
@@ -307,7 +315,9 @@ def made_cycles(
 ):                     # (table of cycles, probabilities [cycles, num_classes])
     "Made predictions of cycles of made subjects, for examples and tests; half of the noise belongs to the subject, half to the cycle."
     random = generator(seed, 'made cycles')
-    rows = [dict(subject_id=f'{s:03d}', person_id=f'{s:03d}', recording_id=f'{s:03d}_{place}', location=place, label=s % num_classes, file_path=f'subject_{s:03d}/rec_{place}/cycle_{c:03d}.npy')
+    row = lambda s, place, c: dict(subject_id=f'{s:03d}', person_id=f'{s:03d}', recording_id=f'{s:03d}_{place}', location=place, label=s % num_classes,
+                                   file_path=f'subject_{s:03d}/rec_{place}/cycle_{c:03d}.npy')
+    rows = [row(s, place, c)
             for s in range(subjects) for place in ('AV', 'MV', 'PV', 'TV')[:2+s//num_classes % 3] for c in range(cycles)]
     table = pd.DataFrame(rows)
     own = random.normal(size=(subjects, num_classes))[table['subject_id'].astype(int)]
@@ -337,7 +347,7 @@ def percentile_interval(
     low, high = np.quantile(known, [(1-level)/2, (1+level)/2])
     return float(low), float(high)
 
-# %% ../nbs/02b_metrics.ipynb #62a7e8e9
+# %% ../nbs/02b_metrics.ipynb #586a2d77
 def bootstrap(
     metric,         # a function of (`y_true`, `probabilities`) that gives a number or None
     y_true,         # true classes [n]
@@ -348,6 +358,7 @@ def bootstrap(
 ):                  # (low, high), or (None, None) where there is no interval
     "95 % percentile interval of a metric, over resampled groups (Efron & Tibshirani 1993; the cluster form of Field & Welsh 2007)."
     y_true, probabilities = np.asarray(y_true), np.asarray(probabilities)
-    if not len(y_true) == len(probabilities) == len(groups): raise PahclError(f'y_true, probabilities and groups differ in length: {len(y_true)}, {len(probabilities)}, {len(groups)}.')
+    if not len(y_true) == len(probabilities) == len(groups):
+        raise PahclError(f'y_true, probabilities and groups differ in length: {len(y_true)}, {len(probabilities)}, {len(groups)}.')
     if len(np.unique(np.asarray(groups).astype(str))) < 2: return None, None
     return percentile_interval([metric(y_true[rows], probabilities[rows]) for rows in bootstrap_draws(groups, draws, seed)])

@@ -145,12 +145,12 @@ def read_cycles(
     except KeyError as e: raise PahclError(f'{path} has no column {e}. Run pahcl_preprocess again.') from e
     except (csv.Error, UnicodeDecodeError) as e: raise PahclError(f'{path} cannot be read ({e}). Run pahcl_preprocess again.') from e
 
-# %% ../nbs/01e_cycle_tables.ipynb #4f017fef
+# %% ../nbs/01e_cycle_tables.ipynb #fa94326d
 def kept_cycles(
     processed_dir,   # output of pahcl_preprocess
     recordings,      # rows of its recordings.csv, see `read_processed`
     settings: dict,  # of `read_processed`
-):                   # DataFrame, a row a cycle: the columns of `recordings`, `file`, and `s1_end, s2_start, s2_end, valid_length` in samples
+):                   # DataFrame, a row a cycle: the columns of `recordings`, `file`, `s1_end, s2_start, s2_end, valid_length` in samples, and `duration_s`, the whole cycle
     "All cycles that were kept, in the order of the recordings."
     rows, owner = [], []
     for i, (folder, kept) in enumerate(zip(progress(recordings['folder'], 'read cycles'), recordings['cycles_kept'])):
@@ -163,4 +163,5 @@ def kept_cycles(
     cycles[CYCLE_COLUMNS[1:]] = cycles[CYCLE_COLUMNS[1:]].apply(pd.to_numeric, errors='coerce')
     table = pd.concat([recordings.iloc[owner].reset_index(drop=True), cycles], axis=1)
     table[['s1_end', 's2_start', 's2_end', 'valid_length']] = sample_boundaries(table, settings)
+    table['duration_s'] = (table['offset_s']-table['onset_s']).round(4)   # a stored cycle may be cut or stretched: the heart rate is in this
     return table.drop(columns=CYCLE_COLUMNS[1:-1])

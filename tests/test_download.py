@@ -162,14 +162,46 @@ def test_2016_layouts_and_files_that_are_no_labels(raw):
         (place/'REFERENCE-SQI.csv').write_text('a0001,1,0\n')
     (folder/'REFERENCE.csv').write_text(top)                                             # one on top
     shutil.copytree(folder/'training-a', folder/'validation')                            # repeats what is in training-a
-    pd.testing.assert_frame_equal(recordings(raw, 'physionet2016').drop(columns='path'), before)
+    known = recordings(raw, 'physionet2016').drop(columns='path')
+    pd.testing.assert_frame_equal(known.assign(signal_quality=before['signal_quality']), before)   # no label comes from a file about quality
+    assert known.set_index('recording_id')['signal_quality'].dropna().to_dict() == dict(a0001='poor')
     (folder/'training').mkdir()
     for place in list(folder.glob('training-*')): place.rename(folder/'training'/place.name)
-    pd.testing.assert_frame_equal(recordings(raw, 'physionet2016').drop(columns='path'), before)
+    pd.testing.assert_frame_equal(recordings(raw, 'physionet2016').drop(columns='path'), known)
     (folder/'REFERENCE.csv').write_text('a0001,2\n')
     with pytest.raises(PahclError, match=r"REFERENCE.csv line 1, the label of 'a0001', is '2'; expected one of -1, 1"): recordings(raw, 'physionet2016')
     (folder/'REFERENCE.csv').unlink()
     with pytest.raises(PahclError, match='no labels found for physionet2016'): recordings(raw)
+
+
+def test_2016_signal_quality_and_what_contradicts_it(raw, logged):
+    folder, before = raw/'physionet2016', recordings(raw, 'physionet2016').set_index('recording_id')
+    assert before['signal_quality'].isna().all()
+    own, updated = folder/'training-a'/'REFERENCE-SQI.csv', folder/'annotations'/'updated'/'training-a'/'REFERENCE_withSQI.csv'
+    ids = [r for r in before.index if r[0] == 'a']
+    right = {r: '1' if before.label[r] == 'abnormal' else '-1' for r in ids}
+    wrong = '-1' if right[ids[0]] == '1' else '1'
+    own.write_text(f'{ids[0]},{wrong},1\n{ids[1]},{right[ids[1]]},0\n{ids[2]},0,1\na9999,1,1\n')
+    updated.parent.mkdir(parents=True)
+    updated.write_text(f'{ids[1]},{right[ids[1]]},1,1,0\n')                      # older copies have further columns
+    logged.clear()
+    table = recordings(raw, 'physionet2016').set_index('recording_id')
+    assert table['signal_quality'].dropna().to_dict() == {ids[0]: 'good', ids[1]: 'good', ids[2]: 'good'}
+    pd.testing.assert_frame_equal(table.drop(columns='signal_quality'), before.drop(columns='signal_quality'))
+    told = [m for m in logged if m.startswith('signal quality')]
+    assert told == [f'signal quality: 1 rows are of recordings that are not there: {own} line 4 (a9999)',
+                    f'signal quality: 1 rows have another class than REFERENCE.csv, which counts: {own} line 1 ({ids[0]}) says {wrong}',
+                    f'signal quality: 1 rows contradict an earlier one, and count: {updated} line 1 ({ids[1]}) says good']
+    for text, why in [('a0001,1\n', "the quality of 'a0001', is ''"), ('a0001,2,1\n', "the label of 'a0001', is '2'")]:
+        own.write_text(text)
+        with pytest.raises(PahclError, match=f'REFERENCE-SQI.csv line 1, {why}'): recordings(raw, 'physionet2016')
+
+
+def test_2016_signal_quality_is_fetched():
+    import re
+    for name in ('training-a/REFERENCE-SQI.csv', 'annotations/updated/training-f/REFERENCE_withSQI.csv', 'annotations/Online_Appendix_training_set.csv'):
+        assert re.fullmatch(SOURCES['physionet2016'].wanted, name)
+    assert not re.fullmatch(SOURCES['physionet2016'].wanted, 'annotations/updated/README.txt') and not re.fullmatch(SOURCES['physionet2016'].wanted, 'validation/REFERENCE-SQI.csv')
 
 
 def test_without_the_appendix_a_record_stands_for_its_subject(raw):

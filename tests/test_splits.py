@@ -134,7 +134,7 @@ def test_folder(house):
         assert (folder/'train.csv').read_text().split('\n')[0] == f'# class_weights: {json.dumps(config["class_weights"])}'
         assert (folder/'val.csv').read_text().split('\n')[0] == (folder/'test.csv').read_text().split('\n')[0] == (folder/'train.csv').read_text().split('\n')[1] == ','.join(COLUMNS)
         cycles, recordings = read_table(folder/'cycles.csv'), read_table(folder/'recordings.csv')
-        assert list(cycles) == ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length']
+        assert list(cycles) == ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length', 'duration_s']
         assert list(recordings) == ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles'] and set(recordings['cycles']) == {'2'}
         written = pd.concat([house.table(task, s).assign(of=s) for s in SHARES])
         assert (written['of'] == written['split']).all() and written['file_path'].tolist() == cycles.set_index('split').loc[list(SHARES)]['file_path'].tolist()
