@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'brier', 'reliability', 'calibration_error', 'with_temperature', 'surprise', 'fit_temperature',
-           'calibration_scores', 'sought', 'decide', 'threshold_goal', 'choose_threshold']
+           'calibration_scores', 'sought', 'decide', 'both_rates', 'sensitivity_goal', 'threshold_goal', 'candidates',
+           'choose_threshold']
 
 # %% ../nbs/06k_calibration.ipynb #7aa3b6b3
 import numpy as np
@@ -14,16 +15,16 @@ from scipy.optimize import minimize_scalar
 from .basics import PahclError, UsageError
 from .metrics import classification_metrics, murmur_weighted_accuracy, outcome_cost
 
-# %% ../nbs/06k_calibration.ipynb #f01e1bc7
+# %% ../nbs/06k_calibration.ipynb #a905cd67
 def brier(
     y_true,          # true classes [n]
     probabilities,   # [n, classes]
 ) -> float:          # 0 (perfect) to 2
-    "Brier's score (1950): the squared distance between the probabilities and the truth, summed over classes. With two classes it is twice scikit-learn's."
+    "Brier's score (1950): the squared distance of probabilities and truth, summed over classes; with two classes twice scikit-learn's."
     p = np.asarray(probabilities, float)
     return float(((p-np.eye(p.shape[1])[np.asarray(y_true, int)])**2).sum(1).mean())
 
-# %% ../nbs/06k_calibration.ipynb #0b0bb1bc
+# %% ../nbs/06k_calibration.ipynb #5a13a5e5
 def reliability(
     y_true, probabilities,  # as in `brier`
     bins=10,                # equally wide
@@ -32,7 +33,8 @@ def reliability(
     p = np.asarray(probabilities, float)
     sure, right = p.max(1), p.argmax(1) == np.asarray(y_true)
     where = np.minimum((sure*bins).astype(int), bins-1)
-    table = pd.DataFrame(dict(bin=where, confidence=sure, accuracy=right.astype(float))).groupby('bin').agg(n=('accuracy', 'size'), confidence=('confidence', 'mean'), accuracy=('accuracy', 'mean')).reset_index()
+    rows = pd.DataFrame(dict(bin=where, n=1, confidence=sure, accuracy=right.astype(float)))
+    table = rows.groupby('bin', as_index=False).agg(dict(n='sum', confidence='mean', accuracy='mean'))
     return table.assign(low=table['bin']/bins, high=(table['bin']+1)/bins)[['low', 'high', 'n', 'confidence', 'accuracy']]
 
 # %% ../nbs/06k_calibration.ipynb #64cd1eb8
@@ -53,7 +55,7 @@ def with_temperature(
     p = np.exp(logits-logits.max(1, keepdims=True))
     return p/p.sum(1, keepdims=True)
 
-# %% ../nbs/06k_calibration.ipynb #6c256ee7
+# %% ../nbs/06k_calibration.ipynb #edde64f2
 def surprise(
     y_true, probabilities,  # as in `brier`
 ) -> float:
@@ -61,30 +63,33 @@ def surprise(
     p = np.asarray(probabilities, float)
     return float(-np.log(np.maximum(p[np.arange(len(p)), np.asarray(y_true, int)], 1e-12)).mean())
 
+# %% ../nbs/06k_calibration.ipynb #ba2ad7a4
 def fit_temperature(
     y_true, probabilities,  # of the validation split
 ) -> float:                 # 0.05 to 20
     "The temperature with the least surprise."
-    least = minimize_scalar(lambda t: surprise(y_true, with_temperature(probabilities, np.exp(t))), bounds=(np.log(.05), np.log(20)), method='bounded')
+    least = minimize_scalar(lambda t: surprise(y_true, with_temperature(probabilities, np.exp(t))), bounds=np.log([.05, 20]), method='bounded')
     return float(np.exp(least.x))
 
-# %% ../nbs/06k_calibration.ipynb #25c490d0
+# %% ../nbs/06k_calibration.ipynb #e6291c66
 def calibration_scores(
     y_true, probabilities,  # of the split that is reported
     fitted_on=None,         # (y_true, probabilities) of the validation split; None: no temperature
 ) -> dict:                  # `before`, `after`: calibration_error, brier, surprise; `temperature`; None where there is no validation split
     "How far the probabilities can be trusted, before and after the temperature."
     every = lambda p: dict(calibration_error=calibration_error(y_true, p), brier=brier(y_true, p), surprise=surprise(y_true, p))
-    temperature = fit_temperature(*fitted_on) if fitted_on else None
-    return dict(temperature=temperature, before=every(probabilities), after=every(with_temperature(probabilities, temperature)) if fitted_on else None)
+    if not fitted_on: return dict(temperature=None, before=every(probabilities), after=None)
+    temperature = fit_temperature(*fitted_on)
+    return dict(temperature=temperature, before=every(probabilities), after=every(with_temperature(probabilities, temperature)))
 
-# %% ../nbs/06k_calibration.ipynb #eb9b731b
+# %% ../nbs/06k_calibration.ipynb #a4dc833c
 def sought(
     label_map: dict,   # the task's
 ) -> int:              # number of the class
     "The class that is looked for: Present among murmurs, else class 1."
     return label_map.get('Present', 1)
 
+# %% ../nbs/06k_calibration.ipynb #ad991c50
 def decide(
     probabilities,   # [n, classes]
     threshold,       # of the class that is sought; None: the most probable class
@@ -96,31 +101,56 @@ def decide(
     others = np.where(np.arange(p.shape[1]) == positive, -1., p).argmax(1)
     return np.where(p[:, positive] >= threshold, positive, others)
 
-# %% ../nbs/06k_calibration.ipynb #85f57c70
+# %% ../nbs/06k_calibration.ipynb #b8a8bf30
+def both_rates(
+    y_true, decided,   # classes [n]
+    positive: int,     # the class that is sought
+):                     # (sensitivity, specificity)
+    "Share of those who have it that were found, and of those who do not that were let go."
+    return (decided == positive)[y_true == positive].mean(), (decided != positive)[y_true != positive].mean()
+
+# %% ../nbs/06k_calibration.ipynb #6a5a0028
 THRESHOLDS = 'argmax, youden, f1, cost or sensitivity=0.9'
 
+# %% ../nbs/06k_calibration.ipynb #c17e55b3
+def sensitivity_goal(
+    how: str, positive: int,   # e.g. `sensitivity=0.9`, and the class that is sought
+):                             # as `threshold_goal`
+    "Reach a sensitivity first, then be as specific as can be."
+    name, _, number = how.partition('=')
+    try: target = float(number)
+    except ValueError: target = 0
+    if name != 'sensitivity' or not 0 < target <= 1: raise UsageError(f'--threshold is {how}; give {THRESHOLDS}.')
+    def goal(y, z):
+        sensitivity, specificity = both_rates(y, z, positive)
+        return specificity if sensitivity >= target - 1e-9 else sensitivity-2
+    return goal
+
+# %% ../nbs/06k_calibration.ipynb #e0a71360
 def threshold_goal(
     how: str,        # `youden`, `f1`, `cost`, or `sensitivity=` and a number above 0 and up to 1
     positive: int,   # the class that is sought
     task='',         # `cost` is the challenge's own: of circor_outcome and circor_murmur
 ):                   # function (y_true, decisions) -> number, the more the better
     "What a threshold is chosen for; an unknown one is a `UsageError`."
-    counts = lambda y, z: ((z == positive)[y == positive].mean(), (z != positive)[y != positive].mean())
-    if how == 'youden': return lambda y, z: sum(counts(y, z))
+    if how == 'youden': return lambda y, z: sum(both_rates(y, z, positive))
     if how == 'f1': return lambda y, z: 2*((z == positive) & (y == positive)).sum()/((z == positive).sum()+(y == positive).sum())
     if how == 'cost' and task == 'circor_outcome': return lambda y, z: -outcome_cost(y, z)
     if how == 'cost' and task == 'circor_murmur': return murmur_weighted_accuracy
     if how == 'cost': raise UsageError(f'--threshold cost: only circor_outcome and circor_murmur have a cost, not {task or "this task"}. Use youden.')
-    name, _, number = how.partition('=')
-    try: target = float(number)
-    except ValueError: target = 0
-    if name != 'sensitivity' or not 0 < target <= 1: raise UsageError(f'--threshold is {how}; give {THRESHOLDS}.')
-    def goal(y, z):
-        sensitivity, specificity = counts(y, z)
-        return specificity if sensitivity >= target - 1e-9 else sensitivity-2   # reach the target first, then be as specific as can be
-    return goal
+    return sensitivity_goal(how, positive)
 
-# %% ../nbs/06k_calibration.ipynb #08b15ac2
+# %% ../nbs/06k_calibration.ipynb #502c6958
+def candidates(
+    probabilities,   # of the class that is sought [n]
+    most=512,        # of more different ones, every so many
+):                   # thresholds, rising
+    "Thresholds that decide differently."
+    values = np.unique(probabilities)
+    if len(values) > most: values = np.quantile(values, np.linspace(0, 1, most))
+    return np.sort(np.concatenate([(values[1:]+values[:-1])/2, [0., 1.1]]))
+
+# %% ../nbs/06k_calibration.ipynb #8c16bbfd
 def choose_threshold(
     y_true, probabilities,  # of the validation split
     how: str, positive: int, task='',  # as in `threshold_goal`
@@ -129,11 +159,10 @@ def choose_threshold(
     "The threshold that is best on the validation split; of several equally good ones the middle."
     if how == 'argmax': return None
     goal, y, p = threshold_goal(how, positive, task), np.asarray(y_true), np.asarray(probabilities, float)
-    if not 0 < (y == positive).sum() < len(y): raise PahclError(f'--threshold {how} needs validation rows with and without class {positive}, and there are {(y == positive).sum()} of {len(y)}. Leave --threshold out.')
-    values = np.unique(p[:, positive])
-    if len(values) > most: values = np.quantile(values, np.linspace(0, 1, most))
-    tried = np.concatenate([(values[1:]+values[:-1])/2, [0., 1.1]])
-    tried.sort()
+    has = (y == positive).sum()
+    if not 0 < has < len(y):
+        raise PahclError(f'--threshold {how} needs validation rows with and without class {positive}, and there are {has} of {len(y)}. Leave --threshold out.')
+    tried = candidates(p[:, positive], most)
     worth = np.array([goal(y, decide(p, t, positive)) for t in tried])
     best = np.flatnonzero(worth >= worth.max() - 1e-12)
     return float(tried[best[len(best)//2]])

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['POOLING', 'HEADS', 'TRAINING_ONLY', 'PACKAGED', 'pooled', 'Standardise', 'Classifier', 'encode', 'answers', 'predict',
-           'classifier_content', 'load_model', 'persons_seen', 'sort_keys', 'encoder_config', 'read_pretrained',
-           'find_checkpoint', 'pretrained_encoder', 'encoder_fingerprint', 'loading_line', 'encoder_alone']
+           'classifier_content', 'load_model', 'persons_seen', 'part_of', 'some_names', 'sort_keys', 'encoder_config',
+           'read_pretrained', 'find_checkpoint', 'fill_encoder', 'pretrained_encoder', 'encoder_fingerprint',
+           'loading_line', 'encoder_alone']
 
-# %% ../nbs/05a_classifier.ipynb #360de7a2
+# %% ../nbs/05a_classifier.ipynb #0c59bac1
 import hashlib
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .bags import GatedAttention, bag_means, bag_softmax, bag_sums, bags_of
@@ -56,7 +58,7 @@ class Standardise(nn.Module):
 
     def forward(self, features): return (features-self.mean)*self.scale
 
-# %% ../nbs/05a_classifier.ipynb #b72bb91d
+# %% ../nbs/05a_classifier.ipynb #820550fe
 class Classifier(nn.Module):
     "An encoder and a head."
     def __init__(self,
@@ -75,31 +77,40 @@ class Classifier(nn.Module):
         self.encoder, self.classifier, self.pooling = encoder, ClassifierHead(width, hidden_dim, num_classes, dropout), pooling
         self.standardise = Standardise(width) if standardise else nn.Identity()
         self.attention = GatedAttention(width, attention_dim) if aggregation == 'attention' else None
-        self.head_settings = dict(num_classes=num_classes, hidden_dim=hidden_dim, dropout=dropout, standardise=standardise, aggregation=aggregation, attention_dim=attention_dim, bag_level=bag_level, pooling=pooling)
+        self.head_settings = dict(num_classes=num_classes, hidden_dim=hidden_dim, dropout=dropout, standardise=standardise,
+                                  aggregation=aggregation, attention_dim=attention_dim, bag_level=bag_level, pooling=pooling)
 
-    def features(self, x, valid_length=None, phases=None):   # see `pooled`
-        return pooled(self.encoder, x, valid_length, phases, self.pooling)
+# %% ../nbs/05a_classifier.ipynb #0ce15224
+@patch
+def features(self: Classifier, x, valid_length=None, phases=None):   # see `pooled`
+    return pooled(self.encoder, x, valid_length, phases, self.pooling)
 
-    def head(self,
-        features,   # [n, C] of `features`
-        bag=None,   # the bag of each [n], int64 from 0; None: each for itself
-    ):              # logits [n or bags, num_classes]
-        features = self.standardise(features)
-        if bag is None: return self.classifier(features)
-        if self.attention is None: return bag_means(self.classifier(features), bag)
-        return self.classifier(bag_sums(bag_softmax(self.attention(features), bag)[:, None]*features, bag))
+@patch
+def head(self: Classifier,
+    features,   # [n, C] of `features`
+    bag=None,   # the bag of each [n], int64 from 0; None: each for itself
+):              # logits [n or bags, num_classes]
+    features = self.standardise(features)
+    if bag is None: return self.classifier(features)
+    if self.attention is None: return bag_means(self.classifier(features), bag)
+    return self.classifier(bag_sums(bag_softmax(self.attention(features), bag)[:, None]*features, bag))
 
-    def forward(self,
-        x,                  # [B, 1, T] cycles
-        valid_length=None,  # [B] samples that are no padding
-        bag=None,           # [B], see `head`
-        phases=None,        # [B, T], needed where `pooling` is 'phases'
-    ):                      # logits [B or bags, num_classes]
-        return self.head(self.features(x, valid_length, phases), bag)
+# %% ../nbs/05a_classifier.ipynb #c1f01271
+@patch
+def forward(self: Classifier,
+    x,                  # [B, 1, T] cycles
+    valid_length=None,  # [B] samples that are no padding
+    bag=None,           # [B], see `head`
+    phases=None,        # [B, T], needed where `pooling` is 'phases'
+):                      # logits [B or bags, num_classes]
+    return self.head(self.features(x, valid_length, phases), bag)
 
-    @property
-    def bag_levels(self):   # what it answers for by itself; other levels are means of the one below
-        return [] if self.head_settings['aggregation'] == 'cycle' else ['recording', 'subject'][:1+(self.head_settings['bag_level'] == 'subject')]
+# %% ../nbs/05a_classifier.ipynb #64d5e167
+@patch(as_prop=True)
+def bag_levels(self: Classifier):
+    "The levels it answers for by itself; other levels are means of the one below."
+    if self.head_settings['aggregation'] == 'cycle': return []
+    return ['recording', 'subject'][:1+(self.head_settings['bag_level'] == 'subject')]
 
 # %% ../nbs/05a_classifier.ipynb #61c1352f
 @torch.no_grad()
@@ -121,20 +132,21 @@ def encode(
     encoder.train(was_training)
     return np.concatenate(out) if out else np.zeros((0, encoder.out_dim*POOLING[pooling]), np.float32)
 
-# %% ../nbs/05a_classifier.ipynb #487d2d8a
+# %% ../nbs/05a_classifier.ipynb #b7e72b6f
 @torch.no_grad()
 def answers(
     model,           # a `Classifier`
     features,        # of `encode` [n, C]
     table=None,      # of the cycles; a model of bags needs it
-):                   # probabilities [n, classes]; of a model of bags `{'cycle': [n, classes], 'recording': …, 'subject': …}`, those in the order of their sorted ids
+):                   # probabilities [n, classes]; of a model of bags `{'cycle': [n, classes], 'recording': …, 'subject': …}`, by sorted ids
     "What the head says about cycles, and what a model of bags says about the bags that it knows."
     was_training, weights = model.training, next(model.classifier.parameters())
     model.eval()
     features = torch.as_tensor(features).to(weights)
     say = lambda bag=None: model.head(features, bag).float().softmax(-1).cpu().numpy()
     out = say()
-    if model.bag_levels: out = dict(cycle=out) | {level: say(torch.from_numpy(bags_of(table, level)).to(weights.device)) for level in model.bag_levels}
+    bags = {level: torch.from_numpy(bags_of(table, level)).to(weights.device) for level in model.bag_levels}
+    if bags: out = dict(cycle=out) | {level: say(bag) for level, bag in bags.items()}
     model.train(was_training)
     return out
 
@@ -182,27 +194,38 @@ def persons_seen(
     lists = [saved[k] for k in ('pretrain_persons', 'training_persons') if saved.get(k) is not None]
     return {str(p) for persons in lists for p in persons} if lists else None
 
-# %% ../nbs/05a_classifier.ipynb #bd99d77a
+# %% ../nbs/05a_classifier.ipynb #d80b25c3
 HEADS = ('cycle_projector.', 'substructure_projector.', 'classifier.', 'standardise.', 'attention.')
 
+# %% ../nbs/05a_classifier.ipynb #22f04b19
+def part_of(
+    key: str,   # of a `model_state_dict`
+) -> str:       # 'encoder', 'heads', 'moco' or ''
+    "Where a key belongs."
+    if '_momentum.' in key or 'queue' in key.split('.')[0]: return 'moco'
+    return 'encoder' if key.startswith('encoder.') else 'heads' if key.startswith(HEADS) else ''
+
+# %% ../nbs/05a_classifier.ipynb #a5344219
+def some_names(names: list) -> str:
+    "The first three, for a message."
+    return f'{", ".join(names[:3])}{" …" if len(names) > 3 else ""}'
+
+# %% ../nbs/05a_classifier.ipynb #b7a68c9c
 def sort_keys(
     state: dict,   # a checkpoint's `model_state_dict`
     source='',     # its file, for the message
 ) -> dict:         # 'encoder', 'heads', 'moco' -> {key: tensor}; the encoder's keys without their prefix
     "Account for every key of a checkpoint; raises `PahclError` for keys that belong nowhere, or when there is no encoder."
-    sorted_keys, stray = dict(encoder={}, heads={}, moco={}), []
-    for key, value in state.items():
-        if '_momentum.' in key or 'queue' in key.split('.')[0]: sorted_keys['moco'][key] = value
-        elif key.startswith('encoder.'): sorted_keys['encoder'][key.removeprefix('encoder.')] = value
-        elif key.startswith(HEADS): sorted_keys['heads'][key] = value
-        else: stray.append(key)
-    if stray: raise PahclError(f'{source}: {len(stray)} keys belong to no part of a checkpoint of pahcl: {", ".join(stray[:3])}{" …" if len(stray) > 3 else ""}.')
+    sorted_keys = {part: {k.removeprefix('encoder.'): v for k, v in state.items() if part_of(k) == part} for part in ('encoder', 'heads', 'moco')}
+    stray = [k for k in state if not part_of(k)]
+    if stray: raise PahclError(f'{source}: {len(stray)} keys belong to no part of a checkpoint of pahcl: {some_names(stray)}.')
     if not sorted_keys['encoder']: raise PahclError(f'{source} holds no encoder (no key begins with "encoder.").')
     return sorted_keys
 
-# %% ../nbs/05a_classifier.ipynb #59a5913b
+# %% ../nbs/05a_classifier.ipynb #9d0b0b64
 TRAINING_ONLY = ('dropout', 'drop_path')  # keys of `model:` that no weight depends on
 
+# %% ../nbs/05a_classifier.ipynb #73fc71e5
 def encoder_config(
     saved: dict,      # a checkpoint's content
     wanted: dict,     # keys of `model:` that were set
@@ -213,7 +236,8 @@ def encoder_config(
     if not inside: return dict(dict(encoder_type='cnn_mamba'), **wanted)  # the original project's checkpoints do not say
     for key, value in wanted.items():
         if key not in TRAINING_ONLY and key in inside and inside[key] != value:
-            raise PahclError(f'{source} holds an encoder with {key} {inside[key]}, but model.{key} is {value}. Leave model: out, or give a checkpoint of this encoder.')
+            advice = 'Leave model: out, or give a checkpoint of this encoder.'
+            raise PahclError(f'{source} holds an encoder with {key} {inside[key]}, but model.{key} is {value}. {advice}')
     return inside | {k: v for k, v in wanted.items() if k in TRAINING_ONLY or k not in inside}
 
 # %% ../nbs/05a_classifier.ipynb #77e41b4b
@@ -237,7 +261,20 @@ def find_checkpoint(
     "Where a checkpoint is."
     return Path(str(files('pahcl')/'parameters'/'pretrained_small.pt')) if str(source) == 'packaged' else Path(source)
 
-# %% ../nbs/05a_classifier.ipynb #c2ece825
+# %% ../nbs/05a_classifier.ipynb #4965bdf3
+def fill_encoder(
+    encoder, weights: dict,   # keys without the prefix `encoder.`
+    partial=False,            # take what fits and leave the rest at random; otherwise every key must fit
+    source='',                # the checkpoint's file, for messages
+):                            # (how many were loaded, keys that the encoder does not have, keys that stay at random)
+    "Load an encoder's weights."
+    own = encoder.state_dict()
+    given = {k: v for k, v in weights.items() if k in own} if partial else weights
+    at_random = [k for k in own if k not in given] if partial else []
+    load_weights(encoder, {k: own[k] for k in at_random} | given, source)
+    return len(given), [k for k in weights if k not in given], at_random
+
+# %% ../nbs/05a_classifier.ipynb #bb89d0f8
 def pretrained_encoder(
     path,          # a checkpoint of `pahcl_pretrain` (SimCLR or MoCo), `pahcl_finetune` or the original project, or `packaged`
     wanted=None,   # keys of `model:` that were set
@@ -246,13 +283,10 @@ def pretrained_encoder(
     saved = read_pretrained(find_checkpoint(path))
     parts, notes, meta = sort_keys(saved['model_state_dict'], path), saved.get('notes') or {}, saved.get('moco_metadata') or {}
     encoder = build_encoder(encoder_config(saved, wanted or {}, path))
-    own, given, skipped = encoder.state_dict(), parts['encoder'], list(notes.get('skipped', []))
-    if notes.get('partial'): given, skipped = {k: v for k, v in given.items() if k in own}, skipped+[k for k in given if k not in own]
-    at_random = [k for k in own if k not in given] if notes.get('partial') else []
-    load_weights(encoder, {k: own[k] for k in at_random} | given, path)
+    given, left, at_random = fill_encoder(encoder, parts['encoder'], notes.get('partial'), path)
+    skipped = dict(moco_skipped=len(parts['moco']), heads_skipped=len(parts['heads']), encoder_skipped=[*notes.get('skipped', []), *left])
     found = dict(moco=bool(parts['moco']), momentum=meta.get('momentum'), queue_size=meta.get('queue_size'),
-                 moco_skipped=len(parts['moco']), heads_skipped=len(parts['heads']),
-                 loaded=len(given), folded=notes.get('folded', 0), encoder_skipped=skipped, at_random=at_random)
+                 loaded=given, folded=notes.get('folded', 0), at_random=at_random, **skipped)
     return encoder, saved, found
 
 # %% ../nbs/05a_classifier.ipynb #c89d10bc
@@ -264,25 +298,25 @@ def encoder_fingerprint(
     for name, value in encoder.state_dict().items(): digest.update(name.encode()+value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/05a_classifier.ipynb #2d91edd9
+# %% ../nbs/05a_classifier.ipynb #a6598741
 def loading_line(
     path,          # the checkpoint
     found: dict,   # of `pretrained_encoder`
 ) -> str:
     "What was found, skipped and loaded, as one line of the log."
     moco = f', momentum {found["momentum"]}, queue size {found["queue_size"]}, {found["moco_skipped"]} MoCo parameters skipped' if found['moco'] else ''
-    some = lambda names: f'({", ".join(names[:3])}{" …" if len(names) > 3 else ""})'
     folded = f', {found["folded"]} statistics of batch norms folded in' if found['folded'] else ''
     left, new = found['encoder_skipped'], found['at_random']
-    skipped = f', {len(left)} parameters of the encoder skipped {some(left)}' if left else ''
-    random = f'; WARNING: {len(new)} parameters of the encoder are not in the file and start at random {some(new)}' if new else ''
+    skipped = f', {len(left)} parameters of the encoder skipped ({some_names(left)})' if left else ''
+    random = f'; WARNING: {len(new)} parameters of the encoder are not in the file and start at random ({some_names(new)})' if new else ''
     heads = f', {found["heads_skipped"]} parameters of heads skipped'
     return f'{path}: MoCo detected: {found["moco"]}{moco}{heads}{skipped}{folded}, {found["loaded"]} parameters loaded{random}'
 
-# %% ../nbs/05a_classifier.ipynb #7ac5313e
+# %% ../nbs/05a_classifier.ipynb #4daab799
 def encoder_alone(
     saved: dict,   # a pretraining checkpoint's content
 ) -> dict:         # the same with the encoder's weights only, marked as having seen persons whom others may hold out
     "What the package ships of a checkpoint."
     kept = {k: v for k, v in saved['model_state_dict'].items() if k.startswith('encoder.')}
-    return {k: saved[k] for k in ('kind', 'encoder_type', 'encoder_config', 'epoch', 'config', 'pretrain_persons')} | dict(model_state_dict=kept, include_heldout_subjects=True)
+    told = {k: saved[k] for k in ('kind', 'encoder_type', 'encoder_config', 'epoch', 'config', 'pretrain_persons')}
+    return told | dict(model_state_dict=kept, include_heldout_subjects=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['find_members', 'check_members', 'check_test_persons', 'mean_probabilities', 'learnt_weights', 'mutual_information',
-           'disagreement', 'member_scores', 'score_ensemble', 'write_ensemble', 'validation_weights', 'ensemble_notes',
-           'ensemble', 'pahcl_ensemble']
+           'how_far', 'disagreement', 'member_scores', 'score_ensemble', 'write_ensemble', 'check_unseen',
+           'validation_weights', 'ensemble_notes', 'load_members', 'common_folder', 'ensemble', 'pahcl_ensemble']
 
 # %% ../nbs/06c_ensemble.ipynb #2463c791
 import glob
@@ -16,27 +16,29 @@ from .basics import PahclError, logger, script, write_text
 from .evaluate import (all_notes, class_names, needed, open_split, predict_split, score_predictions, seen_note, summary_text,
                             write_evaluation)
 
-# %% ../nbs/06c_ensemble.ipynb #c5c9f219
+# %% ../nbs/06c_ensemble.ipynb #5052e395
 def find_members(
     checkpoints,  # a path, a glob pattern, or a list of them
 ) -> list:        # sorted paths of checkpoints, each once
     "The checkpoints that a pattern means; raises `PahclError` for a pattern that matches none."
     patterns = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     found = {str(p): glob.glob(str(p), recursive=True) for p in patterns}
-    empty = [p for p, paths in found.items() if not paths]
-    if empty or not patterns: raise PahclError(f'no checkpoint matches {", ".join(empty) or "an empty list"}. The pattern is relative to {Path.cwd()}; put it in quotes.')
+    empty = ', '.join(p for p, paths in found.items() if not paths)
+    if empty or not patterns: raise PahclError(f'no checkpoint matches {empty or "an empty list"}. The pattern is relative to {Path.cwd()}; put it in quotes.')
     return sorted({Path(p) for paths in found.values() for p in paths})
 
-# %% ../nbs/06c_ensemble.ipynb #3a832035
+# %% ../nbs/06c_ensemble.ipynb #eb332f3d
 def check_members(
     members: dict,  # path -> the checkpoint's dict with `task` and `label_map`
 ):
     "Raise `PahclError`, naming them, where members differ in their task or label map from the first."
     first, *others = members.items()
-    odd = [(path, saved) for path, saved in others if (saved['task'], saved['label_map']) != (first[1]['task'], first[1]['label_map'])]
-    if odd: raise PahclError('the members do not belong together: ' + '; '.join(f'{path} is of {saved["task"]} with {saved["label_map"]}' for path, saved in [first, *odd]) + '. Give checkpoints of one task.')
+    what = lambda saved: (saved['task'], saved['label_map'])
+    odd = [(path, saved) for path, saved in others if what(saved) != what(first[1])]
+    told = '; '.join(f'{path} is of {saved["task"]} with {saved["label_map"]}' for path, saved in [first, *odd])
+    if odd: raise PahclError(f'the members do not belong together: {told}. Give checkpoints of one task.')
 
-# %% ../nbs/06c_ensemble.ipynb #0af7dbc0
+# %% ../nbs/06c_ensemble.ipynb #5f29137f
 def check_test_persons(
     members: dict,  # path -> the checkpoint's dict, see `pahcl.classifier.persons_seen`
     table,          # of the cycles that are predicted: `person_id`
@@ -44,16 +46,16 @@ def check_test_persons(
 ):
     "Raise `PahclError`, naming members and persons, where some members were trained on persons of this split and others were not."
     from pahcl.classifier import persons_seen
-    persons = set(table['person_id'].astype(str))
+    persons, advice = set(table['person_id'].astype(str)), 'Give checkpoints that were trained on one split of the persons.'
     seen = {path: known & persons for path, saved in members.items() if (known := persons_seen(saved)) is not None}
     if not seen or all(s == next(iter(seen.values())) for s in seen.values()): return
     some = lambda ids: f' ({", ".join(sorted(ids)[:3])}{" …" if len(ids) > 3 else ""})' if ids else ''
     told = '; '.join(f'{path} was trained on {len(s)} of them{some(s)}' for path, s in seen.items())
-    raise PahclError(f'the members do not share their {split} subjects: of {len(persons)} persons, {told}. Give checkpoints that were trained on one split of the persons.')
+    raise PahclError(f'the members do not share their {split} subjects: of {len(persons)} persons, {told}. {advice}')
 
-# %% ../nbs/06c_ensemble.ipynb #abf67f06
+# %% ../nbs/06c_ensemble.ipynb #5dd20aa7
 def mean_probabilities(
-    members,                         # a list of probabilities [n, classes], one a member; of a model of bags see `pahcl.classifier.answers`
+    members,                         # a list of probabilities [n, classes], one a member, or of such dicts (`pahcl.classifier.answers`)
     table=None,                      # of the cycles; needed where a member is a model of bags
     rule='mean', subject_rule=None,  # as in `pahcl.evaluate.score_predictions`
     weights=None,                    # of the members, summing to 1; None: all alike
@@ -66,15 +68,16 @@ def mean_probabilities(
     said = [at_levels(table, m, rule, subject_rule) for m in members]
     return {level: mean([s[level][1] for s in said]) for level in said[0]}
 
-# %% ../nbs/06c_ensemble.ipynb #eb248c61
+# %% ../nbs/06c_ensemble.ipynb #9339395c
 def learnt_weights(
     members,     # probabilities of subjects, one a member [members, subjects, classes]
     y_true,      # their true classes [subjects]
     steps=200,   # of the algorithm; each makes the loss smaller, and the loss has one minimum only
 ):               # [members], at least 0 and summing to 1
-    "Weights of the members under which the true classes of validation subjects are most probable, by expectation maximisation (Dempster, Laird & Rubin 1977)."
+    "Weights under which the true classes of validation subjects are most probable, by expectation maximisation (Dempster, Laird & Rubin 1977)."
     import numpy as np
-    true = np.maximum(np.take_along_axis(np.asarray(members, float), np.asarray(y_true)[None, :, None], 2)[..., 0], 1e-12)   # [members, subjects]
+    of_truth = np.take_along_axis(np.asarray(members, float), np.asarray(y_true)[None, :, None], 2)[..., 0]   # [members, subjects]
+    true = np.maximum(of_truth, 1e-12)
     weights = np.full(len(true), 1/len(true))
     for _ in range(steps): weights = (weights[:, None]*true/(weights @ true)).mean(1)
     return weights
@@ -91,7 +94,22 @@ def mutual_information(
     shared = np.average(entropy(members), axis=0, weights=weights)
     return np.maximum(entropy(np.average(members, axis=0, weights=weights))-shared, 0), shared
 
-# %% ../nbs/06c_ensemble.ipynb #df1c7b96
+# %% ../nbs/06c_ensemble.ipynb #71bf9c28
+def how_far(
+    each,           # probabilities of the members [members, subjects, classes]
+    decided,        # what the ensemble decides [subjects]
+    names: list,    # of the classes
+    weights=None,   # of the members; None: all alike
+):                  # DataFrame: agreeing, spread, mutual_information, mean_entropy, votes_<class>
+    "How far the members are from one mind about each subject."
+    import numpy as np
+    import pandas as pd
+    votes, (between, shared) = each.argmax(2), mutual_information(each, weights)
+    spread = np.take_along_axis(each, decided[None, :, None], axis=2)[..., 0].std(0)
+    counts = {f'votes_{n}': (votes == c).sum(0) for c, n in enumerate(names)}
+    return pd.DataFrame(dict(agreeing=(votes == decided).mean(0), spread=spread, mutual_information=between, mean_entropy=shared, **counts))
+
+# %% ../nbs/06c_ensemble.ipynb #54acacc5
 def disagreement(
     table,          # a row a cycle
     members,        # a list of probabilities of the cycles, one a member
@@ -105,13 +123,11 @@ def disagreement(
     from pahcl.metrics import at_levels
     rows, values = at_levels(table, mean_probabilities(members, table, rule, subject_rule, weights), rule, subject_rule)['subject']
     each = np.stack([at_levels(table, m, rule, subject_rule)['subject'][1] for m in members])  # [members, subjects, classes]
-    decided, votes = values.argmax(1), each.argmax(2)
-    spread = np.take_along_axis(each, decided[None, :, None], axis=2)[..., 0].std(0)
-    between, shared = mutual_information(each, weights)
-    answers = pd.DataFrame(dict(subject_id=rows['subject_id'], label_name=[names[i] for i in rows['label']], decided=[names[i] for i in decided], agreeing=(votes == decided).mean(0), spread=spread,
-                                mutual_information=between, mean_entropy=shared))
-    counts = pd.DataFrame({f'votes_{n}': (votes == c).sum(0) for c, n in enumerate(names)})
-    return pd.concat([answers, counts], axis=1).sort_values(['agreeing', 'mutual_information', 'spread', 'subject_id'], ascending=[True, False, False, True], ignore_index=True)
+    decided = values.argmax(1)
+    about = pd.DataFrame(dict(subject_id=rows['subject_id'], label_name=[names[i] for i in rows['label']], decided=[names[i] for i in decided]))
+    answers = pd.concat([about, how_far(each, decided, names, weights)], axis=1)
+    order = dict(agreeing=True, mutual_information=False, spread=False, subject_id=True)
+    return answers.sort_values(list(order), ascending=list(order.values()), ignore_index=True)
 
 # %% ../nbs/06c_ensemble.ipynb #e3eddadc
 def member_scores(
@@ -123,22 +139,24 @@ def member_scores(
     alone = [metrics_at_levels(table, m, len(label_map), rule, subject_rule)['subject'] for m in members]
     return [dict(checkpoint=str(p), **{k: s[k] for k in ('accuracy', 'f1_macro', 'auroc', 'uar')}) for p, s in zip(paths, alone)]
 
-# %% ../nbs/06c_ensemble.ipynb #3e1420f2
+# %% ../nbs/06c_ensemble.ipynb #f85254d6
 def score_ensemble(
     table, members, label_map, task, paths,  # as in `member_scores`
     rule='mean', subject_rule=None, draws=2000, seed=0,  # as in `score_predictions`
     weights=None,                            # of the members; None: all alike
 ):                                           # (results, levels, disagreement)
     "Scores of the mean of the members' probabilities, and of each of them."
-    results, levels = score_predictions(table, mean_probabilities(members, table, rule, subject_rule, weights), label_map, task, rule, subject_rule, draws, seed)
+    together = mean_probabilities(members, table, rule, subject_rule, weights)
+    results, levels = score_predictions(table, together, label_map, task, rule, subject_rule, draws, seed)
     told = disagreement(table, members, class_names(label_map), rule, subject_rule, weights)
     share = [1/len(members)]*len(members) if weights is None else [float(w) for w in weights]
-    results['members'] = [dict(score, weight=w) for score, w in zip(member_scores(table, members, label_map, task, rule, subject_rule, paths), share)]
+    alone = member_scores(table, members, label_map, task, rule, subject_rule, paths)
+    results['members'] = [dict(score, weight=w) for score, w in zip(alone, share)]
     means = {f'mean_{k}': float(told[k].mean()) for k in ('agreeing', 'spread', 'mutual_information', 'mean_entropy')}
     results['agreement'] = dict(all_agree=float((told['agreeing'] == 1).mean()), **means)
     return results, levels, told
 
-# %% ../nbs/06c_ensemble.ipynb #b4bc25c0
+# %% ../nbs/06c_ensemble.ipynb #c95a046b
 def write_ensemble(
     folder, results, levels, told,  # of `score_ensemble`
     title: str,                     # of the report
@@ -149,9 +167,22 @@ def write_ensemble(
     members = pd.DataFrame(results['members']).round(3)
     summary = f'All members agree about {results["agreement"]["all_agree"]:.0%} of the subjects. Those they agree about least:'
     write_text(Path(folder)/'disagreement_subject.csv', told.to_csv(index=False, float_format='%.6f'))
-    return write_evaluation(folder, results, levels, title, settings, {'Members, each alone (subjects)': [members], 'Disagreement': [summary, told.head(20).round(3)]})
+    more = {'Members, each alone (subjects)': [members], 'Disagreement': [summary, told.head(20).round(3)]}
+    return write_evaluation(folder, results, levels, title, settings, more)
 
-# %% ../nbs/06c_ensemble.ipynb #d3c009c7
+# %% ../nbs/06c_ensemble.ipynb #cf454f8c
+def check_unseen(
+    members: dict,   # path -> the checkpoint's dict
+    table,           # of the validation cycles: `person_id`
+):
+    "Raise `PahclError`, naming them, where members were trained on validation subjects."
+    from pahcl.classifier import persons_seen
+    persons = set(table['person_id'].astype(str))
+    seen = {p: (persons_seen(saved) or set()) & persons for p, saved in members.items()}
+    told = '; '.join(f'{p} was trained on {len(s)} of them' for p, s in seen.items() if s)
+    if told: raise PahclError(f'weights cannot be learnt on the validation subjects: {told}. Leave --weighted out.')
+
+# %% ../nbs/06c_ensemble.ipynb #4372b2d8
 def validation_weights(
     paths: list, members: dict,  # of the checkpoints, and path -> the checkpoint's dict
     task, data_dir, batch_size, rule, subject_rule,  # as in `ensemble`
@@ -159,9 +190,7 @@ def validation_weights(
     "`learnt_weights` on the task's validation subjects."
     from pahcl.metrics import at_levels
     cycles, config, _ = open_split(task, data_dir, 'val')
-    from pahcl.classifier import persons_seen
-    seen = {p: (persons_seen(saved) or set()) & set(cycles.table['person_id'].astype(str)) for p, saved in members.items()}
-    if any(seen.values()): raise PahclError('weights cannot be learnt on the validation subjects: ' + '; '.join(f'{p} was trained on {len(s)} of them' for p, s in seen.items() if s) + '. Leave --weighted out.')
+    check_unseen(members, cycles.table)
     said = [at_levels(cycles.table, predict_split(p, cycles, config, batch_size)[0], rule, subject_rule)['subject'] for p in paths]
     return learnt_weights([values for _, values in said], said[0][0]['label'].astype(int))
 
@@ -176,7 +205,25 @@ def ensemble_notes(
     across = [f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []
     return [*alone, *across, *dict.fromkeys(note for a in answers for note in seen_note(a[1], table))]
 
-# %% ../nbs/06c_ensemble.ipynb #a8002a1c
+# %% ../nbs/06c_ensemble.ipynb #166ea568
+def load_members(
+    checkpoints,   # as in `find_members`
+):                 # (their paths, {path: the checkpoint's dict})
+    "The members, read; raises `PahclError` where they do not belong together."
+    from pahcl.classifier import load_model
+    paths = find_members(checkpoints)
+    members = {p: load_model(p)[1] for p in paths}
+    check_members(members)
+    return paths, members
+
+# %% ../nbs/06c_ensemble.ipynb #5076b58b
+def common_folder(
+    paths: list,   # of checkpoints
+) -> Path:
+    "The folder that holds all of their folders."
+    return Path(os.path.commonpath([p.parent.absolute() for p in paths]))
+
+# %% ../nbs/06c_ensemble.ipynb #b782b60b
 def ensemble(
     checkpoints,                 # pattern, path or list of them
     task: str,                   # a prepared task
@@ -187,24 +234,23 @@ def ensemble(
     weighted=False,              # learn weights on the validation split; otherwise all members count alike
 ) -> dict:                       # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
-    paths = find_members(checkpoints)
-    from pahcl.classifier import load_model
-    members = {p: load_model(p)[1] for p in paths}
-    check_members(members)
+    paths, members = load_members(checkpoints)
     cycles, config, missing = open_split(task, data_dir, split)
     check_test_persons(members, cycles.table, split)
     weights = validation_weights(paths, members, task, data_dir, batch_size, rule, subject_rule) if weighted else None
     answers = [predict_split(p, cycles, config, batch_size) for p in paths]
-    saved, matched = answers[0][1:]
     results, levels, told = score_ensemble(cycles.table, [a[0] for a in answers], config['label_map'], task, paths, rule, subject_rule, draws, seed, weights)
-    results = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split, matched=matched, missing=missing, notes=ensemble_notes(answers, cycles.table, task), **results)
+    saved, matched = answers[0][1:]
+    about = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split, matched=matched, missing=missing)
+    results = about | dict(notes=ensemble_notes(answers, cycles.table, task), **results)
     for note in all_notes(results): logger().info(note)
-    folder = Path(output_dir) if output_dir else Path(os.path.commonpath([p.parent.absolute() for p in paths]))/f'ensemble_{task}_{split}'
-    asked = dict(members=[str(p) for p in paths], task=task, data_dir=str(data_dir), split=split, draws=draws, seed=seed, weights='learnt on val' if weighted else 'all alike')
+    folder = Path(output_dir) if output_dir else common_folder(paths)/f'ensemble_{task}_{split}'
+    asked = dict(members=about['checkpoints'], task=task, data_dir=str(data_dir), split=split, draws=draws, seed=seed,
+                 weights='learnt on val' if weighted else 'all alike')
     write_ensemble(folder, results, levels, told, f'{task}, {split}: ensemble of {len(paths)}', asked)
     return results | dict(output_dir=str(folder))
 
-# %% ../nbs/06c_ensemble.ipynb #065862cb
+# %% ../nbs/06c_ensemble.ipynb #0ec12ff0
 @script
 def pahcl_ensemble(
     checkpoints: str = None,            # needed: pattern of the members in quotes, e.g. 'outputs/circor_murmur_ensemble_*/best_model.pt'
@@ -221,5 +267,5 @@ def pahcl_ensemble(
     results = ensemble(checkpoints, task, data_dir, split, output_dir, batch_size, subject_rule=subject_rule, weighted=weighted)
     print(summary_text(results))
     if weighted: print('Weights: ' + ', '.join(f'{m["checkpoint"]} {m["weight"]:.3f}' for m in results['members']))
-    agreement = results['agreement']
-    print(f'{len(results["checkpoints"])} members, all agree about {agreement["all_agree"]:.0%} of the subjects; mutual information {agreement["mean_mutual_information"]:.3f} bits.')
+    agree, bits = results['agreement']['all_agree'], results['agreement']['mean_mutual_information']
+    print(f'{len(results["checkpoints"])} members, all agree about {agree:.0%} of the subjects; mutual information {bits:.3f} bits.')

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['decays', 'parameter_groups', 'learning_rate', 'shares', 'grouped', 'ahead', 'predict_shared', 'explain_memory',
-           'epoch_values', 'train_epoch', 'from_all', 'step_seed', 'own_randomness', 'epoch_line', 'resume_state',
-           'prepare_objective', 'prepare_optimiser', 'fit', 'save_epoch', 'save_last']
+           'epoch_values', 'check_loss', 'from_all', 'train_epoch', 'step_seed', 'own_randomness', 'epoch_line',
+           'resume_state', 'prepare_objective', 'prepare_optimiser', 'steps_of', 'note_epoch', 'fit', 'save_epoch',
+           'save_last']
 
-# %% ../nbs/04c_training.ipynb #b68b773d
+# %% ../nbs/04c_training.ipynb #9cabc110
 import datetime
 import math
 import time
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .basics import PahclError, generator, logger, progress
+from .basics import PahclError, generator, progress
 from .runs import Run, load_checkpoint, save_checkpoint
 
 # %% ../nbs/04c_training.ipynb #3a8693ca
@@ -103,14 +104,16 @@ def predict_shared(
     parts = gather_object([predict(mine)] if len(mine) else [])
     return np.concatenate(parts)
 
-# %% ../nbs/04c_training.ipynb #2d091052
+# %% ../nbs/04c_training.ipynb #b2ba2665
 @contextmanager
 def explain_memory(batch_size: int):
     "Turn running out of memory into a `PahclError` that says what to do."
     try: yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and not any(t in str(e) for t in ('not enough memory', 'allocate memory')): raise  # Windows, Linux
-        raise PahclError(f'out of memory with batch size {batch_size}. Give a smaller one, e.g. --batch-size {max(1, batch_size//2)}, and set training.accumulation_steps to keep the step as large.') from e
+        told = any(t in str(e) for t in ('not enough memory', 'allocate memory'))   # Windows, Linux
+        if not told and not isinstance(e, (torch.OutOfMemoryError, MemoryError)): raise
+        advice = f'Give a smaller one, e.g. --batch-size {max(1, batch_size//2)}, and set training.accumulation_steps to keep the step as large.'
+        raise PahclError(f'out of memory with batch size {batch_size}. {advice}') from e
 
 # %% ../nbs/04c_training.ipynb #b1d61849
 def epoch_values(
@@ -124,7 +127,19 @@ def epoch_values(
     loss = sum(total for total, _, _ in parts)/sum(seen for _, seen, _ in parts)
     return loss, {k: mean(p) if p[0][0].ndim == 0 else torch.cat([v for v, _ in p]).numpy() for k, p in values.items()}
 
-# %% ../nbs/04c_training.ipynb #0597b9b6
+# %% ../nbs/04c_training.ipynb #b73cff53
+def check_loss(
+    loss,        # of a batch
+    step: int,   # optimiser steps done
+):
+    "Raise `PahclError` for a loss that is no number: what is learnt after that is nothing."
+    if not torch.isfinite(loss): raise PahclError(f'the loss is {loss.item()} at optimiser step {step}. Give a smaller --lr, or look for damaged cycles.')
+
+def from_all(value, run: Run) -> list:
+    "The value of each process."
+    return gather_object([value]) if run.processes > 1 else [value]
+
+# %% ../nbs/04c_training.ipynb #f373e8d8
 def train_epoch(
     run: Run,
     objective,       # module, as accelerate prepared it: `objective(batch) -> (loss, {name: tensor})`
@@ -150,21 +165,17 @@ def train_epoch(
         last = i == len(step)-1
         with nullcontext() if last else run.accelerator.no_sync(objective):
             with run.accelerator.autocast(): loss, reported = objective(batch)  # not the backward pass: it follows what the forward pass chose
-            if not torch.isfinite(loss): raise PahclError(f'the loss is {loss.item()} at optimiser step {done}. Give a smaller --lr, or look for damaged cycles.')
+            check_loss(loss, done)
             run.accelerator.backward(loss*(len(rows)*run.processes/sum(map(len, step))))
         seen, total = seen+len(rows), total+loss.item()*len(rows)
         for k, v in reported.items(): values.setdefault(k, []).append((v.detach().float().cpu(), len(rows)))
         if last:
             if settings.grad_clip_norm: run.accelerator.clip_grad_norm_(objective.parameters(), settings.grad_clip_norm)
             optimiser.step(); optimiser.zero_grad(); done += 1; after_step(done)
-            if run.is_main and done % settings.log_interval == 0: logger().info(f'  step {done}: loss {total/seen:.4f}, learning rate {rate_of(done-1):.2e}')
+            if done % settings.log_interval == 0: run.say(f'  step {done}: loss {total/seen:.4f}, learning rate {rate_of(done-1):.2e}')
             if settings.save_steps and (done-first_step) % settings.save_steps == 0 and done-first_step < len(steps):
                 keep(dict(steps=done-first_step, sums=from_all((total, seen, values), run)))
     return epoch_values(from_all((total, seen, values), run))
-
-def from_all(value, run) -> list:
-    "The value of each process."
-    return gather_object([value]) if run.processes > 1 else [value]
 
 # %% ../nbs/04c_training.ipynb #91026549
 def step_seed(
@@ -193,7 +204,7 @@ def epoch_line(
     return (f'epoch {epoch+1}/{settings.num_epochs}: loss {train["loss"]:.4f}, validation {name} {now}, '
             f'best {best:.4f} (epoch {best_epoch+1}), at most {eta} left')
 
-# %% ../nbs/04c_training.ipynb #e8f8f006
+# %% ../nbs/04c_training.ipynb #2d9fea0b
 def resume_state(run: Run, objective, optimiser, device) -> dict:
     "What `last.pt` says about where the training stood, after loading weights and optimiser from it; a fresh state if there is none."
     fresh = dict(epoch=0, step=0, best=-math.inf, best_epoch=-1, history=[], part=None)
@@ -202,8 +213,8 @@ def resume_state(run: Run, objective, optimiser, device) -> dict:
     objective.load_state_dict(saved.pop('objective'))
     optimiser.load_state_dict(saved.pop('optimiser'))
     if (scaler := saved.pop('scaler', None)) and run.accelerator.scaler: run.accelerator.scaler.load_state_dict(scaler)
-    if saved['part'] and len(saved['part']['sums']) != run.processes:
-        raise PahclError(f'{run.folder} stopped within an epoch with {len(saved["part"]["sums"])} processes, and now there are {run.processes}. Start as many as before.')
+    if saved['part'] and (before := len(saved['part']['sums'])) != run.processes:
+        raise PahclError(f'{run.folder} stopped within an epoch with {before} processes, and now there are {run.processes}. Start as many as before.')
     within = f' and {saved["part"]["steps"]} optimiser steps' if saved['part'] else ''
     run.say(f'goes on after epoch {saved["epoch"]}{within} of {run.folder}')
     return saved
@@ -219,7 +230,40 @@ def prepare_optimiser(run: Run, optimiser):
     "The optimiser; where the loss is scaled, one that scales gradients back."
     return optimiser if run.accelerator.scaler is None else run.accelerator.prepare_optimizer(optimiser)
 
-# %% ../nbs/04c_training.ipynb #5bcafa5a
+# %% ../nbs/04c_training.ipynb #18bd6863
+def steps_of(
+    run: Run,
+    rows: int, batch_rows: int,   # of an epoch, and of a batch
+    settings,                     # a `pahcl.config.TrainingSection`
+):                                # (optimiser steps of the whole training, of the warm-up)
+    "How long it takes; a warm-up longer than the training is a fifth of it."
+    an_epoch = len(grouped(range(rows), batch_rows, settings.accumulation_steps, run.processes))
+    if not an_epoch: raise PahclError(f'{rows} cycles to train on are too few for {run.processes} processes. Prepare more data or start fewer processes.')
+    warmup_epochs = settings.warmup_epochs
+    if warmup_epochs >= settings.num_epochs:
+        warmup_epochs = settings.num_epochs//5
+        run.say(f'warmup_epochs {settings.warmup_epochs} does not fit into {settings.num_epochs} epochs: {warmup_epochs} are used')
+    return an_epoch*settings.num_epochs, an_epoch*warmup_epochs
+
+# %% ../nbs/04c_training.ipynb #42d94ed3
+def note_epoch(
+    state: dict,                # of `resume_state`; changed
+    epoch: int,                 # from 0
+    train: dict, scores: dict,  # of training and validation
+    optimiser,                  # its rates are noted too
+):                              # (whether it is the best so far, {name: number})
+    "Add an epoch to the history."
+    score = -math.inf if scores['score'] is None else scores['score']
+    better = score > state['best'] or state['best_epoch'] < 0
+    if better: state.update(best=score, best_epoch=epoch)
+    rates = {g['part']: g['lr'] for g in optimiser.param_groups}
+    kinds = dict(train=train, validation=scores, learning_rate=rates)
+    numbers = {f'{kind}/{k}': v for kind, values in kinds.items() for k, v in values.items()}
+    state['history'].append(dict(epoch=epoch+1, **numbers))
+    state['epoch'] = epoch+1
+    return better, numbers
+
+# %% ../nbs/04c_training.ipynb #11ce22b3
 def fit(
     run: Run,            # an entered `Run`
     objective,           # module: `objective(batch) -> (mean loss, {name: tensor})`
@@ -235,14 +279,8 @@ def fit(
     batch_rows=None,     # rows of a batch where a row is more than a cycle; None: `settings.batch_size`
 ) -> dict:               # `best`, `best_epoch` (from 0), `history` (a dict an epoch)
     "Train with early stopping, checkpoints and resume."
-    rows, batch_rows = len(rows_of(0)), batch_rows or settings.batch_size
-    steps_an_epoch = len(grouped(range(rows), batch_rows, settings.accumulation_steps, run.processes))
-    if not steps_an_epoch: raise PahclError(f'{rows} cycles to train on are too few for {run.processes} processes. Prepare more data or start fewer processes.')
-    warmup_epochs = settings.warmup_epochs
-    if warmup_epochs >= settings.num_epochs:
-        warmup_epochs = settings.num_epochs//5
-        run.say(f'warmup_epochs {settings.warmup_epochs} does not fit into {settings.num_epochs} epochs: {warmup_epochs} are used')
-    total, warmup = steps_an_epoch*settings.num_epochs, steps_an_epoch*warmup_epochs
+    batch_rows = batch_rows or settings.batch_size
+    total, warmup = steps_of(run, len(rows_of(0)), batch_rows, settings)
     rate_of = lambda step: learning_rate(step, total, warmup, settings.learning_rate, settings.min_lr)
     optimiser = prepare_optimiser(run, torch.optim.AdamW(groups, lr=settings.learning_rate))
     bare = objective.to(run.accelerator.device)
@@ -256,34 +294,30 @@ def fit(
                 break
             start, bare = time.monotonic(), bare.train()
             steps = grouped(rows_of(epoch), batch_rows, settings.accumulation_steps, run.processes)
-            loss, values = train_epoch(run, wrapped, optimiser, steps, lambda r: make_batch(r, epoch), settings, rate_of, lambda done: after_step(done/total), state['step'],
-                                       f'epoch {epoch+1}/{settings.num_epochs}', state['part'], lambda part: save_last(run, content() | dict(epoch=epoch), dict(state, part=part), bare, optimiser),
+            loss, values = train_epoch(run, wrapped, optimiser, steps, lambda r: make_batch(r, epoch), settings, rate_of,
+                                       lambda done: after_step(done/total), state['step'], f'epoch {epoch+1}/{settings.num_epochs}', state['part'],
+                                       lambda part: save_last(run, content() | dict(epoch=epoch), dict(state, part=part), bare, optimiser),
                                        lambda step: step_seed(run.seed, step, run.rank))
             state.update(step=state['step']+len(steps), part=None)
             bare.eval()
             train, scores = dict(loss=loss, **train_scores(values)), validate(epoch)
-            rates = {g['part']: g['lr'] for g in optimiser.param_groups}
-            score = -math.inf if scores['score'] is None else scores['score']
-            better = score > state['best'] or state['best_epoch'] < 0
-            if better: state.update(best=score, best_epoch=epoch)
-            numbers = {f'train/{k}': v for k, v in train.items()} | {f'validation/{k}': v for k, v in scores.items()} | {f'learning_rate/{k}': v for k, v in rates.items()}
+            better, numbers = note_epoch(state, epoch, train, scores, optimiser)
             run.track(numbers, epoch+1)
-            state['history'].append(dict(epoch=epoch+1, **numbers))
-            state['epoch'] = epoch+1
             run.say(epoch_line(epoch, settings, train, scores, score_name, state['best'], state['best_epoch'], time.monotonic()-start))
             save_epoch(run, content() | dict(epoch=epoch+1), state, bare, optimiser, better, settings)
     if run.is_main: save_checkpoint(run.folder/'final_model.pt', content() | dict(epoch=state['epoch']))
     run.accelerator.wait_for_everyone()
     return {k: state[k] for k in ('best', 'best_epoch', 'history')}
 
-# %% ../nbs/04c_training.ipynb #32815ebf
+# %% ../nbs/04c_training.ipynb #b1765111
 def save_epoch(run, content, state, objective, optimiser, better, settings):
-    "Write the checkpoints that an epoch's end calls for: the best, every so many epochs one to keep, and the one to go on from (last, so that it vouches for the others)."
+    "Write the best, every so many epochs one to keep, and the one to go on from (last, so that it vouches for the others)."
     if not run.is_main: return
     if better: save_checkpoint(run.folder/'best_model.pt', content)
     if state['epoch'] % settings.save_interval == 0: save_checkpoint(run.folder/f'epoch_{state["epoch"]}.pt', content)
     save_last(run, content, state, objective, optimiser)
 
+# %% ../nbs/04c_training.ipynb #64fcfb02
 def save_last(run, content, state, objective, optimiser):
     "Write what is needed to go on from here."
     if not run.is_main: return

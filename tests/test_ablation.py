@@ -6,10 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given, strategies as st
 
 from pahcl.ablation import pahcl_ablation, pieces_of, read_ablation
 from pahcl.basics import PahclError
-from pahcl.config import load_config
+from pahcl.variant_table import holm
 
 SMALL = dict(config='small_pretrain', training=dict(num_epochs=1, warmup_epochs=0, cycles_per_recording=1), contrast=dict(cycle_projector=[16, 8], substructure_projector=[16, 8]),
              model=dict(cnn_channels=[4, 4, 4, 4], mamba_d_model=8, mamba_n_layers=1))
@@ -22,7 +23,7 @@ def data(tmp_path_factory):
     from pahcl.simulate import simulate_dataset
     from pahcl.splits import prepare
     work = tmp_path_factory.mktemp('ablation')
-    simulate_dataset(work/'raw', 'pascal', subjects=20, seed=0)
+    simulate_dataset(work/'raw', 'pascal', subjects=12, seed=0, seconds=4)
     preprocess(work/'raw', work/'processed', num_workers=1)
     prepare('all', work/'raw', work/'processed', work/'downstream')
     return work
@@ -75,13 +76,30 @@ def test_another_length_mode_is_cut_and_split_alike(data, tmp_path):
     assert pd.read_csv(tmp_path/'outputs'/'ablation'/'ablation.csv')['difference'].notna().any()
 
 
-def test_packaged_file_is_valid():
-    a = read_ablation('ablation')
-    pieces = pieces_of(a)
+@pytest.mark.parametrize('name', ['ablation', 'small_ablation'])
+def test_packaged_file_is_valid(name, tmp_path, capsys):
+    a = read_ablation(name, seeds=[42])
+    pieces = pieces_of(a, tmp_path)
     assert {p.variant for p in pieces if p.kind == 'finetune'} == set(a.variants) and len([p for p in pieces if p.kind == 'finetune']) == len(a.variants)*len(a.tasks)*len(a.seeds)
-    for p in pieces: load_config(p.kind, p.config)
     configs = [json.dumps({k: v for k, v in p.config.items() if k != 'experiment'}, sort_keys=True) for p in pieces if p.kind == 'pretrain' and p.seed == 42]
     assert len(set(configs)) == len(configs)   # no variant is another one under a second name
+    assert pahcl_ablation(['--config', name, '--seeds', '42', '--output-dir', str(tmp_path), '--dry-run']) == 0 and capsys.readouterr().out.count('to do') == len(pieces) and not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=20))
+def test_holm_is_the_stepwise_procedure(p):
+    "As Holm wrote it down: reject the smallest while it is below level / number of those left; a hypothesis is rejected at just those levels that are not under its corrected p-value."
+    corrected = holm(p)
+    known = sorted((v, i) for i, v in enumerate(p) if v is not None)
+    for level in (.01, .05, .2):
+        rejected, left = set(), len(known)
+        for v, i in known:
+            if v > level/left: break
+            rejected.add(i)
+            left -= 1
+        close = {i for _, i in known if corrected[i] == pytest.approx(level, rel=1e-9)}
+        assert {i for _, i in known if corrected[i] <= level} | close == rejected | close
+    assert all(c != c for v, c in zip(p, corrected) if v is None)
 
 
 @pytest.mark.parametrize('wrong, said', [

@@ -2,16 +2,17 @@
 import io
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from pahcl.basics import PahclError
-from pahcl.downstream import Way, content, downstream, run_job
+from pahcl.downstream import Way, content, downstream, run_job, train_tasks
 
 FAST = dict(epochs=1, num_workers=1, pretrained='none', encoder_type='cnn_mamba_small', config='small_finetune')
 
@@ -23,71 +24,102 @@ def planned(way, *words):
     return {line[2:30].strip(): line[31:79].strip() for line in lines}
 
 
-@pytest.fixture
-def way(work, raw, tmp_path):
-    "The prepared tasks of the other tests, linked; runs of its own."
-    for task in ('physionet2016', 'pascal'): shutil.copytree(work/'downstream'/task, tmp_path/'downstream'/task, copy_function=os.link)
-    return Way(raw_dir=str(raw), processed_dir=str(work/'processed'), data_dir=str(tmp_path/'downstream'), output_dir=str(tmp_path/'out'), **FAST)
+@contextmanager
+def written(path, text):
+    "A file with another content for a while."
+    kept = path.read_bytes()
+    path.write_text(text)
+    yield
+    path.write_bytes(kept)
 
 
-def test_two_at_once_and_a_failing_one(way):
+@pytest.fixture(scope='module')
+def way(tmp_path_factory):
+    "Two small prepared tasks."
+    from pahcl.cycles import preprocess
+    from pahcl.simulate import simulate_dataset
+    from pahcl.splits import prepare
+    folder = tmp_path_factory.mktemp('downstream')
+    for dataset in ('physionet2016', 'pascal'): simulate_dataset(folder/'raw', dataset, subjects=12, seed=0, seconds=4)
+    preprocess(folder/'raw', folder/'processed', num_workers=1)
+    prepare('all', folder/'raw', folder/'processed', folder/'downstream')
+    return Way(raw_dir=str(folder/'raw'), processed_dir=str(folder/'processed'), data_dir=str(folder/'downstream'), output_dir=str(folder/'out'), **FAST)
+
+
+@pytest.fixture(scope='module')
+def half(way):
+    "Both tasks were fine-tuned at once, one of them on a table that cannot be read: the way, and what was said."
+    assert (before := planned(way, 'train-all', 'linear')) and not Path(way.output_dir).exists()   # nothing but the plan
+    with written(Path(way.data_dir)/'physionet2016'/'val.csv', 'nonsense'), pytest.raises(PahclError) as said: downstream(['train-all', 'linear'], replace(way, jobs=2))
+    return way, before, str(said.value)
+
+
+def test_two_at_once_and_a_failing_one(half):
     "The failing task names itself and its log, the other is there, the exit code is 1; a second call repeats only the failed one."
-    before = planned(way, 'train-all', 'linear')
+    way, before, said = half
     assert [n for n in before if n.startswith('fine-tune')] == ['fine-tune physionet2016', 'fine-tune pascal'] and before['fine-tune pascal'] == 'runs: not done yet'
-    assert before['evaluate pascal'] == 'runs: fine-tune runs before it' and not Path(way.output_dir).exists()   # nothing but the plan
-    broken = Path(way.data_dir)/'physionet2016'/'val.csv'
-    text = broken.read_text()
-    broken.unlink()   # a link to the shared folder: not to be written through
-    broken.write_text('nonsense')
-    with pytest.raises(PahclError, match=r'1 of 2 fine-tunings failed: physionet2016: .*val.csv.* \(exit code 1, log .*physionet2016_linear.log\)'):
-        downstream(['train-all', 'linear'], replace(way, jobs=2))
+    assert before['evaluate pascal'] == 'runs: fine-tune runs before it'
+    assert re.match(r'1 of 2 fine-tunings failed: physionet2016: .*val.csv.* \(exit code 1, log .*physionet2016_linear.log\)', said)
     logs = {p.stem: p.read_text() for p in (Path(way.output_dir)/'logs').iterdir()}
     assert set(logs) == {'physionet2016_linear', 'pascal_linear'} and 'pascal, linear' in logs['pascal_linear'] and 'physionet2016' not in logs['pascal_linear']
     assert (Path(way.output_dir)/'pascal_linear'/'evaluation_pascal_test'/'report.html').exists()
-    broken.write_text(text)
     after = planned(way, 'train-all', 'linear')
     assert {k for k, v in after.items() if v.startswith('runs:')} == {'fine-tune physionet2016', 'evaluate physionet2016'}
     assert after['fine-tune pascal'] == 'skipped: made from the same inputs and settings'
 
 
-def test_a_killed_job_leaves_the_others(way, monkeypatch):
-    real = subprocess.run
+def test_a_killed_job_leaves_the_others(tmp_path, monkeypatch):
+    real, way = subprocess.run, Way(output_dir=str(tmp_path), jobs=2)
     def run(command, **options):
         if json.loads(command[3])['task'] == 'pascal': return real([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'], **options)
         return real([sys.executable, '-c', 'print("done")'], **options)
-    monkeypatch.setattr('pahcl.downstream.subprocess.run', run)
-    told = [run_job(replace(way, jobs=2), t, 'linear', 'none') for t in ('pascal', 'physionet2016')]
+    monkeypatch.setattr('pahcl.jobs.subprocess.run', run)
+    told = [run_job(way, t, 'linear', 'none') for t in ('pascal', 'physionet2016')]
     assert told[0].startswith('it said nothing (exit code -9') and told[1] == ''
 
 
-def test_threads_are_shared(way, monkeypatch):
-    seen = []
-    monkeypatch.setattr('pahcl.downstream.os.cpu_count', lambda: 8)
-    monkeypatch.setattr('pahcl.downstream.subprocess.run', lambda command, **options: seen.append(options['env']['OMP_NUM_THREADS']) or subprocess.CompletedProcess(command, 0))
-    for jobs in (1, 3, 20): run_job(replace(way, jobs=jobs), 'pascal', 'linear', 'none')
-    assert seen == ['8', '2', '1']
+def shares(monkeypatch, tmp_path, gpus, jobs, tasks, named=None):
+    "The environments in which `train_tasks` starts its processes on a machine with so many GPUs and eight processors."
+    seen, begun = [], Barrier(min(jobs, tasks))   # all of the first ones are under way before any is done: each holds a place of its own
+    def run(command, **options):
+        seen.append(options['env'])
+        if len(seen) <= begun.parties: begun.wait(10)
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr('pahcl.jobs.os.cpu_count', lambda: 8)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
+    monkeypatch.setattr('pahcl.jobs.subprocess.run', run)
+    if named: monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
+    else: monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert train_tasks(Way(output_dir=str(tmp_path), jobs=jobs), [f't{i}' for i in range(tasks)], 'linear', 'none') == {}
+    return seen
 
 
-def test_the_plan_names_what_changed(way, tmp_path):
-    downstream(['train', 'pascal', 'linear'], way)
-    assert set(planned(way, 'train', 'pascal', 'linear').values()) == {'skipped: made from the same inputs and settings', 'runs'}   # the summary is always made
+@pytest.mark.parametrize('jobs, threads', [(2, '4'), (3, '2'), (20, '1')])
+def test_threads_are_shared(tmp_path, monkeypatch, jobs, threads):
+    seen = shares(monkeypatch, tmp_path, 0, jobs, 3)
+    assert {e['OMP_NUM_THREADS'] for e in seen} == {threads} and not any('CUDA_VISIBLE_DEVICES' in e for e in seen)
+
+
+@pytest.mark.parametrize('gpus, jobs, tasks, named, expected', [
+    (4, 4, 4, None, '0123'), (2, 4, 4, None, '0011'), (4, 2, 2, None, '01'), (2, 2, 2, '5,7', '57'), (1, 3, 3, None, ['', '', ''])])
+def test_gpus_are_handed_out(tmp_path, monkeypatch, gpus, jobs, tasks, named, expected):
+    "Each process sees one GPU, all GPUs are used alike, and only those that this process may use itself; a single one is everybody's."
+    seen = shares(monkeypatch, tmp_path, gpus, jobs, tasks, named)
+    assert sorted(e.get('CUDA_VISIBLE_DEVICES', '') for e in seen) == list(expected)
+
+
+def test_the_plan_names_what_changed(half):
+    way = half[0]
+    said = lambda way=way: planned(way, 'train', 'pascal', 'linear')
+    assert set(said().values()) == {'skipped: made from the same inputs and settings', 'runs'}   # the summary is always made
     for path in Path(way.data_dir).glob('pascal/*.csv'): os.utime(path, (1, 1))
-    assert planned(way, 'train', 'pascal', 'linear')['fine-tune pascal'].startswith('skipped')   # touched only
-    assert planned(replace(way, epochs=2), 'train', 'pascal', 'linear')['fine-tune pascal'] == 'runs: configuration changed'
-    assert planned(replace(way, overwrite=True), 'train', 'pascal', 'linear')['fine-tune pascal'] == 'runs: --overwrite'
-    other = Path(way.data_dir)/'physionet2016'/'train.csv'
-    text = other.read_text()
-    other.unlink()   # a link to the shared folder: not to be written through
-    other.write_text(text+'\n')
-    assert planned(way, 'train', 'pascal', 'linear')['fine-tune pascal'].startswith('skipped')   # another task's table
-    own = Path(way.data_dir)/'pascal'/'train.csv'
-    text = own.read_text()
-    own.unlink()
-    own.write_text(text+'\n')
-    assert planned(way, 'train', 'pascal', 'linear')['fine-tune pascal'] == 'runs: data changed'
-    (Path(way.output_dir)/'pascal_linear'/'best_model.pt').write_bytes(b'other')
-    own.write_text(text)
-    assert planned(way, 'train', 'pascal', 'linear')['fine-tune pascal'] == 'runs: best_model.pt was changed since'
+    assert said()['fine-tune pascal'].startswith('skipped')   # touched only
+    assert said(replace(way, epochs=2))['fine-tune pascal'] == 'runs: configuration changed'
+    assert said(replace(way, overwrite=True))['fine-tune pascal'] == 'runs: --overwrite'
+    tables = {task: Path(way.data_dir)/task/'train.csv' for task in ('physionet2016', 'pascal')}
+    with written(tables['physionet2016'], tables['physionet2016'].read_text()+'\n'): assert said()['fine-tune pascal'].startswith('skipped')   # another task's table
+    with written(tables['pascal'], tables['pascal'].read_text()+'\n'): assert said()['fine-tune pascal'] == 'runs: data changed'
+    with written(Path(way.output_dir)/'pascal_linear'/'best_model.pt', 'other'): assert said()['fine-tune pascal'] == 'runs: best_model.pt was changed since'
 
 
 def test_a_dry_run_of_everything_writes_nothing(tmp_path):
