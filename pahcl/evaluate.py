@@ -95,14 +95,16 @@ def score_tables(
 ):                  # (scores of the levels and the floor, scores a class of subjects)
     "The report's tables: what is shown to people, with intervals; ▼ marks a subjects' score that does not exceed its floor."
     import pandas as pd
-    from pahcl.report import number, with_interval
+    from pahcl.report import number, share_with_interval, with_interval
     scores, below = results['levels'], results.get('below_floor', {})
     mark = lambda level, k: ' ▼' if level == 'subject' and k in below else ''
     columns = {f'{level}s (n = {results["n"][level]:,})': [with_interval(scores[level][k], scores[level]['intervals'][k]) + mark(level, k) for k in INTERVALS] for level in ('subject', 'recording', 'cycle')}
     floors = [best_floor(results, k) for k in INTERVALS]
     main = pd.DataFrame(columns | {'best floor (subjects)': [f'{number(v)} ({name})' if name else '–' for v, name in floors]}, index=pd.Index(INTERVALS, name='score'))
     names, subject = class_names(results['label_map']), scores['subject']
-    classes = pd.DataFrame({k: [number(v) for v in values] for k, values in subject['per_class'].items()}, index=pd.Index(names, name='class'))
+    n, support, decided = results['n']['subject'], subject['support'], [sum(column) for column in zip(*subject['confusion_matrix'])]
+    of = dict(recall=support, precision=decided, specificity=[n-s for s in support])   # these are shares, of so many subjects
+    classes = pd.DataFrame({k: [share_with_interval(v, m) for v, m in zip(values, of[k])] if k in of else [number(v) for v in values] for k, values in subject['per_class'].items()}, index=pd.Index(names, name='class'))
     classes.insert(0, 'subjects', subject['support'])
     return main, classes
 
@@ -147,9 +149,10 @@ def evaluation_figures(
     title, temperature = f'{len(rows)} subjects', (results.get('calibration') or {}).get('temperature')
     figures = {f'confusion_matrix{"" if level == "subject" else "_"+level}': confusion_figure(results['levels'][level]['confusion_matrix'], names, f'{results["n"][level]:,} {level}s') for level in ('subject', 'recording', 'cycle')}
     versions = dict(model=values) | ({f'temperature {temperature:.2f}': with_temperature(values, temperature)} if temperature else {})
-    figures |= dict(roc=roc_figure(rows['label'], values, names, title), precision_recall=precision_recall_figure(rows['label'], values, names, title), reliability=reliability_figure(rows['label'], versions, title))
+    decided = decide(values, results['thresholds']['subject'], sought(results['label_map']))
+    figures |= dict(roc=roc_figure(rows['label'], values, names, title, decided), precision_recall=precision_recall_figure(rows['label'], values, names, title), reliability=reliability_figure(rows['label'], versions, title))
     if results['task'] == 'circor_outcome':
-        figures['referral_cost'] = referral_figure(rows['label'], values[:, 1], decide(values, results['thresholds']['subject'], sought(results['label_map'])), title)
+        figures['referral_cost'] = referral_figure(rows['label'], values[:, 1], decided, title)
     return figures
 
 # %% ../nbs/06_eval.ipynb #3151763f
