@@ -23,7 +23,7 @@ from .curves import confusion_figure, precision_recall_figure, roc_figure
 from .figures import COLOURS, DASHES, MARKERS, STYLE, line_style, png_bytes, save_figure
 from .metrics import blind_cost, outcome_cost
 
-# %% ../nbs/06b_report.ipynb #a1ad2c0b
+# %% ../nbs/06b_report.ipynb #575cdce8
 def reliability_figure(
     y_true,             # true classes [n]
     versions: dict,     # name -> probabilities [n, classes], e.g. as they were and with the temperature
@@ -41,7 +41,7 @@ def reliability_figure(
             counts.bar(points['low']+(i+.5)/len(versions)/bins, points['n'], .9/len(versions)/bins, color=COLOURS[i], alpha=.9, hatch=['', '///', '...'][i % 3], edgecolor='white')
         ax.set(ylabel='accuracy', xlim=(0, 1), ylim=(-.02, 1.02), title=title)
         counts.set(xlabel='confidence (probability of the decided class)', ylabel='decisions')
-        ax.legend(loc='lower right')
+        ax.legend(loc='best')
     figure.set_label('On the diagonal it is right as often as it says; below it boasts. Bars: how many decisions were that sure.')
     return figure
 
@@ -160,11 +160,11 @@ figure {{ margin: 0 1rem 1rem 0 }} section.figures > figure {{ flex: 0 1 27rem }
 </body></html>
 '''
 
-# %% ../nbs/06b_report.ipynb #d98e1cfc
+# %% ../nbs/06b_report.ipynb #a86b5d4a
 WORDS = {
     '▼': 'this score does not exceed a floor: something that never listened does as well, so the score is no evidence that the model hears illness',
     '–': 'not defined here (the notes say why), or not set',
-    '[': 'square brackets hold the 95 % interval: how far the score moves when other persons like these are drawn',
+    '[': 'square brackets hold the 95 % interval: how far the score moves when other persons like these are drawn (of a class\'s shares: Wilson\'s)',
     'accuracy': 'share of right decisions; a rare illness hardly counts in it',
     'precision': 'of those called ill, the share that is (positive predictive value; it depends on how common the illness is here); with three classes the mean over classes',
     'recall': 'of the ill, the share that is found (sensitivity); with three classes the mean over classes',
@@ -172,7 +172,7 @@ WORDS = {
     'f1': 'harmonic mean of precision and recall of the ill; with three classes the mean over classes',
     'f1_macro': 'mean of the classes\' F1: a rare class counts as much as a common one',
     'f1_weighted': 'mean of the classes\' F1, each class counted by its size',
-    'auroc': 'chance that an ill subject scores higher than a healthy one: 0.5 is guessing, 1 perfect',
+    'auroc': 'chance that an ill subject scores higher than a healthy one (0.5 is guessing, 1 perfect); with three classes the mean of each against the rest',
     'auprc': 'average precision over all thresholds: a blind answer gets the share of the ill',
     'uar': 'unweighted average recall: with two classes the mean of sensitivity and specificity',
     'mcc': 'correlation of decision and truth: 0 is guessing, 1 perfect',
