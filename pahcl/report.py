@@ -7,7 +7,7 @@ __all__ = ['PAGE', 'WORDS', 'reliability_figure', 'referral_figure', 'number', '
            'table_html', 'figure_html', 'settings_html', 'as_html', 'flat', 'words_used', 'section_html', 'report_page',
            'write_report']
 
-# %% ../nbs/06b_report.ipynb #209caf9a
+# %% ../nbs/06b_report.ipynb #72488d6c
 import base64
 import html
 import re
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .basics import write_text
 from .calibration import reliability
 from .curves import confusion_figure, precision_recall_figure, roc_figure
-from .figures import COLOURS, DASHES, MARKERS, STYLE, line_style, png_bytes, save_figure
+from .figures import COLOURS, MARKERS, STYLE, line_style, png_bytes, save_figure
 from .metrics import blind_cost, outcome_cost
 
 # %% ../nbs/06b_report.ipynb #575cdce8

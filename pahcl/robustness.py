@@ -188,7 +188,7 @@ def robustness_table(
     more, notes = device_rows(cycles.table, first[0], dataset, rule, subject_rule, draws, seed, names)
     return pd.DataFrame(rows+more), [*told, *notes, *SAID]
 
-# %% ../nbs/06l_robustness.ipynb #1e859c87
+# %% ../nbs/06l_robustness.ipynb #524501e3
 def draw_condition(
     ax, own, stored,   # axes; rows of one kind of `robustness_table`; the row of the stored cycles
     score: str,
@@ -207,12 +207,13 @@ def draw_condition(
 def robustness_figure(
     table,   # of `robustness_table`
     score='auroc', name='AUROC',
+    only=None,   # kinds that are drawn; None: all
 ):           # a matplotlib Figure
     "A panel a kind of condition."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from pahcl.figures import STYLE
-    kinds, stored = [k for k in dict.fromkeys(table['kind']) if k != 'stored'], table[table['kind'] == 'stored'].iloc[0]
+    kinds, stored = [k for k in dict.fromkeys(table['kind']) if k != 'stored' and (only is None or k in only)], table[table['kind'] == 'stored'].iloc[0]
     sizes = [(table['kind'] == k).sum() for k in kinds]
     with rc_context(STYLE):
         figure = Figure(figsize=(2+.5*sum(sizes), 3), layout='constrained')
@@ -233,7 +234,7 @@ def printed(
     named = lambda r: r.condition if r.kind == 'stored' else f'{r.kind}: {r.condition}'
     return pd.DataFrame([{'Condition': named(r), 'Subjects': r.subjects, 'AUROC': cell(r, 'auroc'), 'F1 macro': cell(r, 'f1_macro'), 'Δ AUROC': gap(r)} for r in table.itertuples()])
 
-# %% ../nbs/06l_robustness.ipynb #2b501269
+# %% ../nbs/06l_robustness.ipynb #6b71c02e
 def write_robustness(
     folder, table, notes: list,   # of `robustness_table`
     title: str,                   # of the page
@@ -242,11 +243,13 @@ def write_robustness(
     from pahcl.figures import save_figure
     from pahcl.report import write_report
     from pahcl.summarize import as_latex, as_markdown
-    figures = [robustness_figure(table), robustness_figure(table, 'f1_macro', 'F1 macro')]
+    changed = ('noise', 'sample rate')
+    parts = [k for k in (changed, tuple(set(table['kind'])-{'stored', *changed})) if k]   # two pictures, which a phone can show
+    figures = [robustness_figure(table, *score, only) for only in parts for score in (('auroc', 'AUROC'), ('f1_macro', 'F1 macro'))]
     write_text(folder/'robustness.csv', table.to_csv(index=False))
     write_text(folder/'robustness.md', as_markdown(printed(table)) + ''.join(f'\n{n}\n' for n in notes))
     write_text(folder/'robustness.tex', as_latex(printed(table)))
-    save_figure(figures[0], folder/'robustness.png')
+    save_figure(robustness_figure(table), folder/'robustness.png')
     write_report(folder/'robustness.html', title, {'Scores of subjects': ['Δ AUROC: difference to the cycles as they are stored, of the same persons.', printed(table), notes], 'Figures': figures})
 
 # %% ../nbs/06l_robustness.ipynb #dbe5a5ee

@@ -113,7 +113,7 @@ def class_curves(
         rows.append(pd.DataFrame(dict(label=c, part=range(curves.shape[1]), mean=own.mean().to_numpy(), error=error.to_numpy(), subjects=len(own))))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/06q_saliency.ipynb #b996e748
+# %% ../nbs/06q_saliency.ipynb #53e9a4bb
 def draw_class(
     ax, curve,     # axes; the rows of one class of `class_curves`
     title: str,
@@ -140,7 +140,7 @@ def saliency_figure(
     from pahcl.figures import STYLE
     chosen = sorted(set(curves['label']))
     with rc_context(STYLE):
-        figure = Figure(figsize=(6, .6+1.4*len(chosen)), layout='constrained')
+        figure = Figure(figsize=(4.8, .6+1.4*len(chosen)), layout='constrained')
         for ax, c in zip(figure.subplots(len(chosen), 1, sharex=True, sharey=True, squeeze=False)[:, 0], chosen):
             own = curves[curves['label'] == c]
             draw_class(ax, own, f'{names[c]} ({own["subjects"].iloc[0]} subjects)')
