@@ -64,13 +64,14 @@ def pr_points(
     precision = hits/(hits+alarms)
     return np.append(0, hits)/hits[-1], np.append(precision[0], precision)
 
-# %% ../nbs/02d_curves.ipynb #fbb80a0a
+# %% ../nbs/02d_curves.ipynb #834dd1a3
 def curve_classes(
     names,   # of the classes
 ) -> list:   # numbers of the classes that get a curve
     "Class 1 of two classes, else every class against the rest."
     return [1] if len(names) == 2 else list(range(len(names)))
 
+# %% ../nbs/02d_curves.ipynb #dc72493c
 def draw_classes(
     ax, y_true, probabilities, names,   # axes, true classes [n], [n, classes], names of the classes in order
     points, area,                       # `roc_points` and `auroc`, or `pr_points` and `auprc`
@@ -82,6 +83,7 @@ def draw_classes(
         line = ([], []) if found is None else points(y_true == c, probabilities[:, c])
         ax.plot(*line, label=f'{names[c]}: {"undefined here" if found is None else f"{found:.3f}"}', **line_style(i), **keys)
 
+# %% ../nbs/02d_curves.ipynb #9ba78f84
 def legend_below(
     ax, title: str,   # axes whose lines have labels
 ):
@@ -117,7 +119,7 @@ def draw_precision_recall(
     legend_below(ax, 'average precision')
     ax.figure.set_label('Precision: how many of those called ill are ill. Thin line: a blind answer, right as often as the class occurs.')
 
-# %% ../nbs/02d_curves.ipynb #3596d675
+# %% ../nbs/02d_curves.ipynb #fc15e37d
 def one_figure(
     draw, y_true, probabilities, names, title='', **keys,   # `draw_roc` or `draw_precision_recall`; as there
 ) -> Figure:
@@ -127,14 +129,17 @@ def one_figure(
         draw(figure.add_subplot(), np.asarray(y_true), np.asarray(probabilities), names, title, **keys)
     return figure
 
+# %% ../nbs/02d_curves.ipynb #b6c84b66
 def roc_figure(y_true, probabilities, names, title='', decided=None) -> Figure:
     "A figure of `draw_roc`."
     return one_figure(draw_roc, y_true, probabilities, names, title, decided=decided)
 
+# %% ../nbs/02d_curves.ipynb #63d3fcf0
 def precision_recall_figure(y_true, probabilities, names, title='') -> Figure:
     "A figure of `draw_precision_recall`."
     return one_figure(draw_precision_recall, y_true, probabilities, names, title)
 
+# %% ../nbs/02d_curves.ipynb #016dd6ba
 def curves_figure(
     y_true, probabilities, names,   # as in `draw_classes`
     title='',                       # e.g. 'epoch 3'

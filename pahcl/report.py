@@ -23,7 +23,7 @@ from .curves import confusion_figure, precision_recall_figure, roc_figure
 from .figures import COLOURS, MARKERS, STYLE, line_style, png_bytes, save_figure
 from .metrics import blind_cost, outcome_cost
 
-# %% ../nbs/06b_report.ipynb #575cdce8
+# %% ../nbs/06b_report.ipynb #823d77c7
 def reliability_figure(
     y_true,             # true classes [n]
     versions: dict,     # name -> probabilities [n, classes], e.g. as they were and with the temperature
@@ -38,7 +38,8 @@ def reliability_figure(
         for i, (name, p) in enumerate(versions.items()):
             points = reliability(y_true, p, bins)
             ax.plot(points['confidence'], points['accuracy'], marker=MARKERS[i], ms=4, label=name, **line_style(i))
-            counts.bar(points['low']+(i+.5)/len(versions)/bins, points['n'], .9/len(versions)/bins, color=COLOURS[i], alpha=.9, hatch=['', '///', '...'][i % 3], edgecolor='white')
+            width, look = 1/len(versions)/bins, dict(color=COLOURS[i], alpha=.9, hatch=['', '///', '...'][i % 3], edgecolor='white')
+            counts.bar(points['low']+(i+.5)*width, points['n'], .9*width, **look)
         ax.set(ylabel='accuracy', xlim=(0, 1), ylim=(-.02, 1.02), title=title)
         counts.set(xlabel='confidence (probability of the decided class)', ylabel='decisions')
         ax.legend(loc='best')
@@ -97,7 +98,7 @@ def share_with_interval(
     from scipy.stats import binomtest
     return with_interval(share, binomtest(round(share*n), int(n)).proportion_ci(method='wilson'))
 
-# %% ../nbs/06b_report.ipynb #11101126
+# %% ../nbs/06b_report.ipynb #0ddfeb67
 def table_html(
     table,     # DataFrame; a named index is its first column
     kind='',   # class of the box around it: 'long' breaks long cells instead of scrolling
@@ -106,6 +107,7 @@ def table_html(
     if table.index.name is not None: table = table.reset_index()
     return f'<div class="wide {kind}" tabindex="0">{table.to_html(escape=True, index=False, border=0, na_rep="–")}</div>'
 
+# %% ../nbs/06b_report.ipynb #a3ffd976
 def figure_html(
     figure,   # matplotlib's; its label is printed below it
 ) -> str:
@@ -114,7 +116,7 @@ def figure_html(
     picture = f'<img alt="{html.escape(" ".join(filter(None, parts)))}" src="data:image/png;base64,{base64.b64encode(png_bytes(figure)).decode()}">'
     return f'<figure>{picture}<figcaption>{html.escape(str(figure.get_label()))}</figcaption></figure>'
 
-# %% ../nbs/06b_report.ipynb #3d5eff36
+# %% ../nbs/06b_report.ipynb #3006f1c7
 def settings_html(
     settings: dict,   # nested ones are shown as `section.key`
 ) -> str:
@@ -122,6 +124,7 @@ def settings_html(
     table = pd.DataFrame([(k, '–' if v is None else str(v)) for k, v in flat(settings).items()], columns=['setting', 'value'])
     return f'<details><summary>{len(table)} settings</summary>{table_html(table, "long")}</details>'
 
+# %% ../nbs/06b_report.ipynb #a0304f26
 def as_html(
     thing,  # str: a paragraph; list of str: notes; DataFrame: a table; Figure; dict: settings
 ) -> str:
@@ -132,15 +135,17 @@ def as_html(
     if isinstance(thing, (list, tuple)): return '<ul>' + ''.join(f'<li>{html.escape(str(t))}</li>' for t in thing) + '</ul>' if thing else ''
     return f'<p>{html.escape(str(thing))}</p>'
 
-# %% ../nbs/06b_report.ipynb #9d132d10
+# %% ../nbs/06b_report.ipynb #06c55401
 def flat(
     settings: dict,  # nested
     prefix='',       # of the names
 ) -> dict:
     "Nested settings as `section.key: value`."
-    return {k: v for key, value in settings.items() for k, v in (flat(value, f'{prefix}{key}.') if isinstance(value, dict) and value else {f'{prefix}{key}': value}).items()}
+    out = {}
+    for key, value in settings.items(): out |= flat(value, f'{prefix}{key}.') if isinstance(value, dict) and value else {f'{prefix}{key}': value}
+    return out
 
-# %% ../nbs/06b_report.ipynb #0cc6d272
+# %% ../nbs/06b_report.ipynb #3438db19
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -151,22 +156,25 @@ h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem; border-bo
 .wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }}
 th, td {{ text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #bbb; white-space: nowrap }} .long td {{ white-space: normal }}
 section.figures {{ display: flex; flex-wrap: wrap; align-items: flex-start }} section.figures > * {{ flex-basis: 100% }}
-figure {{ margin: 0 1rem 1rem 0 }} section.figures > figure {{ flex: 0 1 27rem }} img {{ max-width: 100%; height: auto; background: #fff }} figcaption {{ font-size: .85rem }}
+figure {{ margin: 0 1rem 1rem 0 }} section.figures > figure {{ flex: 0 1 27rem }}
+img {{ max-width: 100%; height: auto; background: #fff }} figcaption {{ font-size: .85rem }}
 @media (prefers-color-scheme: dark) {{ body {{ color: #ddd; background: #181818 }} }}
-@media print {{ body {{ max-width: none; color: #000; background: #fff }} .wide {{ overflow: visible }} th, td {{ white-space: normal; padding: .1rem .3rem }} figure, tr {{ break-inside: avoid }} }}
+@media print {{
+ body {{ max-width: none; color: #000; background: #fff }} .wide {{ overflow: visible }}
+ th, td {{ white-space: normal; padding: .1rem .3rem }} figure, tr {{ break-inside: avoid }} }}
 </style></head><body>
 <h1>{title}</h1>
 {body}
 </body></html>
 '''
 
-# %% ../nbs/06b_report.ipynb #a86b5d4a
+# %% ../nbs/06b_report.ipynb #8366da3a
 WORDS = {
     '▼': 'this score does not exceed a floor: something that never listened does as well, so the score is no evidence that the model hears illness',
     '–': 'not defined here (the notes say why), or not set',
     '[': 'square brackets hold the 95 % interval: how far the score moves when other persons like these are drawn (of a class\'s shares: Wilson\'s)',
     'accuracy': 'share of right decisions; a rare illness hardly counts in it',
-    'precision': 'of those called ill, the share that is (positive predictive value; it depends on how common the illness is here); with three classes the mean over classes',
+    'precision': 'of those called ill, the share that is: positive predictive value, higher where illness is common; with three classes the mean over classes',
     'recall': 'of the ill, the share that is found (sensitivity); with three classes the mean over classes',
     'specificity': 'of those who do not have the class, the share that is not said to have it; with three classes the mean over classes',
     'f1': 'harmonic mean of precision and recall of the ill; with three classes the mean over classes',
@@ -189,7 +197,8 @@ WORDS = {
     'logmean': 'mean of the logarithms of the probabilities: one sure denial weighs much', 'trimmed': 'mean without the most extreme cycles',
     'learned': 'a small model of the recordings\' answers, fitted on the validation split', 'any_present': 'a subject has a murmur when any recording has',
     'knn': 'vote of the nearest training cycles', 'linear': 'logistic regression on the features as they are',
-    'mahalanobis': 'distance from the normal mean in standard deviations', 'cosine': 'angle to the normal mean', 'neighbours': 'mean distance to the nearest normal cycles'}
+    'mahalanobis': 'distance from the normal mean in standard deviations', 'cosine': 'angle to the normal mean',
+    'neighbours': 'mean distance to the nearest normal cycles'}
 
 def words_used(
     page: str,       # text of a page
@@ -198,7 +207,7 @@ def words_used(
     occurs = lambda word: re.search(rf'(?<![\w-]){re.escape(word)}(?!\w)' if word[0].isalpha() else re.escape(word), page, re.IGNORECASE)
     return [f'{"[…]" if word == "[" else word}: {meaning}' for word, meaning in WORDS.items() if occurs(word)]
 
-# %% ../nbs/06b_report.ipynb #7f788ad9
+# %% ../nbs/06b_report.ipynb #41408819
 def section_html(
     heading: str,
     things: list,    # see `as_html`
@@ -208,6 +217,7 @@ def section_html(
     title = f'<h2>{html.escape(str(heading))}</h2>' if str(heading) else ''
     return f'<section{kind}>{title}\n' + '\n'.join(as_html(t) for t in things) + '\n</section>'
 
+# %% ../nbs/06b_report.ipynb #209c2f11
 def report_page(
     title: str,      # of the page
     sections: dict,  # heading -> list of things, see `as_html`

@@ -46,7 +46,7 @@ def neighbour_score(
 
 DETECTORS = dict(mahalanobis=mahalanobis_score, cosine=cosine_score, neighbours=neighbour_score)
 
-# %% ../nbs/06o_representation.ipynb #caa4489d
+# %% ../nbs/06o_representation.ipynb #93377ecc
 NORMAL, UNJUDGED = ('normal', 'absent'), ('unknown',)
 
 def normal_class(
@@ -54,19 +54,21 @@ def normal_class(
 ):                     # (number of the normal class, numbers that count as ill)
     "Who is normal and who is ill in a task."
     by = {str(n).casefold(): c for n, c in label_map.items()}
-    if not (found := [by[n] for n in NORMAL if n in by]): raise PahclError(f'no class of {", ".join(label_map)} is called {" or ".join(NORMAL)}: anomaly detection needs one.')
+    if not (found := [by[n] for n in NORMAL if n in by]):
+        raise PahclError(f'no class of {", ".join(label_map)} is called {" or ".join(NORMAL)}: anomaly detection needs one.')
     return found[0], [c for n, c in by.items() if c != found[0] and n not in UNJUDGED]
 
-# %% ../nbs/06o_representation.ipynb #3fd3e196
+# %% ../nbs/06o_representation.ipynb #921be1c1
 def subject_means(
     table, values,   # a row a cycle, and a number a cycle
 ):                   # DataFrame: subject_id, person_id, label, value
     "Mean over recordings, then over the recordings of a subject."
-    rows, how = table[['subject_id', 'person_id', 'recording_id', 'label']].assign(value=values), dict(person_id=('person_id', 'first'), label=('label', 'max'), value=('value', 'mean'))
+    rows = table[['subject_id', 'person_id', 'recording_id', 'label']].assign(value=values)
+    how = dict(person_id=('person_id', 'first'), label=('label', 'max'), value=('value', 'mean'))
     recordings = rows.astype(dict(subject_id=str, recording_id=str)).groupby(['subject_id', 'recording_id'], as_index=False).agg(**how)
     return recordings.groupby('subject_id', as_index=False).agg(**how)
 
-# %% ../nbs/06o_representation.ipynb #820231a4
+# %% ../nbs/06o_representation.ipynb #8ab9b2f6
 def detector_row(
     subjects,              # of `subject_means`
     normal: int, ill: list,   # of `normal_class`
@@ -81,6 +83,7 @@ def detector_row(
     low, high = middle(counted_auroc(positive, value, draw_counts(judged['person_id'], positive, draws, seed))) if both else (None, None)
     return dict(subjects=len(judged), ill=int(positive.sum()), auroc=auroc(positive, value), low=low, high=high)
 
+# %% ../nbs/06o_representation.ipynb #f47e181a
 def anomaly(
     train, test,       # (table, features) of both splits; of the first only normal cycles are used
     label_map: dict, draws=2000, seed=0,
@@ -142,7 +145,7 @@ def tsne(
     if x.shape[1] > 50 and len(x) > 50: x = PCA(50, random_state=seed).fit_transform(x)   # as the authors do
     return TSNE(perplexity=min(perplexity, max(1., (len(x)-1)/3)), init='pca', learning_rate='auto', random_state=seed).fit_transform(x)
 
-# %% ../nbs/06o_representation.ipynb #6513f198
+# %% ../nbs/06o_representation.ipynb #725e554a
 def draw_names(
     ax, places, values,   # axes, [n, 2], Series of names; '' is grey
     order=(),             # of the names; others follow
@@ -156,6 +159,7 @@ def draw_names(
         ax.scatter(*own.T, s=9, c=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], lw=0, alpha=.7, label=name)
     if names: ax.legend(markerscale=2, loc='best', fontsize=7)
 
+# %% ../nbs/06o_representation.ipynb #bff1d123
 def draw_numbers(
     ax, places, values,   # axes, [n, 2], Series of numbers; NaN is grey
     name: str,            # of the unit
@@ -166,6 +170,7 @@ def draw_numbers(
     dots = ax.scatter(*places[known].T, s=5, c=values[known], cmap='viridis', lw=0, vmin=values.quantile(.02), vmax=values.quantile(.98))
     ax.figure.colorbar(dots, ax=ax, label=name)
 
+# %% ../nbs/06o_representation.ipynb #c5138b2e
 def draw_map(
     ax, places,          # axes, of `tsne` [n, 2]
     column: str, values, # of `map_figure`
@@ -178,8 +183,8 @@ def draw_map(
     ax.set(xticks=[], yticks=[], title=column if known else f'{column}: not known')
     ax.spines[:].set_visible(False)
 
-# %% ../nbs/06o_representation.ipynb #62ea6b6f
-CAPTION = 'A dot a cycle. Neighbours lie side by side; distances between groups and their sizes mean nothing. Small grey dots: not known, or of another data set.'
+# %% ../nbs/06o_representation.ipynb #fcf53d8c
+CAPTION = 'A dot a cycle. Neighbours lie side by side; distances and sizes of groups mean nothing. Small grey dots: not known, or of another data set.'
 
 def map_figure(
     places,      # of `tsne` [n, 2]
@@ -197,13 +202,14 @@ def map_figure(
     figure.set_label(CAPTION)
     return figure
 
+# %% ../nbs/06o_representation.ipynb #e3826d00
 def map_figures(
     places, about, classes=(),   # as in `map_figure`
 ) -> list:                       # matplotlib Figures
     "Each colouring in a picture of its own."
     return [map_figure(places, about[[column]], classes) for column in about]
 
-# %% ../nbs/06o_representation.ipynb #d5982c87
+# %% ../nbs/06o_representation.ipynb #289c6aa7
 def drawn(
     cycles,               # a `Cycles`
     per_recording: int,   # cycles of each recording; 0: all
@@ -215,6 +221,7 @@ def drawn(
     recordings = cycles.table['subject_id'].astype(str)+'/'+cycles.table['recording_id'].astype(str)
     return cycles.subset(cap_rows(recordings, per_recording, generator(seed, 'representation')))
 
+# %% ../nbs/06o_representation.ipynb #00c4d54d
 def alike_sets(
     task: str, data_dir, split: str,   # as in `represent`
 ) -> dict:                             # data set -> (cycles, `task_config.json`), the task's own first
@@ -228,6 +235,7 @@ def alike_sets(
         if all(config.get(k) == first.get(k) for k in ('sample_rate', 'target_length', 'length_mode')): sets.setdefault(config['dataset'], (cycles, config))
     return sets
 
+# %% ../nbs/06o_representation.ipynb #6936e238
 def about_cycles(
     cycles, config: dict,   # of a data set, see `alike_sets`
     own: bool,              # it is the task's: classes are named, and places (every data set names these its own way)
@@ -237,8 +245,9 @@ def about_cycles(
     import pandas as pd
     from pahcl.evaluate import class_names
     names = class_names(config['label_map'])
-    named = {'class': [names[i] if own else '' for i in cycles.table['label']], 'data set': config['dataset']}
-    return pd.DataFrame(named | {'location': [p if own else '' for p in cycles.table['location'].fillna('').astype(str)], 'heart rate': heart_rates(cycles, processed_dir)})
+    classes = [names[i] if own else '' for i in cycles.table['label']]
+    places = [p if own else '' for p in cycles.table['location'].fillna('').astype(str)]
+    return pd.DataFrame({'class': classes, 'data set': config['dataset'], 'location': places, 'heart rate': heart_rates(cycles, processed_dir)})
 
 # %% ../nbs/06o_representation.ipynb #03c49b0a
 def map_data(
@@ -254,7 +263,7 @@ def map_data(
         parts.append((encode(encoder, cycles, batch_size=batch_size), about_cycles(cycles, config, config['task_name'] == task, processed_dir)))
     return np.concatenate([p[0] for p in parts]), pd.concat([p[1] for p in parts], ignore_index=True)
 
-# %% ../nbs/06o_representation.ipynb #4b7f66b2
+# %% ../nbs/06o_representation.ipynb #d14ae3c3
 def representation_notes(
     saved: dict, test,             # a checkpoint's content; table of the cycles that are scored
     cycles_per_recording: int, split: str,
@@ -263,12 +272,13 @@ def representation_notes(
     from pahcl.classifier import persons_seen
     seen = sorted((persons_seen(saved) or set()) & set(test['person_id'].astype(str)))
     who = f'the encoder has learnt from {len(seen)} of these persons: {", ".join(seen[:5])}{" …" if len(seen) > 5 else ""}'
-    labels = 'the encoder was fine-tuned with labels: what the probes find is not pretraining alone'
-    if ((saved.get('config') or {}).get('pretrain') or {}).get('freeze_encoder'): labels = 'the encoder stayed frozen while the classifier learnt: its features are those it had before'
+    frozen = ((saved.get('config') or {}).get('pretrain') or {}).get('freeze_encoder')
+    labels = 'the encoder stayed frozen while the classifier learnt: its features are those it had before' if frozen else \
+             'the encoder was fine-tuned with labels: what the probes find is not pretraining alone'
     return [f'{cycles_per_recording or "all"} cycles a recording; probes and detectors learn from the training split and are scored on subjects of {split}',
             *([who] if seen else []), *([labels] if saved.get('kind') == 'finetune' else [])]
 
-# %% ../nbs/06o_representation.ipynb #280aed3c
+# %% ../nbs/06o_representation.ipynb #188f999e
 def representation_sections(
     probed, anomalies, figures, notes: list,  # of `probes`, `anomaly`, `map_figures` and `representation_notes`
 ) -> dict:                                    # heading -> things of a report
@@ -279,7 +289,8 @@ def representation_sections(
     first = [dict(probe=r.probe, subjects=r.subjects, AUROC=cell(r, 'auroc'), **{'F1 macro': cell(r, 'f1_macro')}) for r in probed.itertuples()]
     second = [dict(detector=r.detector, subjects=r.subjects, ill=r.ill, AUROC=with_interval(r.auroc, (r.low, r.high))) for r in anomalies.itertuples()]
     below = 'AUROC: how often an ill subject is stranger than a normal one. 0.5 is a coin; below it the ill look more normal than the normal.'
-    return {'Neighbours and a linear probe': [pd.DataFrame(first)], 'Anomaly detection from normal cycles': [below, pd.DataFrame(second)], 'Map': figures, 'Notes': [notes]}
+    tables = {'Neighbours and a linear probe': [pd.DataFrame(first)], 'Anomaly detection from normal cycles': [below, pd.DataFrame(second)]}
+    return tables | {'Map': figures, 'Notes': [notes]}
 
 # %% ../nbs/06o_representation.ipynb #81b9b748
 def split_features(
@@ -296,7 +307,7 @@ def split_features(
         logger().info(f'{name}: features of {len(cycles)} cycles')
     return found, config
 
-# %% ../nbs/06o_representation.ipynb #8ea9c544
+# %% ../nbs/06o_representation.ipynb #15ab8f69
 def represent(
     checkpoint,                     # of pahcl_pretrain or pahcl_finetune, or `packaged`
     task: str, data_dir='data/downstream', split='test',   # as in `pahcl.evaluate.evaluate`
@@ -322,7 +333,8 @@ def represent(
     save_figure(map_figure(*shown), folder/'tsne.png')
     write_text(folder/'anomaly_subject.csv', subjects.to_csv(index=False, float_format='%.6f'))
     sections = representation_sections(probed, anomalies, map_figures(*shown), notes)
-    results = dict(checkpoint=str(checkpoint), task=task, split=split, encoder_type=saved.get('encoder_type'), notes=notes, probes=probed.to_dict('records'), anomaly=anomalies.to_dict('records'))
+    about = dict(checkpoint=str(checkpoint), task=task, split=split, encoder_type=saved.get('encoder_type'), notes=notes)
+    results = about | dict(probes=probed.to_dict('records'), anomaly=anomalies.to_dict('records'))
     if saved.get('kind') == 'finetune' and saved.get('task') == task:
         from pahcl.saliency import saliency_report
         results['saliency'], sections['Saliency: what the classifier listens to'] = saliency_report(checkpoint, task, data_dir, split, folder, seed)
@@ -330,7 +342,7 @@ def represent(
     write_report(folder/'report.html', f'{task}, {split}: features of {checkpoint}', sections)
     return results | dict(output_dir=str(folder))
 
-# %% ../nbs/06o_representation.ipynb #4ba08e8c
+# %% ../nbs/06o_representation.ipynb #5a2bc492
 @script
 def pahcl_represent(
     checkpoint: str = None,                # needed: checkpoint of pahcl_pretrain or pahcl_finetune, or packaged
@@ -349,5 +361,6 @@ def pahcl_represent(
     from pahcl.evaluate import needed
     needed(checkpoint=checkpoint, task=task)
     results = represent(checkpoint, task, data_dir, split, output_dir, processed_dir, cycles_per_recording, points, batch_size, seed=seed)
-    for kind, name in (('probes', 'probe'), ('anomaly', 'detector')): print(pd.DataFrame(results[kind])[[name, 'subjects', 'auroc']].round(4).to_string(index=False))
+    for kind, name in (('probes', 'probe'), ('anomaly', 'detector')):
+        print(pd.DataFrame(results[kind])[[name, 'subjects', 'auroc']].round(4).to_string(index=False))
     print('\n'.join([*results['notes'], f'Report: {results["output_dir"]}/report.html']))

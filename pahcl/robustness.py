@@ -131,7 +131,7 @@ def conditions(
     to = lambda other: lambda x, valid, rows: through_rate(x, valid, other, rate)
     return {('stored', 'as stored'): None, **{('noise', f'{db} dB'): noise(db) for db in NOISE}, **{('sample rate', f'{f/1000:g} kHz'): to(f) for f in RATES}}
 
-# %% ../nbs/06l_robustness.ipynb #83c6a271
+# %% ../nbs/06l_robustness.ipynb #7bfd568f
 def lacking(
     labels, names: list,   # of the subjects; names of the classes
 ) -> str:                  # '' where every class is there
@@ -139,6 +139,7 @@ def lacking(
     gone = [n for c, n in enumerate(names) if c not in set(np.asarray(labels).tolist())]
     return f'nobody is of class {" or ".join(gone)}, and the scores need every class' if gone else ''
 
+# %% ../nbs/06l_robustness.ipynb #f6459bc8
 def device_rows(
     table, said,   # the cycles and what the model says about the stored ones
     dataset: str, rule='mean', subject_rule=None, draws=2000, seed=0,
@@ -158,7 +159,7 @@ def device_rows(
             if why := lacking(subjects['label'], names): notes.append(f'{kind}, {n}: {why}')
     return rows, notes
 
-# %% ../nbs/06l_robustness.ipynb #548d584b
+# %% ../nbs/06l_robustness.ipynb #7a2aa0ca
 def constant_note(
     name: str, subjects, names: list,   # of the condition; of `subject_frame`; of the classes
 ) -> list:                              # no or one sentence
@@ -168,8 +169,9 @@ def constant_note(
 
 SAID = ['cycles were found in the recordings as they are: what noise does to that search is not in these numbers',
         'noise is white in the band; its ratio is that of the powers in the band, over each cycle',
-        'the stored cycles hold no more than their band, which every sample rate here can carry: that column checks that resampling loses nothing, not how a poorer recording does']
+        'every sample rate here can carry the band of the stored cycles: this checks that resampling loses nothing, not how a poorer recording does']
 
+# %% ../nbs/06l_robustness.ipynb #ae21e6a9
 def robustness_table(
     model, cycles, columns,                    # a `Classifier`, the split, the model's outputs in the task's order
     dataset='', rule='mean', subject_rule=None, batch_size=64, draws=2000, seed=0,
@@ -188,7 +190,7 @@ def robustness_table(
     more, notes = device_rows(cycles.table, first[0], dataset, rule, subject_rule, draws, seed, names)
     return pd.DataFrame(rows+more), [*told, *notes, *SAID]
 
-# %% ../nbs/06l_robustness.ipynb #524501e3
+# %% ../nbs/06l_robustness.ipynb #a99ef2c0
 def draw_condition(
     ax, own, stored,   # axes; rows of one kind of `robustness_table`; the row of the stored cycles
     score: str,
@@ -204,6 +206,7 @@ def draw_condition(
     ax.set_xticks(at, [c.split(',')[0] for c in own['condition']], rotation=40, ha='right', rotation_mode='anchor')
     ax.set_xlim(-.6, max(len(own), 1)-.4)
 
+# %% ../nbs/06l_robustness.ipynb #980780b0
 def robustness_figure(
     table,   # of `robustness_table`
     score='auroc', name='AUROC',
@@ -223,18 +226,23 @@ def robustness_figure(
     figure.set_label(f'{name} of subjects with 95 % intervals over persons. Grey line and band: the cycles as they are stored.')
     return figure
 
-# %% ../nbs/06l_robustness.ipynb #6430c7a5
+# %% ../nbs/06l_robustness.ipynb #c9e66d68
 def printed(
     table,   # of `robustness_table`
 ):           # DataFrame of strings
     "The table for people."
     from pahcl.report import with_interval
-    cell = lambda r, s: with_interval(getattr(r, s), (getattr(r, f'{s}_low'), getattr(r, f'{s}_high'))) if getattr(r, s) == getattr(r, s) else '–'
-    gap = lambda r: '–' if r.auroc_difference != r.auroc_difference else f'{r.auroc_difference:+.3f} [{r.auroc_difference_low:+.3f}, {r.auroc_difference_high:+.3f}]'
-    named = lambda r: r.condition if r.kind == 'stored' else f'{r.kind}: {r.condition}'
-    return pd.DataFrame([{'Condition': named(r), 'Subjects': r.subjects, 'AUROC': cell(r, 'auroc'), 'F1 macro': cell(r, 'f1_macro'), 'Δ AUROC': gap(r)} for r in table.itertuples()])
+    three = lambda r, s: [r[s], r[f'{s}_low'], r[f'{s}_high']]
+    cell = lambda r, s: with_interval(r[s], three(r, s)[1:]) if pd.notna(r[s]) else '–'
+    gap = lambda r, s: '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*three(r, s)) if pd.notna(r[s]) else '–'
+    rows = []
+    for _, r in table.iterrows():
+        name = r['condition'] if r['kind'] == 'stored' else f'{r["kind"]}: {r["condition"]}'
+        scores = {'AUROC': cell(r, 'auroc'), 'F1 macro': cell(r, 'f1_macro'), 'Δ AUROC': gap(r, 'auroc_difference')}
+        rows.append({'Condition': name, 'Subjects': r['subjects'], **scores})
+    return pd.DataFrame(rows)
 
-# %% ../nbs/06l_robustness.ipynb #6b71c02e
+# %% ../nbs/06l_robustness.ipynb #46a30abe
 def write_robustness(
     folder, table, notes: list,   # of `robustness_table`
     title: str,                   # of the page
@@ -250,9 +258,10 @@ def write_robustness(
     write_text(folder/'robustness.md', as_markdown(printed(table)) + ''.join(f'\n{n}\n' for n in notes))
     write_text(folder/'robustness.tex', as_latex(printed(table)))
     save_figure(robustness_figure(table), folder/'robustness.png')
-    write_report(folder/'robustness.html', title, {'Scores of subjects': ['Δ AUROC: difference to the cycles as they are stored, of the same persons.', printed(table), notes], 'Figures': figures})
+    gap = 'Δ AUROC: difference to the cycles as they are stored, of the same persons.'
+    write_report(folder/'robustness.html', title, {'Scores of subjects': [gap, printed(table), notes], 'Figures': figures})
 
-# %% ../nbs/06l_robustness.ipynb #dbe5a5ee
+# %% ../nbs/06l_robustness.ipynb #0a17a391
 def robustness(
     checkpoint, task: str, data_dir='data/downstream', split='test', output_dir=None, batch_size=64,   # as in `pahcl.evaluate.evaluate`
     rule='mean', subject_rule=None, draws=2000, seed=0,                                                # as there
@@ -264,7 +273,8 @@ def robustness(
     model, saved = load_model(checkpoint)
     columns, _ = match_classes(saved['label_map'], config['label_map'], saved['task'], task)
     check_cycles((saved.get('config') or {}).get('data', {}), config)
-    table, notes = robustness_table(model, cycles, columns, config.get('dataset', ''), rule, subject_rule, batch_size, draws, seed, class_names(config['label_map']))
+    names = class_names(config['label_map'])
+    table, notes = robustness_table(model, cycles, columns, config.get('dataset', ''), rule, subject_rule, batch_size, draws, seed, names)
     folder = Path(output_dir) if output_dir else Path(checkpoint).parent/f'evaluation_{task}_{split}'
     write_robustness(folder, table, notes, f'{task}, {split}: robustness of {Path(checkpoint).parent.name}/{Path(checkpoint).name}')
     print('\n'.join([printed(table).to_string(index=False), *(f'{n}.' for n in notes)]))

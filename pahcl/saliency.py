@@ -42,7 +42,7 @@ def class_margin(
         return logits[:, c]-logits[:, others].mean(1)
     return answer
 
-# %% ../nbs/06q_saliency.ipynb #c503d8e0
+# %% ../nbs/06q_saliency.ipynb #788d3fae
 def explain_class(
     model, x, valid, c: int, steps=64,   # as in `class_margin`; cycles [B, 1, T]
 ):                                       # (shares [B, 1, T], missing part of the difference [B])
@@ -52,6 +52,7 @@ def explain_class(
     with torch.no_grad(): whole = answer(x)-answer(torch.zeros_like(x))
     return shares, (shares.sum((1, 2))-whole).abs()/whole.abs().clamp_min(1e-6)
 
+# %% ../nbs/06q_saliency.ipynb #993073cc
 def saliency(
     model, cycles, rows,   # a `Classifier` in evaluation mode, a `Cycles` of a task, row numbers
     classes,               # the output of the model that each row is explained for [rows]
@@ -96,13 +97,14 @@ def state_shares(
     inside = np.stack([(values*(phases == k)).sum(1) for k in (1, 2, 3, 4)], 1)
     return inside/np.maximum((np.abs(shares)*(phases > 0)).sum(1, keepdims=True), 1e-12)
 
-# %% ../nbs/06q_saliency.ipynb #f7ca957a
+# %% ../nbs/06q_saliency.ipynb #544f4683
 def by_subject(
     table, values,   # a row a cycle: `subject_id, label`; numbers of each [n, m]
 ):                   # DataFrame by (label, subject) with m columns
     "Mean of each subject's cycles."
     return pd.DataFrame(values).groupby([table['label'].to_numpy(), table['subject_id'].astype(str).to_numpy()]).mean()
 
+# %% ../nbs/06q_saliency.ipynb #1f880542
 def class_curves(
     table, curves,   # as in `by_subject`; of `over_states`
 ):                   # DataFrame: label, part, mean, error, subjects
@@ -113,7 +115,7 @@ def class_curves(
         rows.append(pd.DataFrame(dict(label=c, part=range(curves.shape[1]), mean=own.mean().to_numpy(), error=error.to_numpy(), subjects=len(own))))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/06q_saliency.ipynb #53e9a4bb
+# %% ../nbs/06q_saliency.ipynb #4c8eec71
 def draw_class(
     ax, curve,     # axes; the rows of one class of `class_curves`
     title: str,
@@ -130,6 +132,7 @@ def draw_class(
     ax.set_xticks((edges[:-1]+edges[1:])/2, STATES)
     ax.tick_params(axis='x', length=0)
 
+# %% ../nbs/06q_saliency.ipynb #9199740d
 def saliency_figure(
     curves,        # of `class_curves`
     names: list,   # of the classes
@@ -144,7 +147,7 @@ def saliency_figure(
         for ax, c in zip(figure.subplots(len(chosen), 1, sharex=True, sharey=True, squeeze=False)[:, 0], chosen):
             own = curves[curves['label'] == c]
             draw_class(ax, own, f'{names[c]} ({own["subjects"].iloc[0]} subjects)')
-    figure.set_label('Above 0: speaks for the class, below: against it. Line: mean over subjects; grey: two standard errors. Each state is stretched to its usual length.')
+    figure.set_label('Above 0: speaks for the class, below: against it. Line: mean over subjects; grey: two standard errors. Each state has its usual length.')
     return figure
 
 # %% ../nbs/06q_saliency.ipynb #1aeadb88
@@ -179,7 +182,7 @@ def explain_split(
     table = cycles.table.iloc[rows].reset_index(drop=True)
     return table, *saliency(model, cycles, rows, [columns[c] for c in table['label']], steps), class_names(config['label_map'])
 
-# %% ../nbs/06q_saliency.ipynb #1c05bb31
+# %% ../nbs/06q_saliency.ipynb #f7ec552b
 def saliency_report(
     checkpoint, task: str, data_dir, split: str, folder,   # as in `explain_split`; where `saliency.png` and `saliency.csv` go
     seed=0, cycles_per_subject=4, steps=64,
@@ -191,10 +194,10 @@ def saliency_report(
     figure = saliency_figure(curves, names)
     save_figure(figure, Path(folder)/'saliency.png')
     write_text(Path(folder)/'saliency.csv', curves.assign(class_name=[names[c] for c in curves['label']]).to_csv(index=False))
-    note = f'Integrated gradients of {len(table)} cycles for their true class, {steps} steps from silence; median part of the answer that the shares miss: {np.median(missing):.1%}.'
+    note = f'Integrated gradients of {len(table)} cycles for their true class, {steps} steps; the shares miss {np.median(missing):.1%} of the answer (median).'
     logger().info(note)
     sizes, nets = saliency_tables(table, shares, phases, names)
-    means = {kind: {names[c]: own.mean().to_list() for c, own in by_subject(table, state_shares(shares, phases, kind == 'net')).groupby(level=0)} for kind in ('states', 'net')}
+    of = lambda signed: {names[c]: own.mean().to_list() for c, own in by_subject(table, state_shares(shares, phases, signed)).groupby(level=0)}
     things = [note, 'Where it listens: share of the sizes in each state, and in brackets how many times that is its share of the time.', sizes,
               'What it hears there: above 0 speaks for the class, below against it; with two standard errors over subjects.', nets, figure]
-    return dict(cycles=len(table), steps=steps, median_missing=float(np.median(missing)), **means), things
+    return dict(cycles=len(table), steps=steps, median_missing=float(np.median(missing)), states=of(False), net=of(True)), things

@@ -9,7 +9,7 @@ __all__ = ['STATE_COLOURS', 'STATE_NAMES', 'KEPT', 'REJECTED', 'colour_states', 
 # %% ../nbs/01g_state_plots.ipynb #df77b44d
 import numpy as np
 
-# %% ../nbs/01g_state_plots.ipynb #b2f264ba
+# %% ../nbs/01g_state_plots.ipynb #1d6d127b
 STATE_COLOURS = {1: '#0072B2', 2: '#D6E6F2', 3: '#D55E00', 4: '#F8E6DA'}
 STATE_NAMES = {1: 'S1', 3: 'S2'}
 
@@ -24,7 +24,8 @@ def colour_states(
     "Colour a band of the axes by state; state 0 stays white."
     for a, b, k in states[['start_s', 'end_s', 'state']].itertuples(index=False):
         if k: ax.axvspan(a, b, low, high, color=STATE_COLOURS[int(k)], lw=0, **keys)
-        if named and k in STATE_NAMES: ax.text((a+b)/2, low+.01, STATE_NAMES[int(k)], transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=5, clip_on=True)
+        if named and k in STATE_NAMES:
+            ax.text((a+b)/2, low+.01, STATE_NAMES[int(k)], transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=5, clip_on=True)
 
 # %% ../nbs/01g_state_plots.ipynb #278df230
 KEPT, REJECTED = '#009E73', '#999999'
@@ -66,7 +67,7 @@ def draw_row(
     ax.set(xlim=(low, high), ylim=(-1.7, 1.4), yticks=[])
     ax.tick_params(labelsize=6)
 
-# %% ../nbs/01g_state_plots.ipynb #76f5621b
+# %% ../nbs/01g_state_plots.ipynb #8ef5b399
 def plot_states(
     signal,          # [T], as recorded
     sample_rate,     # Hz
@@ -88,12 +89,13 @@ def plot_states(
     with rc_context(STYLE):
         figure = pyplot.figure(figsize=(width, 1.5*len(limits)+0.5), layout='constrained')
         pyplot.close(figure)                                                        # a notebook shows it where it is returned, and nothing stays open
-        for ax, (low, high) in zip(figure.subplots(len(limits), squeeze=False)[:, 0], limits): draw_row(ax, low, high, heard/scale, envelope, sample_rate, states, beats, truth)
+        for ax, (low, high) in zip(figure.subplots(len(limits), squeeze=False)[:, 0], limits):
+            draw_row(ax, low, high, heard/scale, envelope, sample_rate, states, beats, truth)
         ax.set_xlabel('time / s', fontsize=7)
         if title: figure.suptitle(title, fontsize=8)
     return figure
 
-# %% ../nbs/01g_state_plots.ipynb #b0d92d64
+# %% ../nbs/01g_state_plots.ipynb #3b798b42
 def plot_processed(
     path,            # the recording
     folder,          # its folder of `pahcl_preprocess`, with `cycles.csv` and `states.tsv`
@@ -107,6 +109,7 @@ def plot_processed(
     beats = pd.read_csv(Path(folder)/'cycles.csv', keep_default_na=False)
     return plot_states(*read_recording(path), read_annotation(Path(folder)/'states.tsv'), beats, title=title)
 
+# %% ../nbs/01g_state_plots.ipynb #3c523ad9
 def spread(
     count,           # how many there are
     wanted,          # how many to take

@@ -16,13 +16,14 @@ from fastcore.basics import patch
 
 from .basics import PahclError
 
-# %% ../nbs/04f_trackers.ipynb #7b610eaa
+# %% ../nbs/04f_trackers.ipynb #6aff2073
 def check_installed(
     tensorboard=False, wandb=False,   # what was asked for
 ):
     "Raise `PahclError` that names the package and the flag where a tracker is not installed."
     for asked, there, name in [(tensorboard, is_tensorboard_available, 'tensorboard'), (wandb, is_wandb_available, 'wandb')]:
-        if asked and not there(): raise PahclError(f'--{name} was given but the package {name} is not installed. Install it (pip install {name}) or leave the flag out.')
+        if asked and not there():
+            raise PahclError(f'--{name} was given but the package {name} is not installed. Install it (pip install {name}) or leave the flag out.')
 
 # %% ../nbs/04f_trackers.ipynb #942daf9c
 def open_tensorboard(
@@ -78,7 +79,7 @@ class Trackers:
     def close(self):
         for t in self.watchers: t.finish()
 
-# %% ../nbs/04f_trackers.ipynb #06c940df
+# %% ../nbs/04f_trackers.ipynb #12712730
 @patch
 def scalars(self: Trackers,
     values: dict,   # name -> number; what is undefined (None, NaN) is left out
@@ -88,6 +89,7 @@ def scalars(self: Trackers,
     numbers = {k: float(v) for k, v in values.items() if v is not None and v == v}
     for t in self.watchers: t.log(numbers, step=step)
 
+# %% ../nbs/04f_trackers.ipynb #c3311b6e
 @patch
 def text(self: Trackers, name: str, text: str):
     "A note that has no step: W&B keeps it in the run's summary."
@@ -95,12 +97,13 @@ def text(self: Trackers, name: str, text: str):
         if t.name == 'tensorboard': t.writer.add_text(name, text)
         else: t.run.summary[name] = text
 
-# %% ../nbs/04f_trackers.ipynb #3c7127a0
+# %% ../nbs/04f_trackers.ipynb #f790223d
 def wandb_value(kind: str, value):
     "An `Image` or `Histogram` of W&B."
     import wandb
     return getattr(wandb, kind)(value)
 
+# %% ../nbs/04f_trackers.ipynb #6c00a3a4
 @patch
 def figures(self: Trackers,
     figures: dict,   # name -> matplotlib figure
