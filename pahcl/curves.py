@@ -90,11 +90,11 @@ def legend_below(
     "A legend that hides no curve."
     ax.legend(title=title, loc='upper center', bbox_to_anchor=(.5, -.2), fontsize='small', title_fontsize='small')
 
-# %% ../nbs/02d_curves.ipynb #745e37b0
+# %% ../nbs/02d_curves.ipynb #72bb63f5
 def draw_roc(
     ax, y_true, probabilities, names,   # as in `draw_classes`
     title='',
-    decided=None,                       # decided classes [n]: a marker on (or, where several classes compete, below) each curve
+    decided=None,                       # decided classes [n]: a marker on each curve, or beside it where several classes compete for the decision
 ):
     "ROC of class 1 (two classes) or of each class against the rest; the AUROC stands in the legend."
     draw_classes(ax, y_true, probabilities, names, roc_points, auroc)
@@ -104,7 +104,9 @@ def draw_roc(
         if ill.any() and not ill.all(): ax.plot(called[~ill].mean(), called[ill].mean(), 'k', marker=MARKERS[i], ms=6, ls='', label=f'{names[c]} as decided')
     ax.set(xlabel='1 − specificity', ylabel='sensitivity', xlim=(-.01, 1.01), ylim=(-.01, 1.01), box_aspect=1, title=title)
     legend_below(ax, 'AUROC')
-    ax.figure.set_label('ROC: every threshold there could be. Up and to the left is better, the grey diagonal is a coin.')
+    several = ' Markers: the decisions; they may lie beside the curve, as the most probable of several classes is no threshold.'
+    markers = '' if decided is None else ' Marker: the decisions.' if len(names) == 2 else several
+    ax.figure.set_label(f'ROC: every threshold there could be. Up and to the left is better, the grey diagonal is a coin.{markers}')
 
 # %% ../nbs/02d_curves.ipynb #a3d4a951
 def draw_precision_recall(
