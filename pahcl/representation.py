@@ -202,12 +202,14 @@ def map_figure(
     figure.set_label(CAPTION)
     return figure
 
-# %% ../nbs/06o_representation.ipynb #e3826d00
+# %% ../nbs/06o_representation.ipynb #6a06dd2c
 def map_figures(
     places, about, classes=(),   # as in `map_figure`
 ) -> list:                       # matplotlib Figures
     "Each colouring in a picture of its own."
-    return [map_figure(places, about[[column]], classes) for column in about]
+    figures = [map_figure(places, about[[column]], classes) for column in about]
+    for figure in figures: figure.set_label('')   # said once for all, see `representation_sections`
+    return figures
 
 # %% ../nbs/06o_representation.ipynb #289c6aa7
 def drawn(
@@ -278,7 +280,7 @@ def representation_notes(
     return [f'{cycles_per_recording or "all"} cycles a recording; probes and detectors learn from the training split and are scored on subjects of {split}',
             *([who] if seen else []), *([labels] if saved.get('kind') == 'finetune' else [])]
 
-# %% ../nbs/06o_representation.ipynb #188f999e
+# %% ../nbs/06o_representation.ipynb #4cf945b8
 def representation_sections(
     probed, anomalies, figures, notes: list,  # of `probes`, `anomaly`, `map_figures` and `representation_notes`
 ) -> dict:                                    # heading -> things of a report
@@ -290,7 +292,7 @@ def representation_sections(
     second = [dict(detector=r.detector, subjects=r.subjects, ill=r.ill, AUROC=with_interval(r.auroc, (r.low, r.high))) for r in anomalies.itertuples()]
     below = 'AUROC: how often an ill subject is stranger than a normal one. 0.5 is a coin; below it the ill look more normal than the normal.'
     tables = {'Neighbours and a linear probe': [pd.DataFrame(first)], 'Anomaly detection from normal cycles': [below, pd.DataFrame(second)]}
-    return tables | {'Map': figures, 'Notes': [notes]}
+    return tables | {'Map': [CAPTION, *figures], 'Notes': [notes]}
 
 # %% ../nbs/06o_representation.ipynb #81b9b748
 def split_features(
