@@ -120,8 +120,7 @@ def epoch_figures(
 ) -> dict:                 # name -> figure
     "Confusion matrix and curves of a validation split, for the trackers."
     from pahcl.metrics import at_levels, confusion_matrix
-    from pahcl.report import confusion_figure
-    from pahcl.trackers import curves_figure
+    from pahcl.curves import confusion_figure, curves_figure
     names, (rows, said) = sorted(label_map, key=label_map.get), at_levels(table, probabilities)[level]
     matrix, title = confusion_matrix(rows['label'], said.argmax(1), len(names)), f'{title}, {len(rows)} {level}s'
     return {'validation/confusion_matrix': confusion_figure(matrix, names, title), 'validation/curves': curves_figure(rows['label'], said, names, title)}

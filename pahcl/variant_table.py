@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from .basics import PahclError, write_text
 from .compare import SCORES, bootstrap_p, check_pair, draw_counts, experiment_draws, experiment_scores, person_of, read_subjects, stacked
 from .metrics import percentile_interval
-from .report import STYLE, flat, save_figure
+from .figures import STYLE, save_figure
+from .report import flat
 from .summarize import p_text, write_table
 
 # %% ../nbs/06r_variant_table.ipynb #dbe20fa7

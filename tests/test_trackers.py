@@ -4,9 +4,11 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from accelerate import PartialState
 from matplotlib.figure import Figure
 from pahcl.basics import PahclError
 from pahcl.finetune import finetune
@@ -81,9 +83,9 @@ def test_a_fine_tuning_with_both(tmp_path, offline):
 
 
 def test_system_metrics(tmp_path, offline):
+    PartialState()   # as in every training; accelerate's trackers need it
     trackers = Trackers(tmp_path, dict(seed=1), wandb=True)
-    import time
-    time.sleep(1.5)
+    time.sleep(4)    # W&B measures in a process of its own, which a busy machine starts late
     trackers.text('why', 'a note')
     trackers.close()
     records = wandb_records(tmp_path)
