@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 
 from .basics import write_text
 from .calibration import reliability
-from .curves import confusion_figure, precision_recall_figure, roc_figure
-from .figures import COLOURS, MARKERS, STYLE, line_style, png_bytes, save_figure
+from .figures import COLOURS, MARKERS, STYLE, line_style, png_bytes
 from .metrics import blind_cost, outcome_cost
 
 # %% ../nbs/06b_report.ipynb #823d77c7

@@ -34,10 +34,11 @@ def integrated_gradients(
 # %% ../nbs/06q_saliency.ipynb #19efb66b
 def class_margin(
     model, valid, c: int,   # a `Classifier`, valid lengths [B], the class
+    phases=None,            # [B, T], for a model that pools by state
 ):                          # function x [B, 1, T] -> [B]
     "The logit of a class above the mean of the others."
     def answer(x):
-        logits = model(x, valid)
+        logits = model(x, valid, phases=phases)
         others = [i for i in range(logits.shape[1]) if i != c]
         return logits[:, c]-logits[:, others].mean(1)
     return answer
@@ -45,9 +46,10 @@ def class_margin(
 # %% ../nbs/06q_saliency.ipynb #788d3fae
 def explain_class(
     model, x, valid, c: int, steps=64,   # as in `class_margin`; cycles [B, 1, T]
+    phases=None,
 ):                                       # (shares [B, 1, T], missing part of the difference [B])
     "Integrated gradients of cycles for one class, and how far they are from adding up."
-    answer = class_margin(model, valid, c)
+    answer = class_margin(model, valid, c, phases)
     shares = integrated_gradients(answer, x, steps)
     with torch.no_grad(): whole = answer(x)-answer(torch.zeros_like(x))
     return shares, (shares.sum((1, 2))-whole).abs()/whole.abs().clamp_min(1e-6)
@@ -65,7 +67,7 @@ def saliency(
         shares, missing = torch.zeros(b['x'].shape), torch.zeros(len(own))
         for c in np.unique(own):
             at = torch.from_numpy(np.flatnonzero(own == c))
-            shares[at], missing[at] = explain_class(model, b['x'][at], b['valid_length'][at], int(c), steps)
+            shares[at], missing[at] = explain_class(model, b['x'][at], b['valid_length'][at], int(c), steps, b['phases'][at])
         found.append((shares[:, 0].numpy(), missing.numpy(), b['phases'].numpy()))
     return tuple(np.concatenate(part) for part in zip(*found))
 

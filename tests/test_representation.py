@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pahcl.classifier import load_model
+from pahcl.classifier import Classifier, load_model
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.loader import Cycles
 from pahcl.representation import heart_rates, pahcl_represent
@@ -46,6 +46,14 @@ def test_completeness_of_an_encoder(trained):
     assert not shares[:, 0][b['phases'] == 0].any()
     one, many = saliency(model, cycles, [2], [1], 16)[0], saliency(model, cycles, np.arange(4), [1]*4, 16, batch_size=3)[0]
     assert np.allclose(one[0], many[2], atol=1e-6)
+
+
+def test_saliency_of_a_model_that_pools_by_state(trained):
+    "Its answer hangs on the states of each cycle: shares add up to it, and a sample of padding has none."
+    torch.manual_seed(0)
+    model = Classifier(load_model(trained/'outputs'/'pascal_downstream'/'best_model.pt')[0].encoder, 3, pooling='phases').eval()
+    shares, missing, phases = saliency(model, Cycles.from_task(trained/'downstream'/'pascal', 'test'), np.arange(3), [0, 1, 2])
+    assert missing.max() < .05 and np.abs(shares).max() > 0 and not shares[phases == 0].any()
 
 
 def test_changed_cycles_do_not_depend_on_the_batch(trained):
