@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from .basics import PahclError, logger, script, write_text
-from .evaluate import (all_notes, class_names, needed, open_split, predict_split, score_predictions, seen_note, summary_text,
+from .evaluate import (all_notes, assess, class_names, needed, open_split, predict_split, score_predictions, seen_note, summary_text,
                             write_evaluation)
 
 # %% ../nbs/06c_ensemble.ipynb #5052e395
@@ -144,10 +144,11 @@ def score_ensemble(
     table, members, label_map, task, paths,  # as in `member_scores`
     rule='mean', subject_rule=None, draws=2000, seed=0,  # as in `score_predictions`
     weights=None,                            # of the members; None: all alike
+    assessed=None,                           # function probabilities -> (results, levels); None: `score_predictions`, without recordings that have no cycle
 ):                                           # (results, levels, disagreement)
     "Scores of the mean of the members' probabilities, and of each of them."
     together = mean_probabilities(members, table, rule, subject_rule, weights)
-    results, levels = score_predictions(table, together, label_map, task, rule, subject_rule, draws, seed)
+    results, levels = assessed(together) if assessed else score_predictions(table, together, label_map, task, rule, subject_rule, draws, seed)
     told = disagreement(table, members, class_names(label_map), rule, subject_rule, weights)
     share = [1/len(members)]*len(members) if weights is None else [float(w) for w in weights]
     alone = member_scores(table, members, label_map, task, rule, subject_rule, paths)
@@ -232,6 +233,7 @@ def ensemble(
     output_dir=None,             # None: `ensemble_<task>_<split>` in the folder that holds all members
     batch_size=64, rule='mean', subject_rule=None, draws=2000, seed=0,  # as in `pahcl.evaluate.evaluate`
     weighted=False,              # learn weights on the validation split; otherwise all members count alike
+    raw_dir=None,                # the folder of raw data, for the floor of demographics
 ) -> dict:                       # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
     paths, members = load_members(checkpoints)
@@ -239,10 +241,11 @@ def ensemble(
     check_test_persons(members, cycles.table, split)
     weights = validation_weights(paths, members, task, data_dir, batch_size, rule, subject_rule) if weighted else None
     answers = [predict_split(p, cycles, config, batch_size) for p in paths]
-    results, levels, told = score_ensemble(cycles.table, [a[0] for a in answers], config['label_map'], task, paths, rule, subject_rule, draws, seed, weights)
+    assessed = lambda said: assess((cycles.table, said), None, config, Path(data_dir)/task, split, missing, rule, subject_rule, draws, seed, raw_dir=raw_dir)
+    results, levels, told = score_ensemble(cycles.table, [a[0] for a in answers], config['label_map'], task, paths, rule, subject_rule, draws, seed, weights, assessed)
     saved, matched = answers[0][1:]
-    about = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split, matched=matched, missing=missing)
-    results = about | dict(notes=ensemble_notes(answers, cycles.table, task), **results)
+    about = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split, matched=matched)
+    results = about | results | dict(notes=[*ensemble_notes(answers, cycles.table, task), *results['notes']])
     for note in all_notes(results): logger().info(note)
     folder = Path(output_dir) if output_dir else common_folder(paths)/f'ensemble_{task}_{split}'
     asked = dict(members=about['checkpoints'], task=task, data_dir=str(data_dir), split=split, draws=draws, seed=seed,
@@ -261,10 +264,11 @@ def pahcl_ensemble(
     batch_size: int = 64,               # cycles at once
     subject_rule: str = 'mean',         # recordings to subjects: mean, logmean or any_present (murmur)
     weighted: bool = False,             # weigh the members by what the validation subjects say; otherwise all count alike
+    raw_dir: str = 'data/raw',          # folder of the raw data, for the floor of demographics; may be absent
 ):
     "Evaluate the mean of several fine-tuned checkpoints, and how far they disagree about each subject."
     needed(checkpoints=checkpoints, task=task)
-    results = ensemble(checkpoints, task, data_dir, split, output_dir, batch_size, subject_rule=subject_rule, weighted=weighted)
+    results = ensemble(checkpoints, task, data_dir, split, output_dir, batch_size, subject_rule=subject_rule, weighted=weighted, raw_dir=raw_dir)
     print(summary_text(results))
     if weighted: print('Weights: ' + ', '.join(f'{m["checkpoint"]} {m["weight"]:.3f}' for m in results['members']))
     agree, bits = results['agreement']['all_agree'], results['agreement']['mean_mutual_information']

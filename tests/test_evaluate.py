@@ -88,6 +88,8 @@ def test_recordings_without_cycles_are_counted(house):
     told = pd.read_csv(house.outputs/'run'/'evaluation_circor_murmur_test'/'predictions_recording.csv', dtype=dict(subject_id=str)).set_index('recording_id')
     assert told.loc[['000_Phc', 'lost_AV'], 'units_below'].tolist() == [0, 0]
     assert np.allclose(told.loc['lost_AV'].filter(like='probability').astype(float), [.25, .5, .25])   # one Absent in training, and one of each
+    one = ensemble(house.checkpoint('again'), 'circor_murmur', house.data, draws=5)
+    assert {k: one[k] for k in ('n', 'levels', 'fallback', 'missing')} == {k: results[k] for k in ('n', 'levels', 'fallback', 'missing')}
     assert results['n']['subject'] == 13 and any('2 recordings without a cycle are answered' in n for n in results['notes'])
 
 
@@ -190,7 +192,8 @@ def test_one_member_is_itself(house):
     house.task()
     path = house.checkpoint()
     alone, one = evaluate(path, 'circor_murmur', house.data, draws=5), ensemble(path, 'circor_murmur', house.data, draws=5)
-    assert alone['levels'] == one['levels'] and one['agreement']['all_agree'] == 1 and 'this is no ensemble' in one['notes'][0]
+    assert all(alone[k] == one[k] for k in ('levels', 'shortcuts', 'below_floor', 'fallback')) and 'heart rate' in one['shortcuts']
+    assert one['agreement']['all_agree'] == 1 and 'this is no ensemble' in one['notes'][0]
 
 
 def test_a_person_under_two_ids_is_resampled_as_one():
