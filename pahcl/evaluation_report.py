@@ -188,7 +188,8 @@ def rule_section(
     from pahcl.report import number
     told = f'Chosen by {results["chosen_by"]} on the validation split: {results["best_rule"]}. Used here: {results["subject_rule"]}.'
     cells = [{k: v if k == 'rule' else number(v) for k, v in r.items()} for r in results['rules']]
-    return [told, pd.DataFrame(cells).rename(columns=dict(value='here'))]
+    score, split = results['chosen_by'], results.get('split', 'this')
+    return [told, pd.DataFrame(cells).rename(columns=dict(validation=f'{score}, val', value=f'{score}, {split}'))]
 
 # %% ../nbs/06t_evaluation_report.ipynb #3026b1c6
 def calibration_section(
