@@ -37,7 +37,8 @@ def pooled(
 ):                       # [B, C], or [B, 4 C]: S1, systole, S2, diastole
     "Features of cycles; raises `PahclError` where states are asked for and not given."
     if pooling == 'cycle': return encoder(x, valid_length)
-    if phases is None: raise PahclError('classifier.pooling is phases, but the states of the cycles were not given. Take batches from pahcl.loader.Cycles, or pass phases.')
+    if phases is None:
+        raise PahclError('classifier.pooling is phases, but the states of the cycles were not given. Take batches from pahcl.loader.Cycles, or pass phases.')
     cycle, states, present = pool_levels(encoder, x, phases)
     return torch.where(present[..., None], states, cycle[:, None]).flatten(1)
 

@@ -241,8 +241,9 @@ def ensemble(
     check_test_persons(members, cycles.table, split)
     weights = validation_weights(paths, members, task, data_dir, batch_size, rule, subject_rule) if weighted else None
     answers = [predict_split(p, cycles, config, batch_size) for p in paths]
-    assessed = lambda said: assess((cycles.table, said), None, config, Path(data_dir)/task, split, missing, rule, subject_rule, draws, seed, raw_dir=raw_dir)
-    results, levels, told = score_ensemble(cycles.table, [a[0] for a in answers], config['label_map'], task, paths, rule, subject_rule, draws, seed, weights, assessed)
+    assessed = lambda mean: assess((cycles.table, mean), None, config, Path(data_dir)/task, split, missing, rule, subject_rule, draws, seed, raw_dir=raw_dir)
+    said = [a[0] for a in answers]
+    results, levels, told = score_ensemble(cycles.table, said, config['label_map'], task, paths, rule, subject_rule, draws, seed, weights, assessed)
     saved, matched = answers[0][1:]
     about = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split, matched=matched)
     results = about | results | dict(notes=[*ensemble_notes(answers, cycles.table, task), *results['notes']])

@@ -72,7 +72,8 @@ def class_table(
     from pahcl.report import number, share_with_interval
     support, decided = subject['support'], [sum(column) for column in zip(*subject['confusion_matrix'])]
     of = dict(recall=support, precision=decided, specificity=[sum(support)-s for s in support])
-    cells = {k: [share_with_interval(v, m) for v, m in zip(values, of[k])] if k in of else [number(v) for v in values] for k, values in subject['per_class'].items()}
+    cell = lambda k, v, c: share_with_interval(v, of[k][c]) if k in of else number(v)
+    cells = {k: [cell(k, v, c) for c, v in enumerate(values)] for k, values in subject['per_class'].items()}
     return pd.DataFrame(dict(subjects=support) | cells, index=pd.Index(names, name='class'))
 
 # %% ../nbs/06t_evaluation_report.ipynb #82a045a9
@@ -161,7 +162,8 @@ def evaluation_figures(
     matrix = lambda level: confusion_figure(results['levels'][level]['confusion_matrix'], names, f'{results["n"][level]:,} {level}s')
     figures = {f'confusion_matrix{"" if level == "subject" else "_"+level}': matrix(level) for level in ('subject', 'recording', 'cycle')}
     versions = dict(model=values) | ({f'temperature {temperature:.2f}': with_temperature(values, temperature)} if temperature else {})
-    figures |= dict(roc=roc_figure(rows['label'], values, names, title, rows['predicted']), precision_recall=precision_recall_figure(rows['label'], values, names, title))
+    figures['roc'] = roc_figure(rows['label'], values, names, title, rows['predicted'])
+    figures['precision_recall'] = precision_recall_figure(rows['label'], values, names, title)
     figures['reliability'] = reliability_figure(rows['label'], versions, title)
     if results['task'] == 'circor_outcome': figures['referral_cost'] = referral_figure(rows['label'], values[:, 1], rows['predicted'], title)
     return figures

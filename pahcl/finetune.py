@@ -178,7 +178,9 @@ def learn(
     cache = Path(config.data.base_dir)/config.task.name/'.features'
     features = {s: cached_features(run, model.encoder, data[s], cache, pooling=model.pooling) if frozen else None for s in ('train', 'val')}
     model.to(device)
-    if model.head_settings['standardise']: model.standardise.fit(encode(model.encoder, train, device, pooling=model.pooling) if features['train'] is None else features['train'])
+    if model.head_settings['standardise']:
+        known = features['train']
+        model.standardise.fit(encode(model.encoder, train, device, pooling=model.pooling) if known is None else known)
     units, groups = units_of(run, config, train, features['train']), learning_groups(config, model)
     objective = make_objective(model, settings, units.labels, label_map, frozen)
     validate = validator(run, config, data['val'], label_map, primary, predictor(run, model, data['val'], settings.batch_size, features['val']))
