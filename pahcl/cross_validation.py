@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from .basics import PahclError, UsageError, existing, generator, logger, read_json, write_json, write_text
-from .evaluate import bag_note, choose_thresholds, open_split, predict_split, settle, task_recordings, validation_answers
+from .evaluate import bag_note, check_rules, choose_thresholds, open_split, predict_split, settle, task_recordings, validation_answers
 from .evaluation_report import all_notes, write_evaluation
 from .fold_scores import CHOSEN, fold_sections, reason_notes, score_folds
 
@@ -234,12 +234,9 @@ def check_ways(
     config: dict, rule, subject_rule, threshold,   # `task_config.json`; as in `cross_validate`
 ):
     "Tell a rule or threshold that cannot be before hours of training."
-    import numpy as np
-    import pandas as pd
-    from pahcl.metrics import at_levels
+    check_rules(config['label_map'], rule, subject_rule, CHOSEN)
     choose_thresholds(threshold, {}, config['label_map'], config['task_name'])
-    one, k = pd.DataFrame(dict(subject_id=['a'], recording_id=['a'], label=[0])), len(config['label_map'])   # a made person asks the rules
-    at_levels(one, np.full((1, k), 1/k), rule, None if subject_rule in CHOSEN else subject_rule)
+
 
 # %% ../nbs/06n_cross_validation.ipynb #3948955a
 def check_validation(

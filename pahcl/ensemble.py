@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from .basics import PahclError, logger, script, write_text
-from .evaluate import (all_notes, assess, class_names, needed, open_split, predict_split, score_predictions, seen_note, summary_text,
+from .evaluate import (all_notes, assess, bag_note, check_rules, class_names, needed, open_split, predict_split, score_predictions, seen_note, summary_text,
                             write_evaluation)
 
 # %% ../nbs/06c_ensemble.ipynb #5052e395
@@ -199,12 +199,13 @@ def validation_weights(
 def ensemble_notes(
     answers: list,      # of `predict_split`, one a member
     table, task: str,   # of the cycles; what they are predicted for
+    subject_rule=None,
 ) -> list:              # sentences
     "What must be known beside the ensemble's numbers."
     saved, matched = answers[0][1:]
     alone = ['one member only: this is no ensemble'] if len(answers) == 1 else []
     across = [f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []
-    return [*alone, *across, *dict.fromkeys(note for a in answers for note in seen_note(a[1], table))]
+    return [*alone, *across, *dict.fromkeys(note for a in answers for note in [*bag_note(a[1], subject_rule), *seen_note(a[1], table)])]
 
 # %% ../nbs/06c_ensemble.ipynb #166ea568
 def load_members(
@@ -238,6 +239,7 @@ def ensemble(
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
     paths, members = load_members(checkpoints)
     cycles, config, missing = open_split(task, data_dir, split)
+    check_rules(config['label_map'], rule, subject_rule, ())
     check_test_persons(members, cycles.table, split)
     weights = validation_weights(paths, members, task, data_dir, batch_size, rule, subject_rule) if weighted else None
     answers = [predict_split(p, cycles, config, batch_size) for p in paths]
@@ -246,7 +248,7 @@ def ensemble(
     results, levels, told = score_ensemble(cycles.table, said, config['label_map'], task, paths, rule, subject_rule, draws, seed, weights, assessed)
     saved, matched = answers[0][1:]
     about = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split, matched=matched)
-    results = about | results | dict(notes=[*ensemble_notes(answers, cycles.table, task), *results['notes']])
+    results = about | results | dict(notes=[*ensemble_notes(answers, cycles.table, task, subject_rule), *results['notes']])
     for note in all_notes(results): logger().info(note)
     folder = Path(output_dir) if output_dir else common_folder(paths)/f'ensemble_{task}_{split}'
     asked = dict(members=about['checkpoints'], task=task, data_dir=str(data_dir), split=split, draws=draws, seed=seed,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['match_classes', 'check_cycles', 'task_folder', 'missing_units', 'task_recordings', 'open_split', 'class_shares',
            'silent_recordings', 'with_quality', 'seen_note', 'predict_split', 'bag_note', 'validation_answers',
-           'choose_way', 'choose_thresholds', 'settle', 'assess', 'evaluation_notes', 'evaluate', 'needed',
-           'pahcl_evaluate']
+           'check_rules', 'choose_way', 'choose_thresholds', 'settle', 'assess', 'evaluation_notes', 'evaluate',
+           'needed', 'pahcl_evaluate']
 
 # %% ../nbs/06_eval.ipynb #b463c460
 from pathlib import Path
@@ -156,11 +156,14 @@ def predict_split(
 def bag_note(
     saved: dict,         # a checkpoint's content
     subject_rule=None,   # what was asked for
+    used=None,           # what that came to
 ) -> list:               # no or one sentence
     "Which levels the model answers for by itself."
     head = saved.get('head', {})
     if head.get('aggregation', 'cycle') == 'cycle': return []
-    level = 'recordings and subjects are' if head['bag_level'] == 'subject' and not subject_rule else 'recordings are'
+    if subject_rule in CHOSEN and used != 'model': return []   # made from the cycles
+    both = head['bag_level'] == 'subject' and (used == 'model' or not subject_rule)
+    level = 'recordings and subjects are' if both else 'recordings are'
     return [f'{level} bags of cycles that the model answers for itself, by {head["aggregation"]}']
 
 # %% ../nbs/06_eval.ipynb #662fb776
@@ -169,8 +172,22 @@ def validation_answers(
 ):                                                          # (table, probabilities), or None where there is no validation split beside `split`
     "What the model says about the validation split."
     if split == 'val' or not (Path(data_dir)/task/'val.csv').is_file(): return None
-    cycles = open_split(task, data_dir, 'val')[0]
+    from pahcl.loader import Cycles
+    cycles = Cycles.from_task(Path(data_dir)/task, 'val')
+    if not len(cycles): return None
     return cycles.table, predict_split(checkpoint, cycles, config, batch_size)[0]
+
+# %% ../nbs/06_eval.ipynb #5e1f0f01
+def check_rules(
+    label_map: dict,     # of the task
+    rule, subject_rule,  # as in `evaluate`
+    chosen=(*CHOSEN, 'model'),   # rules of subjects beside those of `pahcl.metrics.aggregate`; `model`: a model of bags answers itself
+):
+    "Raise `PahclError` for a way from cycles to subjects that the task does not have."
+    from pahcl.aggregation import rules_of
+    own = list(rules_of(label_map))
+    for flag, name, valid in (('--rule', rule, own), ('--subject-rule', subject_rule, [*own, *chosen])):
+        if name is not None and name not in valid: raise PahclError(f'{flag} is {name}; here there are {", ".join(valid)}.')
 
 # %% ../nbs/06_eval.ipynb #3463b9e2
 def choose_way(
@@ -180,11 +197,13 @@ def choose_way(
 ):                       # (arguments of `at_levels` for `told`, for `val` or None, {rules, best_rule, chosen_by, subject_rule})
     "The way from cycles to subjects, and how all the others do."
     primary = config.get('primary_metric', 'f1_macro')
+    if subject_rule == 'model' and not isinstance(told[1], dict):
+        raise PahclError('--subject-rule model is the own answer of a model of bags, and this model answers for cycles. Give another rule.')
     if val is None:
         if subject_rule in CHOSEN:
             raise PahclError(f'--subject-rule {subject_rule} needs a validation split beside the one that is reported. '
                              'Give mean, logmean, trimmed or any_present.')
-        return (told[1], rule, subject_rule), None, {}
+        return (told[1], rule, None if subject_rule == 'model' else subject_rule), None, {}
     from pahcl.aggregation import compare_rules
     rows, best, ways, own = compare_rules(val, told, config['label_map'], primary)
     name = best if subject_rule == 'choose' else subject_rule
@@ -223,7 +242,8 @@ def settle(
     chosen_on = at_levels(val[0], *own) if val else at_levels(told[0], *way) if split == 'val' else None
     thresholds = choose_thresholds(threshold, chosen_on, label_map, config['task_name'])
     levels = with_quality(with_silent(at_levels(told[0], *way), silent, prior), folder)
-    ways = dict(rule=way[1], subject_rule=way[2] or way[1], thresholds={level: thresholds.get(level) for level in levels}, threshold=threshold)
+    own_answer = isinstance(told[1], dict) and 'subject' in told[1] and subject_rule in (None, 'model')
+    ways = dict(rule=way[1], subject_rule='model' if own_answer else way[2] or way[1], thresholds={level: thresholds.get(level) for level in levels}, threshold=threshold)
     return decided_levels(levels, label_map, thresholds), ways | kept | dict(missing=missing, fallback=len(silent), notes=lost), chosen_on
 
 # %% ../nbs/06_eval.ipynb #4cb14763
@@ -245,11 +265,12 @@ def assess(
 # %% ../nbs/06_eval.ipynb #fe9bcab6
 def evaluation_notes(
     saved: dict, matched, cycles, task, split, subject_rule, threshold,  # as in `evaluate`; a checkpoint's content, of `match_classes`
+    used=None,                                                           # the rule that subjects were answered by
 ) -> list:                                                               # sentences
     "What a reader must know of how this was made."
     across = [f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []
     flattered = [f'--threshold {threshold} was chosen on the split that is reported: this flatters'] if threshold != 'argmax' and split == 'val' else []
-    return [*across, *bag_note(saved, subject_rule), *seen_note(saved, cycles.table), *flattered]
+    return [*across, *bag_note(saved, subject_rule, used), *seen_note(saved, cycles.table), *flattered]
 
 # %% ../nbs/06_eval.ipynb #5fab3b01
 def evaluate(
@@ -269,12 +290,13 @@ def evaluate(
     "Evaluate a checkpoint on a split and write the evaluation's folder."
     existing(checkpoint, 'checkpoint', 'Train one with pahcl_finetune.')
     cycles, config, missing = open_split(task, data_dir, split)
-    choose_thresholds(threshold, {}, config['label_map'], task)   # a misspelt one is told before the model speaks
+    check_rules(config['label_map'], rule, subject_rule)          # a misspelt one is told before the model speaks
+    choose_thresholds(threshold, {}, config['label_map'], task)
     probabilities, saved, matched = predict_split(checkpoint, cycles, config, batch_size)
     val, told = validation_answers(checkpoint, task, data_dir, split, config, batch_size), (cycles.table, probabilities)
     results, levels = assess(told, val, config, Path(data_dir)/task, split, missing, rule, subject_rule, draws, seed, threshold, raw_dir)
     about = dict(checkpoint=str(checkpoint), trained_on=saved['task'], encoder_type=saved['encoder_type'], split=split, matched=matched)
-    results = about | results | dict(notes=[*evaluation_notes(saved, matched, cycles, task, split, subject_rule, threshold), *results['notes']])
+    results = about | results | dict(notes=[*evaluation_notes(saved, matched, cycles, task, split, subject_rule, threshold, results['subject_rule']), *results['notes']])
     for note in all_notes(results): logger().info(note)
     folder = Path(output_dir) if output_dir else Path(checkpoint).parent/f'evaluation_{task}_{split}'
     asked = dict(about, data_dir=str(data_dir), rule=rule, subject_rule=subject_rule, threshold=threshold, draws=draws, seed=seed)
@@ -307,9 +329,12 @@ def pahcl_evaluate(
     "Evaluate a fine-tuned checkpoint: scores of cycles, recordings and subjects with intervals, figures and a report."
     needed(checkpoint=checkpoint, task=task)
     if cross_validate is not None:
+        if robustness or split != 'test': raise UsageError('--cross-validate goes with neither --robustness nor --split: each fold has a test split of its own.')
         from pahcl.cross_validation import cross_validate as validate
         return print(summary_text(validate(checkpoint, task, cross_validate, data_dir, output_dir, rule, subject_rule, threshold=threshold, raw_dir=raw_dir)))
     print(summary_text(evaluate(checkpoint, task, data_dir, split, output_dir, batch_size, rule, subject_rule, threshold=threshold, raw_dir=raw_dir)))
     if robustness:
         from pahcl.robustness import robustness as more
-        more(checkpoint, task, data_dir, split, output_dir, batch_size, rule, subject_rule if subject_rule in ('mean', 'logmean', 'any_present') else None)
+        fixed = None if subject_rule in (*CHOSEN, 'model') else subject_rule
+        if subject_rule in CHOSEN or threshold != 'argmax': print('Robustness is of the most probable class, without --threshold, and without a rule that was chosen or learnt on val.')
+        more(checkpoint, task, data_dir, split, output_dir, batch_size, rule, fixed)

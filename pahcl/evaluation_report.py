@@ -147,7 +147,8 @@ def threshold_text(
         return f'Each fold chose its own threshold for {sought} ({results["threshold"]}) on its validation persons.'
     if not t: return 'Decided is the most probable class.'
     values = ', '.join(f'{v:.3f} ({level}s)' for level, v in t.items())
-    return f'Decided is {sought} from a probability of {values} on ({results.get("threshold", "given")}).'
+    how = results.get('threshold')
+    return f'Decided is {sought} at a probability of {values} or more' + (f', chosen by {how} on the validation split.' if how else '.')
 
 # %% ../nbs/06t_evaluation_report.ipynb #a294e4ee
 def evaluation_figures(
@@ -188,7 +189,8 @@ def rule_section(
     "Every rule from cycles to subjects, on both splits."
     import pandas as pd
     from pahcl.report import number
-    told = f'Chosen by {results["chosen_by"]} on the validation split: {results["best_rule"]}. Used here: {results["subject_rule"]}.'
+    told = (f'Best by {results["chosen_by"]} on the validation split: {results["best_rule"]}. Used here: {results["subject_rule"]}. '
+            'In the table decisions are the most probable class, whatever the threshold.')
     cells = [{k: v if k == 'rule' else number(v) for k, v in r.items()} for r in results['rules']]
     score, split = results['chosen_by'], results.get('split', 'this')
     return [told, pd.DataFrame(cells).rename(columns=dict(validation=f'{score}, val', value=f'{score}, {split}'))]

@@ -39,7 +39,7 @@ def heart_rates(
     cycles,      # the task's `cycles.csv`: `subject_id`, `s2_end` and `valid_length` in samples, `duration_s` where it is known
     target=4000, # samples at which a cycle is cut
 ):               # DataFrame by subject id: median and tenth percentile of the length, median end of S2; without `duration_s` the share of cycles that were cut
-    "How fast a subject's heart beats, and nothing else."
+    "How fast a subject's heart beats, and how long its systole lasts; nothing else."
     known = 'duration_s' in cycles
     by = cycles.assign(whole=cycles['duration_s' if known else 'valid_length'], cut=cycles['valid_length'] >= target).groupby(cycles['subject_id'].astype(str))
     rates = pd.DataFrame(dict(length=by['whole'].median(), short=by['whole'].quantile(.1), systole=by['s2_end'].median()))

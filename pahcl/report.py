@@ -190,11 +190,11 @@ WORDS = {
     'calibration_error': 'mean gap between how sure it is and how often it is right: 0 is honest',
     'brier': 'squared distance between probabilities and truth; lower is better',
     'surprise': 'mean of −log(probability given to the truth); lower is better',
-    'heart rate': 'floor: a logistic regression that knows only how long the cycles are',
+    'heart rate': 'floor: a logistic regression that knows only how long cycles and systoles are',
     'folder letter': 'floor: a logistic regression that knows only which hospital\'s folder a recording lies in',
     'demographics': 'floor: a logistic regression that knows only age, sex, height, weight and pregnancy',
     'logmean': 'mean of the logarithms of the probabilities: one sure denial weighs much', 'trimmed': 'mean without the most extreme cycles',
-    'learned': 'a small model of the recordings\' answers, fitted on the validation split', 'any_present': 'a subject has a murmur when any recording has',
+    'learned': 'a small model of what is said of a subject\'s cycles, fitted on the validation split', 'model': 'the own answer of a model of bags', 'any_present': 'a subject has a murmur when any recording has',
     'knn': 'vote of the nearest training cycles', 'linear': 'logistic regression on the features as they are',
     'mahalanobis': 'distance from the normal mean in standard deviations', 'cosine': 'angle to the normal mean',
     'neighbours': 'mean distance to the nearest normal cycles'}

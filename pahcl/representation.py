@@ -269,16 +269,19 @@ def map_data(
 def representation_notes(
     saved: dict, test,             # a checkpoint's content; table of the cycles that are scored
     cycles_per_recording: int, split: str,
+    names=(),                      # of the classes
 ) -> list:                         # sentences
     "What a reader must know."
     from pahcl.classifier import persons_seen
+    from pahcl.robustness import lacking
     seen = sorted((persons_seen(saved) or set()) & set(test['person_id'].astype(str)))
     who = f'the encoder has learnt from {len(seen)} of these persons: {", ".join(seen[:5])}{" …" if len(seen) > 5 else ""}'
+    gone = lacking(test['label'], names) if names else ''
     frozen = ((saved.get('config') or {}).get('pretrain') or {}).get('freeze_encoder')
     labels = 'the encoder stayed frozen while the classifier learnt: its features are those it had before' if frozen else \
              'the encoder was fine-tuned with labels: what the probes find is not pretraining alone'
     return [f'{cycles_per_recording or "all"} cycles a recording; probes and detectors learn from the training split and are scored on subjects of {split}',
-            *([who] if seen else []), *([labels] if saved.get('kind') == 'finetune' else [])]
+            *([f'scores of {split} that are not there: {gone}'] if gone else []), *([who] if seen else []), *([labels] if saved.get('kind') == 'finetune' else [])]
 
 # %% ../nbs/06o_representation.ipynb #4cf945b8
 def representation_sections(
@@ -328,7 +331,7 @@ def represent(
     splits, config = split_features(encoder, task, data_dir, list(dict.fromkeys(('train', split))), cycles_per_recording, batch_size, seed)
     train, test, label_map = splits['train'], splits[split], config['label_map']
     probed, (anomalies, subjects) = probes(train, test, label_map, draws, seed), anomaly(train, test, label_map, draws, seed)
-    notes = representation_notes(saved, test[0], cycles_per_recording, split)
+    notes = representation_notes(saved, test[0], cycles_per_recording, split, class_names(label_map))
     features, about = map_data(encoder, task, data_dir, split, points, processed_dir, seed, batch_size)
     shown = tsne(features, seed), about, class_names(label_map)
     folder = Path(output_dir) if output_dir else find_checkpoint(checkpoint).parent/f'representation_{task}_{split}'

@@ -86,13 +86,14 @@ def group_names(
     runs,        # DataFrame of rows of `read_run`
     output_dir,  # their folder
 ) -> list:       # the experiment that each run belongs to
-    "Name runs that differ in their seed only by what they share; by their own names where that would mix two configurations, or two runs of one seed."
+    "Name runs that differ in their seed only by what they share; by their own names, or folders, where that would mix two configurations, or two runs of one seed."
     known = runs['seed'].notna() & (runs['status'] == 'finished')
     shared = [without_seed(name, seed) if k else name for name, seed, k in zip(runs['experiment'], runs['seed'], known)]
     table = runs.assign(shared=shared, settings=[settings_but_seed(Path(output_dir)/f) for f in runs['folder']])
     one = lambda g: g['settings'].nunique() == 1 and not g['seed'].duplicated().any()
     fine = {key for key, g in table.groupby(['task', 'shared'], dropna=False) if one(g)}
-    return [r.shared if (r.task, r.shared) in fine else r.experiment for r in table.itertuples()]
+    own = table.groupby(['task', 'experiment'], dropna=False)['folder'].transform('size') == 1
+    return [r.shared if (r.task, r.shared) in fine else r.experiment if alone else r.folder for r, alone in zip(table.itertuples(), own)]
 
 # %% ../nbs/06d_summarize.ipynb #699fb8fd
 SHOWN = {'task': 'Task', 'experiment': 'Experiment', 'test_accuracy': 'Accuracy', 'test_f1': 'F1', 'test_auroc': 'AUROC'}

@@ -88,3 +88,16 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys, other, said):
     run(tmp_path, 'b', **other)
     assert pahcl_summarize(['--output-dir', str(tmp_path), '--compare', 'a', 'b']) == 1 and said in capsys.readouterr().err
     assert not list(tmp_path.glob('compare_*'))
+
+
+def test_two_runs_of_one_name_and_seed_are_not_seeds_of_one_experiment(tmp_path):
+    from pahcl.summarize import group_names
+    runs = pd.DataFrame([dict(folder=f'pascal_{n}', task='pascal', experiment='downstream', seed=42, status='finished') for n in ('downstream', 'packaged')])
+    for folder, rate in zip(runs['folder'], (.1, .2)):
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/'config.yaml').write_text(f'training: {{learning_rate: {rate}}}\nseed: 42\n')
+    assert group_names(runs, tmp_path) == ['pascal_downstream', 'pascal_packaged']
+    assert group_names(runs[:1], tmp_path) == ['downstream']
+    seeds = runs.assign(experiment=['full_seed42', 'full_seed43'], seed=[42, 43])
+    (tmp_path/'pascal_packaged'/'config.yaml').write_text('training: {learning_rate: 0.1}\nseed: 43\n')
+    assert group_names(seeds, tmp_path) == ['full', 'full']

@@ -183,6 +183,28 @@ def test_ensemble(house, capsys):
     assert pahcl_ensemble(['--task', 'circor_murmur']) == 2
 
 
+def test_rules_that_a_task_does_not_have(house, capsys):
+    "any_present speaks of murmurs, and would call normal Present where three classes mean something else; `model` is a model of bags' own answer."
+    names = dict(normal=0, murmur=1, extrasystole=2)
+    house.task('pascal', names)
+    path = str(house.checkpoint('heart', 'pascal', names))
+    ask = lambda command, *more: command(['--task', 'pascal', '--data-dir', str(house.data), *more])
+    for rule, why in (('any_present', 'here there are mean, logmean, trimmed'), ('nonsense', 'here there are mean'), ('model', 'answers for cycles')):
+        assert ask(pahcl_evaluate, '--checkpoint', path, '--subject-rule', rule) == 1
+        assert why in capsys.readouterr().err
+    assert ask(pahcl_ensemble, '--checkpoints', path, '--subject-rule', 'choose') == 1 and 'here there are mean, logmean, trimmed.' in capsys.readouterr().err
+    assert ask(pahcl_evaluate, '--checkpoint', path, '--cross-validate', '3', '--robustness') == 2
+
+
+def test_a_task_without_validation_persons(house, monkeypatch):
+    house.task()
+    loader = sys.modules['pahcl.loader'].Cycles
+    monkeypatch.setattr(loader, 'from_task', classmethod(lambda cls, folder, split: cls(house.table[:0] if split == 'val' else house.table)))
+    results = evaluate(house.checkpoint(), 'circor_murmur', house.data, draws=5)
+    assert 'rules' not in results and results['subject_rule'] == 'mean'
+    with pytest.raises(PahclError, match='needs a validation split'): evaluate(house.checkpoint('other'), 'circor_murmur', house.data, subject_rule='choose')
+
+
 def test_the_same_member_twice_counts_once(house):
     path = house.checkpoint()
     assert find_members([path, str(path)]) == [path]

@@ -4,11 +4,9 @@ import os
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from accelerate import PartialState
 from matplotlib.figure import Figure
 from pahcl.basics import PahclError
 from pahcl.finetune import finetune
@@ -82,12 +80,21 @@ def test_a_fine_tuning_with_both(tmp_path, offline):
     assert len(pictures) == 4 and all(p.stat().st_size > 2000 for p in pictures)
 
 
+ALONE = """
+import sys, time
+from accelerate import PartialState
+from pahcl.trackers import Trackers
+PartialState()
+trackers = Trackers(sys.argv[1], dict(seed=1), wandb=True)
+time.sleep(4)
+trackers.text('why', 'a note')
+trackers.close()
+"""
+
+
 def test_system_metrics(tmp_path, offline):
-    PartialState()   # as in every training; accelerate's trackers need it
-    trackers = Trackers(tmp_path, dict(seed=1), wandb=True)
-    time.sleep(4)    # W&B measures in a process of its own, which a busy machine starts late
-    trackers.text('why', 'a note')
-    trackers.close()
+    "In a process of its own: W&B's service starts to measure late, or not at all, in one that has had a run before."
+    subprocess.run([sys.executable, '-c', ALONE, str(tmp_path)], check=True, capture_output=True, timeout=120)
     records = wandb_records(tmp_path)
     measured = {i.key for r in records if r.HasField('stats') for i in r.stats.item}
     assert any('cpu' in k for k in measured) and any('memory' in k for k in measured), measured
