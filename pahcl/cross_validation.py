@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from .basics import PahclError, UsageError, existing, generator, logger, read_json, write_json, write_text
+from .calibration import sought
 from .evaluate import bag_note, check_rules, choose_thresholds, open_split, predict_split, settle, task_recordings, validation_answers
 from .evaluation_report import all_notes, write_evaluation
 from .fold_scores import CHOSEN, fold_sections, reason_notes, score_folds
@@ -290,7 +291,7 @@ def cross_validate(
     check_ways(config, **ways)
     (met, doubt), recordings = pretraining_persons(saved), task_recordings(Path(data_dir)/task).dropna(subset='label')
     planned = planned_folds(folds, recordings, config, met, seed)
-    check_validation(planned, person_labels(recordings), subject_rule, threshold, config['label_map'].get('Present', 1))
+    check_validation(planned, person_labels(recordings), subject_rule, threshold, sought(config['label_map']))
     notes = [*fold_notes(planned, met, folds, set(recordings['person_id'])), *([doubt] if doubt else []), *bag_note(saved, subject_rule)]
     out = Path(output_dir or Path(checkpoint).parent/f'cross_validation_{task}_{folds}')
     logger().info(f'{len(planned)} fine-tunings of up to {saved["config"]["training"]["num_epochs"]} epochs; {notes[0]}')

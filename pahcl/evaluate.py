@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['match_classes', 'check_cycles', 'task_folder', 'missing_units', 'task_recordings', 'open_split', 'class_shares',
-           'silent_recordings', 'with_quality', 'seen_note', 'predict_split', 'bag_note', 'validation_answers',
-           'check_rules', 'choose_way', 'choose_thresholds', 'settle', 'assess', 'evaluation_notes', 'evaluate',
-           'needed', 'pahcl_evaluate']
+           'silent_recordings', 'with_quality', 'seen_note', 'open_model', 'predict_split', 'bag_note',
+           'validation_answers', 'check_rules', 'choose_way', 'choose_thresholds', 'settle', 'assess',
+           'evaluation_notes', 'evaluate', 'needed', 'pahcl_evaluate']
 
 # %% ../nbs/06_eval.ipynb #b463c460
 from pathlib import Path
@@ -136,6 +136,18 @@ def seen_note(
     few = ', '.join(seen[:10])+(' …' if len(seen) > 10 else '')
     return [f'{len(seen)} of {len(persons)} persons trained the model, so this is no estimate of how it does on others: {few}'] if seen else []
 
+# %% ../nbs/06_eval.ipynb #5e1f0f11
+def open_model(
+    checkpoint,          # path of a fine-tuned checkpoint
+    task_config: dict,
+):                       # (model, the checkpoint's dict, the column of each of the task's classes, what was matched)
+    "A model that can answer for the task's classes and cycles; `PahclError` where it cannot."
+    from pahcl.classifier import load_model
+    model, saved = load_model(checkpoint)
+    columns, matched = match_classes(saved['label_map'], task_config['label_map'], saved['task'], task_config['task_name'])
+    check_cycles((saved.get('config') or {}).get('data', {}), task_config)
+    return model, saved, columns, matched
+
 # %% ../nbs/06_eval.ipynb #42e47f33
 def predict_split(
     checkpoint,       # path of a fine-tuned checkpoint
@@ -144,11 +156,9 @@ def predict_split(
     batch_size=64,    # only speed and memory depend on it
 ):                    # (probabilities [n, classes] in the task's order, see `pahcl.classifier.answers`; the checkpoint's dict; what was matched)
     "What the model of a checkpoint says about each cycle, and a model of bags about each bag."
-    from pahcl.classifier import load_model, predict
+    from pahcl.classifier import predict
     if batch_size < 1: raise PahclError(f'--batch-size is {batch_size}; give 1 or more.')
-    model, saved = load_model(checkpoint)
-    columns, matched = match_classes(saved['label_map'], task_config['label_map'], saved['task'], task_config['task_name'])
-    check_cycles((saved.get('config') or {}).get('data', {}), task_config)
+    model, saved, columns, matched = open_model(checkpoint, task_config)
     said = predict(model, cycles, batch_size)
     return {level: p[:, columns] for level, p in said.items()} if isinstance(said, dict) else said[:, columns], saved, matched
 

@@ -141,14 +141,15 @@ def threshold_text(
     results: dict,  # of `score_predictions`
 ) -> str:
     "How decisions are made."
+    from pahcl.calibration import sought
     t, name = {k: v for k, v in results['thresholds'].items() if v is not None}, class_names(results['label_map'])
-    sought = 'Present' if 'Present' in name else name[1]
+    sought_name = name[sought(results['label_map'])]
     if results.get('folds') and results.get('threshold', 'argmax') != 'argmax':
-        return f'Each fold chose its own threshold for {sought} ({results["threshold"]}) on its validation persons.'
+        return f'Each fold chose its own threshold for {sought_name} ({results["threshold"]}) on its validation persons.'
     if not t: return 'Decided is the most probable class.'
     values = ', '.join(f'{v:.3f} ({level}s)' for level, v in t.items())
     how = results.get('threshold')
-    return f'Decided is {sought} at a probability of {values} or more' + (f', chosen by {how} on the validation split.' if how else '.')
+    return f'Decided is {sought_name} at a probability of {values} or more' + (f', chosen by {how} on the validation split.' if how else '.')
 
 # %% ../nbs/06t_evaluation_report.ipynb #a294e4ee
 def evaluation_figures(

@@ -267,12 +267,9 @@ def robustness(
     rule='mean', subject_rule=None, draws=2000, seed=0,                                                # as there
 ):                                                                                                     # DataFrame of `robustness_table`
     "Score a checkpoint under every condition and write the table into the evaluation's folder."
-    from pahcl.classifier import load_model
-    from pahcl.evaluate import check_cycles, class_names, match_classes, open_split
+    from pahcl.evaluate import class_names, open_model, open_split
     cycles, config, _ = open_split(task, data_dir, split)
-    model, saved = load_model(checkpoint)
-    columns, _ = match_classes(saved['label_map'], config['label_map'], saved['task'], task)
-    check_cycles((saved.get('config') or {}).get('data', {}), config)
+    model, _, columns, _ = open_model(checkpoint, config)
     names = class_names(config['label_map'])
     table, notes = robustness_table(model, cycles, columns, config.get('dataset', ''), rule, subject_rule, batch_size, draws, seed, names)
     folder = Path(output_dir) if output_dir else Path(checkpoint).parent/f'evaluation_{task}_{split}'

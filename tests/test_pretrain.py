@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-import numpy as np, pytest, torch, yaml
+import numpy as np, pytest, torch
 import pahcl.pretrain as P
 import pahcl.runs
 import pahcl.training
@@ -13,8 +13,7 @@ from pahcl.config import ContrastSection, TrainingSection, load_config
 from pahcl.contrastive_model import ContrastiveModel
 from pahcl.encoder import build_encoder
 from pahcl.loader import Cycles
-from pahcl.splits import heldout_persons, prepare
-from pahcl.tables import made_processed, made_recordings
+from pahcl.splits import heldout_persons
 from pahcl.runs import load_checkpoint
 
 TINY = dict(model=dict(encoder_type='cnn', cnn_channels=[16, 16], cnn_kernel_sizes=[9, 5], cnn_strides=[8, 4], mamba_d_model=8, dropout=0.0),
@@ -22,12 +21,7 @@ TINY = dict(model=dict(encoder_type='cnn', cnn_channels=[16, 16], cnn_kernel_siz
             training=dict(num_epochs=2, warmup_epochs=1, batch_size=16, accumulation_steps=1, cycles_per_recording=2, num_workers=0, use_amp=False, learning_rate=5e-3))
 
 @pytest.fixture(scope='session')
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('pretrain')
-    made_processed(folder/'processed', made_recordings(['circor'], 24))
-    prepare('circor', folder/'raw', folder/'processed', folder/'downstream')
-    (folder/'tiny.yaml').write_text(yaml.safe_dump(TINY))
-    return folder
+def root(pretraining_on): return pretraining_on(TINY)
 
 def config_of(root, **flags): return load_config('pretrain', TINY, None, {'data.processed_dir': str(root/'processed'), 'data.base_dir': str(root/'downstream')} | flags)
 def run(root, out, **flags):

@@ -8,10 +8,7 @@ import sys
 
 import pytest
 import torch
-import yaml
 from pahcl.runs import load_checkpoint
-from pahcl.splits import prepare
-from pahcl.tables import made_processed, made_recordings
 
 TINY = dict(model=dict(encoder_type='cnn', cnn_channels=[16, 16], cnn_kernel_sizes=[9, 5], cnn_strides=[8, 4], mamba_d_model=8, dropout=0.1),
             contrast=dict(cycle_projector=[16, 8], substructure_projector=[16, 8], queue_size=32, moco_momentum=0.9, moco_momentum_end=1.0), validation_fraction=0.4,
@@ -72,11 +69,8 @@ print(json.dumps(answers))
 '''
 
 @pytest.fixture(scope='module')
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('resume')
-    made_processed(folder/'processed', made_recordings(['circor'], 24))
-    prepare('circor', folder/'raw', folder/'processed', folder/'downstream')
-    (folder/'tiny.yaml').write_text(yaml.safe_dump(TINY))
+def root(pretraining_on):
+    folder = pretraining_on(TINY)
     (folder/'driver.py').write_text(DRIVER)
     return folder
 
