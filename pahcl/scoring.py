@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERVALS', 'COMPARED', 'class_names', 'persons_of', 'few_persons', 'decided_levels', 'unsure_answers',
            'official_scores_of', 'score_level', 'floor_scores', 'official_result', 'score_levels', 'score_predictions',
-           'mark_floors']
+           'all_floors', 'mark_floors']
 
 # %% ../nbs/06m_scoring.ipynb #aad1bd2a
 def class_names(
@@ -168,6 +168,16 @@ def score_predictions(
     ways = dict(rule=rule, subject_rule=subject_rule or rule, thresholds={level: (thresholds or {}).get(level) for level in levels})
     return score_levels(levels, label_map, task, draws, seed) | ways, levels
 
+# %% ../nbs/06m_scoring.ipynb #526c46e4
+def all_floors(
+    results: dict,   # of `mark_floors`
+) -> dict:           # name -> scores, `official` among them
+    "Every floor that could be computed."
+    majority = results['floors']['subject']
+    floors = {f'all {majority["class_name"]}': majority, **{n: s for n, s in results.get('shortcuts', {}).items() if 'reason' not in s}}
+    for name, value in (results['official'] or {}).get('floors', {}).items(): floors[name] = floors.get(name, {}) | dict(official=value)
+    return floors
+
 # %% ../nbs/06m_scoring.ipynb #559082bc
 def mark_floors(
     results: dict,     # of `score_predictions`
@@ -175,7 +185,5 @@ def mark_floors(
 ) -> dict:             # the same with `shortcuts` and `below_floor`: score -> names of the floors that it does not exceed
     "Compare the subjects' scores, and the official one, with every floor."
     from pahcl.floors import below_floors
-    majority, official = results['floors']['subject'], results['official']
-    floors = {f'all {majority["class_name"]}': majority, **(shortcuts or {})}
-    for name, value in (official['floors'] if official else {}).items(): floors[name] = floors.get(name, {}) | dict(official=value)
-    return results | dict(shortcuts=shortcuts or {}, below_floor=below_floors(results['levels']['subject'], floors, COMPARED, official))
+    results = results | dict(shortcuts=shortcuts or {})
+    return results | dict(below_floor=below_floors(results['levels']['subject'], all_floors(results), COMPARED, results['official']))
