@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLING', 'HEADS', 'TRAINING_ONLY', 'PACKAGED', 'pooled', 'Standardise', 'Classifier', 'encode', 'answers', 'predict',
-           'classifier_content', 'load_model', 'persons_seen', 'part_of', 'some_names', 'sort_keys', 'encoder_config',
+           'classifier_content', 'load_model', 'persons_seen', 'part_of', 'sort_keys', 'encoder_config',
            'read_pretrained', 'find_checkpoint', 'fill_encoder', 'pretrained_encoder', 'encoder_fingerprint',
            'loading_line', 'encoder_alone']
 
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .bags import GatedAttention, bag_means, bag_softmax, bag_sums, bags_of
-from .basics import PahclError, fingerprint, progress
+from .basics import PahclError, fingerprint, progress, some
 from .contrastive_model import pool_levels
 from .encoder import ClassifierHead, build_encoder, load_weights
 from .foreign import adapted, read_foreign
@@ -206,11 +206,6 @@ def part_of(
     if '_momentum.' in key or 'queue' in key.split('.')[0]: return 'moco'
     return 'encoder' if key.startswith('encoder.') else 'heads' if key.startswith(HEADS) else ''
 
-# %% ../nbs/05a_classifier.ipynb #a5344219
-def some_names(names: list) -> str:
-    "The first three, for a message."
-    return f'{", ".join(names[:3])}{" …" if len(names) > 3 else ""}'
-
 # %% ../nbs/05a_classifier.ipynb #b7a68c9c
 def sort_keys(
     state: dict,   # a checkpoint's `model_state_dict`
@@ -219,7 +214,7 @@ def sort_keys(
     "Account for every key of a checkpoint; raises `PahclError` for keys that belong nowhere, or when there is no encoder."
     sorted_keys = {part: {k.removeprefix('encoder.'): v for k, v in state.items() if part_of(k) == part} for part in ('encoder', 'heads', 'moco')}
     stray = [k for k in state if not part_of(k)]
-    if stray: raise PahclError(f'{source}: {len(stray)} keys belong to no part of a checkpoint of pahcl: {some_names(stray)}.')
+    if stray: raise PahclError(f'{source}: {len(stray)} keys belong to no part of a checkpoint of pahcl: {some(stray, 3, " …")}.')
     if not sorted_keys['encoder']: raise PahclError(f'{source} holds no encoder (no key begins with "encoder.").')
     return sorted_keys
 
@@ -308,8 +303,8 @@ def loading_line(
     moco = f', momentum {found["momentum"]}, queue size {found["queue_size"]}, {found["moco_skipped"]} MoCo parameters skipped' if found['moco'] else ''
     folded = f', {found["folded"]} statistics of batch norms folded in' if found['folded'] else ''
     left, new = found['encoder_skipped'], found['at_random']
-    skipped = f', {len(left)} parameters of the encoder skipped ({some_names(left)})' if left else ''
-    random = f'; WARNING: {len(new)} parameters of the encoder are not in the file and start at random ({some_names(new)})' if new else ''
+    skipped = f', {len(left)} parameters of the encoder skipped ({some(left, 3, " …")})' if left else ''
+    random = f'; WARNING: {len(new)} parameters of the encoder are not in the file and start at random ({some(new, 3, " …")})' if new else ''
     heads = f', {found["heads_skipped"]} parameters of heads skipped'
     return f'{path}: MoCo detected: {found["moco"]}{moco}{heads}{skipped}{folded}, {found["loaded"]} parameters loaded{random}'
 

@@ -12,7 +12,7 @@ import glob
 import os
 from pathlib import Path
 
-from .basics import PahclError, logger, script, write_text
+from .basics import PahclError, logger, script, some, write_text
 from .evaluate import (all_notes, assess, bag_note, check_rules, class_names, needed, open_split, predict_split, score_predictions, seen_note, summary_text,
                             write_evaluation)
 
@@ -49,8 +49,8 @@ def check_test_persons(
     persons, advice = set(table['person_id'].astype(str)), 'Give checkpoints that were trained on one split of the persons.'
     seen = {path: known & persons for path, saved in members.items() if (known := persons_seen(saved)) is not None}
     if not seen or all(s == next(iter(seen.values())) for s in seen.values()): return
-    some = lambda ids: f' ({", ".join(sorted(ids)[:3])}{" …" if len(ids) > 3 else ""})' if ids else ''
-    told = '; '.join(f'{path} was trained on {len(s)} of them{some(s)}' for path, s in seen.items())
+    named = lambda ids: f' ({some(sorted(ids), 3, " …")})' if ids else ''
+    told = '; '.join(f'{path} was trained on {len(s)} of them{named(s)}' for path, s in seen.items())
     raise PahclError(f'the members do not share their {split} subjects: of {len(persons)} persons, {told}. {advice}')
 
 # %% ../nbs/06c_ensemble.ipynb #5dd20aa7

@@ -11,7 +11,7 @@ __all__ = ['match_classes', 'check_cycles', 'task_folder', 'missing_units', 'tas
 # %% ../nbs/06_eval.ipynb #b463c460
 from pathlib import Path
 
-from .basics import PahclError, UsageError, existing, logger, read_json, script
+from .basics import PahclError, UsageError, existing, logger, read_json, script, some
 from .evaluation_report import all_notes, prediction_table, summary_text, write_evaluation
 from .fold_scores import CHOSEN
 from .scoring import class_names, decided_levels, mark_floors, score_levels, score_predictions
@@ -133,7 +133,7 @@ def seen_note(
     known, persons = persons_seen(saved), set(table['person_id'].astype(str))
     if known is None: return ['the checkpoint does not say whom it was trained on: whether test persons are among them cannot be checked']
     seen = sorted(known & persons)
-    few = ', '.join(seen[:10])+(' …' if len(seen) > 10 else '')
+    few = some(seen, 10, ' …')
     return [f'{len(seen)} of {len(persons)} persons trained the model, so this is no estimate of how it does on others: {few}'] if seen else []
 
 # %% ../nbs/06_eval.ipynb #5e1f0f11

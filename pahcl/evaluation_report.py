@@ -11,7 +11,7 @@ __all__ = ['WHO', 'prediction_table', 'best_floor', 'level_column', 'class_table
 import re
 from pathlib import Path
 
-from .basics import write_json, write_text
+from .basics import some, write_json, write_text
 from .scoring import COMPARED, INTERVALS, all_floors, class_names
 
 # %% ../nbs/06t_evaluation_report.ipynb #82da7f77
@@ -118,9 +118,8 @@ def all_notes(
     results: dict,  # of `evaluate` or `score_predictions`
 ) -> list:          # sentences
     "What must be known beside the numbers: what was matched, who is missing, what is undefined."
-    few = lambda ids: ', '.join(ids[:10])+(' …' if len(ids) > 10 else '')
     missing = {unit: ids for unit, ids in (results.get('missing') or {}).items() if ids}
-    lost = [f'{len(ids)} {unit} of the split without a cycle, and so without a prediction: {few(ids)}.' for unit, ids in missing.items()]
+    lost = [f'{len(ids)} {unit} of the split without a cycle, and so without a prediction: {some(ids, 10, " …")}.' for unit, ids in missing.items()]
     lost += [f'{name} as a floor: not computed, {s["reason"]}.' for name, s in results.get('shortcuts', {}).items() if 'reason' in s]
     named = lambda note: re.sub(r'class (\d+)', lambda m: class_names(results['label_map'])[int(m[1])], note)
     return [*results.get('notes', []), *lost, *(f'{level}s: {named(note)}.' for level, s in results['levels'].items() for note in s['notes'])]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .basics import PahclError, existing, file_fingerprint, fingerprint, generator, logger, progress, read_json
-from .splits import locked, some
+from .basics import PahclError, existing, file_fingerprint, fingerprint, generator, logger, progress, read_json, some
+from .splits import locked
 from .tables import kept_cycles, read_processed, read_table
 
 # %% ../nbs/02a_cycle_loader.ipynb #2566b371

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .basics import PahclError, generator, logger, script, write_json, write_text
+from .basics import PahclError, generator, logger, script, some, write_json, write_text
 
 # %% ../nbs/06o_representation.ipynb #d454b019
 def mahalanobis_score(
@@ -75,12 +75,12 @@ def detector_row(
     draws=2000, seed=0,
 ) -> dict:                 # subjects, ill, auroc, low, high
     "The AUROC of a detector on the subjects who were judged."
-    from pahcl.compare import counted_auroc, draw_counts, middle
-    from pahcl.metrics import auroc
+    from pahcl.compare import counted_auroc, draw_counts
+    from pahcl.metrics import auroc, percentile_interval
     judged = subjects[subjects['label'].isin([normal, *ill])]
     positive, value = judged['label'].isin(ill).to_numpy(), judged['value'].to_numpy()
     both = positive.any() and not positive.all()
-    low, high = middle(counted_auroc(positive, value, draw_counts(judged['person_id'], positive, draws, seed))) if both else (None, None)
+    low, high = percentile_interval(counted_auroc(positive, value, draw_counts(judged['person_id'], positive, draws, seed))) if both else (None, None)
     return dict(subjects=len(judged), ill=int(positive.sum()), auroc=auroc(positive, value), low=low, high=high)
 
 # %% ../nbs/06o_representation.ipynb #f47e181a
@@ -275,7 +275,7 @@ def representation_notes(
     from pahcl.classifier import persons_seen
     from pahcl.robustness import lacking
     seen = sorted((persons_seen(saved) or set()) & set(test['person_id'].astype(str)))
-    who = f'the encoder has learnt from {len(seen)} of these persons: {", ".join(seen[:5])}{" …" if len(seen) > 5 else ""}'
+    who = f'the encoder has learnt from {len(seen)} of these persons: {some(seen, 5, " …")}'
     gone = lacking(test['label'], names) if names else ''
     frozen = ((saved.get('config') or {}).get('pretrain') or {}).get('freeze_encoder')
     labels = 'the encoder stayed frozen while the classifier learnt: its features are those it had before' if frozen else \

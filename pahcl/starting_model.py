@@ -9,7 +9,7 @@ __all__ = ['HELDOUT', 'check_pretraining', 'head_settings', 'substructure_note',
 # %% ../nbs/05c_starting_model.ipynb #145fcdc9
 import hashlib
 
-from .basics import PahclError, generator
+from .basics import PahclError, generator, some
 
 # %% ../nbs/05c_starting_model.ipynb #61fe9b4e
 HELDOUT = 'whether persons of the validation and test splits'
@@ -26,7 +26,7 @@ def check_pretraining(
     if known is None: return f'WARNING: {source} does not say whom it was trained on; {HELDOUT} are among them cannot be checked.'
     seen = sorted(known & {str(p) for p in heldout})
     if not seen: return ''
-    told = f'{source} was trained on {len(seen)} persons of the validation and test splits: {", ".join(seen[:5])}{" …" if len(seen) > 5 else ""}'
+    told = f'{source} was trained on {len(seen)} persons of the validation and test splits: {some(seen, 5, " …")}'
     advice = 'Pretrain again with this --downstream-dir, or prepare with the seed that was used then.'
     if not saved.get('include_heldout_subjects'): raise PahclError(f'{told}. {advice}')
     return f'WARNING: {told}, by --include-heldout-subjects. Its test scores are no estimate for new persons.'
