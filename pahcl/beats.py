@@ -28,9 +28,10 @@ def whole_beats(
 
 # %% ../nbs/01d_beats.ipynb #dccaf2f1
 SHORTEST_S, LONGEST_S = 0.3, 1.72      # 200 and 35 beats a minute
-MINIMUM_CONFIDENCE = 0.1               # that a beat is right: more would cost noisy recordings, of murmurs that are Unknown, more beats than others
+MINIMUM_CONFIDENCE = 0.05              # that a beat is right: more would cost noisy recordings, of murmurs that are Unknown, more beats than others
 REASONS = {'too short': f'under {SHORTEST_S} s', 'too long': f'over {LONGEST_S} s', 'flat': 'half of it or more is silent, 60 dB under the recording',
-           'clipped': '5 % of its samples or more at the limit of a clipped recording', 'low confidence': 'less than one in ten such beats is right'}
+           'clipped': '5 % of its samples or more at the limit of a clipped recording', 'low confidence': 'less than one in twenty such beats is right',
+           'no heartbeat': 'no heart is heard in the whole recording'}
 
 # %% ../nbs/01d_beats.ipynb #8447b956
 def judge(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'LABELS', 'SHOWN', 'write_states', 'annotation_files', 'score_folders', 'f1_interval', 'score_line',
-           'recording_groups', 'score_report', 'pahcl_score_states']
+           'recording_groups', 'recording_persons', 'score_report', 'pahcl_score_states']
 
 # %% ../nbs/01f_score_states.ipynb #7354088e
 from pathlib import Path
@@ -61,13 +61,13 @@ def score_folders(
 
 # %% ../nbs/01f_score_states.ipynb #fb2a5034
 def f1_interval(
-    names,           # recordings
-    scores,          # a dict of `score_states` each
+    persons,         # [recordings] who each is of
+    scores,          # [recordings] a dict of `score_states` each
     draws=1000,
 ) -> tuple:          # (low, high)
     "95 % bootstrap interval of the pooled F1 over persons."
     import numpy as np
-    _, person = np.unique([n.split('_')[0] for n in names], return_inverse=True)
+    _, person = np.unique([str(p) for p in persons], return_inverse=True)
     counts = np.zeros((person.max()+1, 3))
     np.add.at(counts, person, [[s['pooled'][k] for k in ('hits', 'missed', 'extra')] for s in scores])
     drawn = generator(0, 'score states').multinomial(len(counts), np.full(len(counts), 1/len(counts)), draws)@counts
@@ -77,17 +77,19 @@ def f1_interval(
 
 def score_line(
     scores,        # recording → tolerance → score, from `score_folders`
+    person_of=None,# recording → person; None: every recording its own
 ) -> dict:         # what is published about a group of recordings
     "All figures of some recordings."
     import numpy as np
     from pahcl.states import pool_scores
-    line = dict(recordings=len(scores))
+    persons = [(person_of or {}).get(n, n) for n in scores]
+    line = dict(recordings=len(scores), persons=len(set(persons)))
     for s in TOLERANCES:
         ms, pooled = round(1000*s), pool_scores(x[s] for x in scores.values())
         for g in ('pooled', 's1', 's2'): line |= {f'{"" if g == "pooled" else g+"_"}{k}_{ms}': pooled[g][k] for k in ('sensitivity', 'ppv', 'f1')}
         line[f'mean_error_ms_{ms}'] = 1000*pooled['onset_mean_error_s']
     first, each = TOLERANCES[0], np.array([x[TOLERANCES[0]]['pooled']['f1'] for x in scores.values()])
-    low, high = f1_interval(list(scores), [x[first] for x in scores.values()])
+    low, high = f1_interval(persons, [x[first] for x in scores.values()])
     return line | dict(f1_low=low, f1_high=high, onsets=pooled['pooled']['hits']+pooled['pooled']['missed'], below_half=float((each < 0.5).sum()/max((each == each).sum(), 1)),
                        **{k: pooled[k] for k in ('frame_accuracy', 'frame_f1_macro', 'annotated_s')})
 
@@ -113,19 +115,36 @@ def recording_groups(
     return groups
 
 # %% ../nbs/01f_score_states.ipynb #b0d48914
+def recording_persons(
+    names,           # recordings
+    path,            # a csv file, or the folder of all raw data
+) -> dict:           # recording → person, of those that are named; empty when the table does not know persons
+    "Who each recording is of."
+    from pahcl.download import read_table, recordings
+    table = recordings(path) if Path(path).is_dir() else read_table(path)
+    key = next((c for c in ('recording_id', 'record', 'Patient ID', 'subject_id') if c in table), table.columns[0])
+    person = next((c for c in ('person_id', 'Patient ID') if c in table), None)
+    if person is None: return {}
+    known = {str(k): str(p) for k, p in zip(table[key], table[person])}
+    found = {n: known.get(n) or known.get(n.split('_')[0] if key in ('Patient ID', 'subject_id') else n) for n in names}
+    return {n: p for n, p in found.items() if p}
+
+# %% ../nbs/01f_score_states.ipynb #a321b135
 def score_report(
     predicted_dir,            # a `.tsv` a recording
     truth_dir,                # annotated
     groups=None,              # a csv file for `recording_groups`
     columns=(),               # its columns of labels
     only_predicted=False,     # see `score_folders`
+    persons=None,             # a csv file or the raw folder for `recording_persons`; None: `groups`
 ):                            # (DataFrame of `score_line`, a row a group, `all` first; DataFrame, a row a recording)
     "Score two folders, whole and in groups."
     import pandas as pd
     scores = score_folders(predicted_dir, truth_dir, only_predicted)
     found = {'all': list(scores), **(recording_groups(list(scores), groups, columns) if groups else {})}
-    lines = {g: score_line({n: scores[n] for n in names}) for g, names in found.items() if names}
-    flat = [dict(recording=n, **{f'{k}_{round(1000*t)}': s[t]['pooled'][k] for t in TOLERANCES for k in ('hits', 'missed', 'extra', 'f1')},
+    person_of = recording_persons(list(scores), persons or groups) if persons or groups else {}
+    lines = {g: score_line({n: scores[n] for n in names}, person_of) for g, names in found.items() if names}
+    flat = [dict(recording=n, person=person_of.get(n), **{f'{k}_{round(1000*t)}': s[t]['pooled'][k] for t in TOLERANCES for k in ('hits', 'missed', 'extra', 'f1')},
                  frame_accuracy=s[TOLERANCES[0]]['frame_accuracy'], annotated_s=s[TOLERANCES[0]]['annotated_s']) for n, s in scores.items()]
     return pd.DataFrame(lines).T, pd.DataFrame(flat)
 
@@ -133,21 +152,28 @@ def score_report(
 SHOWN = dict(recordings='recs', onsets='onsets', sensitivity_60='Se', ppv_60='PPV', f1_60='F1', f1_low='low', f1_high='high', s1_f1_60='S1 F1', s2_f1_60='S2 F1',
              f1_100='F1 100', mean_error_ms_60='ms', frame_accuracy='frames', frame_f1_macro='macro F1', below_half='below 0.5')
 
+def _units(table, each):
+    "what the interval is over"
+    unknown = int(each.person.isna().sum())
+    if unknown == len(each): return f'{len(each)} recordings (whose persons are not known; give --persons)'
+    return f'{table.persons["all"]:.0f} persons'+(f' ({unknown} recordings are of nobody known, and count as one each)' if unknown else '')
+
 @script
 def pahcl_score_states(
     pred_dir: str,                  # folder of predicted states, a <recording>.tsv each (start, end, state)
     truth_dir: str,                 # folder of annotated states: .tsv, or 2016's _StateAns.mat
     groups: str = None,             # csv file whose first column names recordings or subjects: a line for each label
+    persons: str = None,            # csv file with recording_id and person_id, or the raw folder: whom the interval is over; empty: the groups' person_id
     columns: str = '',              # its columns of labels, separated by commas; empty: murmur, outcome, label, dataset, source
     only_predicted: bool = False,   # leave out annotated recordings without a prediction rather than count them as missed
     output: str = None,             # also write everything to this .json, and a row a recording to the .csv beside it
 ):
     "Score heart states: S1 and S2 onsets within 60 and 100 ms, and states in time, in annotated stretches only."
     import pandas as pd
-    table, each = score_report(pred_dir, truth_dir, groups, [c for c in columns.split(',') if c], only_predicted)
+    table, each = score_report(pred_dir, truth_dir, groups, [c for c in columns.split(',') if c], only_predicted, persons)
     shown = table[list(SHOWN)].rename(columns=SHOWN).astype({'recs': int, 'onsets': int})
     with pd.option_context('display.width', 250, 'display.max_columns', 30): print(shown.round(dict.fromkeys(shown, 4) | dict(ms=1)).to_string())
-    print('Se, PPV, F1: S1 and S2 onsets within 60 ms (F1 100: 100 ms), with the 95 % interval over persons; ms: mean error of the onsets found; frames: share of time in the '
+    print(f'Se, PPV, F1: S1 and S2 onsets within 60 ms (F1 100: 100 ms), with the 95 % interval over {_units(table, each)}; ms: mean error of the onsets found; frames: share of time in the '
           'right state; below 0.5: share of recordings with an F1 below it')
     if output:
         write_json(output, {g: row.to_dict() for g, row in table.iterrows()})

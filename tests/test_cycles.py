@@ -39,7 +39,7 @@ def table_of(folder): return pd.read_csv(folder/'cycles.csv', keep_default_na=Fa
 def test_layout(made):
     raw, out, stats = made
     recs, source = pd.read_csv(out/'recordings.csv', dtype={'subject_id': str}), recordings(raw)
-    assert list(recs.recording_id) == list(source.recording_id) and list(recs.columns) == [*source.columns, 'cycles_found', 'cycles_kept', 'fallback', 'quality', 'confidence'] and recs.quality.between(0, 1).all() and recs.confidence.between(0, 1).all()
+    assert list(recs.recording_id) == list(source.recording_id) and list(recs.columns) == [*source.columns, 'cycles_found', 'cycles_kept', 'fallback', 'quality', 'confidence', 'heartbeat'] and recs.quality.between(0, 1).all() and recs.confidence.between(0, 1).all()
     assert all((raw/p).exists() for p in recs.path) and (recs.cycles_kept >= 1).all() and json.loads((out/'processing_stats.json').read_text())['total'] == stats['total']
     assert set(recs.folder) == {str(p.parent.relative_to(out)) for p in out.glob('*/*/cycles.csv')} == set(stats['recordings'])
     for r in recs.itertuples():
@@ -163,7 +163,9 @@ def test_no_readable_recording_vanishes(raw, tmp_path, kind):
     stats = preprocess(raw, tmp_path/'out', num_workers=1)
     (name, s), = stats['recordings'].items()
     assert s['kept'] >= 1 and stats['total']['fallback'] == int(s['fallback'])
-    if kind in ('silence', 'short', 'clipped'): assert s['fallback'] and s['kept'] <= 3
+    if kind != 'slow': assert s['fallback'] and s['kept'] <= 3
+    if kind in ('silence', 'noise'):
+        assert not s['heartbeat'] and stats['total']['no_heartbeat'] == 1 and pd.read_csv(tmp_path/'out'/'recordings.csv').heartbeat[0] == 'no heartbeat found'
     t = table_of(tmp_path/'out'/name)
     assert (t.offset_s <= len(signal)/2000+1e-4).all() and t.kept.any()
 

@@ -59,9 +59,8 @@ def test_counts_agree_with_a_count_by_hand(folders, tolerance):
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from('abc'), st.integers(0, 50), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
 def test_interval_holds_the_score(rows):
-    names = [f'{p}_{i}' for i, (p, *_) in enumerate(rows)]
     scores = [dict(pooled=dict(hits=h, missed=m, extra=e)) for _, h, m, e in rows]
-    low, high = f1_interval(names, scores)
+    low, high = f1_interval([p for p, *_ in rows], scores)
     h, m, e = (sum(r[i] for r in rows) for i in (1, 2, 3))
     if h+m+e: assert 0 <= low <= high <= 1
     if len({p for p, *_ in rows}) == 1 and h+m+e: assert low == pytest.approx(2*h/(2*h+m+e)) == high
@@ -104,6 +103,20 @@ def test_console_script(folders, tmp_path, capsys):
     for bad, told in (([str(tmp_path/'none'), str(true)], 'none'), ([str(pred), str(Path(labels).parent/'training_data'), '--groups', str(labels), '--columns', 'Colour'], 'Colour'),
                       ([str(pred), str(_empty(tmp_path))], 'no states')):
         assert pahcl_score_states(bad) == 1 and told in capsys.readouterr().err
+
+def test_the_interval_is_over_persons_that_a_table_names(folders, tmp_path, capsys):
+    "of a recording's name nothing follows: five clips of one raw recording have five names"
+    pred, true, labels = folders
+    alone, each = score_report(pred, true)
+    assert alone.persons['all'] == alone.recordings['all'] == len(each) and each.person.isna().all()
+    (tmp_path/'one.csv').write_text('recording_id,person_id\n'+''.join(f'{n},P\n' for n in each.recording))
+    one = score_report(pred, true, persons=tmp_path/'one.csv')[0]
+    assert one.persons['all'] == 1 and one.f1_low['all'] == one.f1_high['all'] == pytest.approx(one.f1_60['all'])
+    raw = score_report(pred, true, persons=labels.parent.parent)[0]
+    assert raw.persons['all'] == 9                                        # the simulated children; the first is there under two ids
+    assert score_report(pred, true, labels)[0].persons['all'] == 10       # the table of patients alone does not know that
+    for more, told in (([], 'persons are not known'), (['--persons', str(tmp_path/'one.csv')], 'over 1 persons')):
+        assert pahcl_score_states([str(pred), str(true), *more]) == 0 and told in capsys.readouterr().out
 
 def _empty(folder):
     (folder/'empty').mkdir(exist_ok=True)
