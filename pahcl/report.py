@@ -197,6 +197,7 @@ WORDS = {
     'log-mel statistics': 'floor: a logistic regression on mean and deviation of 32 mel bands in S1, systole, S2 and diastole; nothing in them was learnt',
     'logmean': 'mean of the logarithms of the probabilities: one sure denial weighs much', 'trimmed': 'mean without the most extreme cycles',
     'learned': 'a small model of what is said of a subject\'s cycles, fitted on the validation split', 'model': 'the own answer of a model of bags', 'any_present': 'a subject has a murmur when any recording has',
+    'two_loudest': 'mean of the two recordings of a subject in which a murmur is likeliest',
     'knn': 'vote of the nearest training cycles', 'linear': 'logistic regression on the features as they are',
     'mahalanobis': 'distance from the normal mean in standard deviations', 'cosine': 'angle to the normal mean',
     'neighbours': 'mean distance to the nearest normal cycles'}

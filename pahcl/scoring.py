@@ -157,7 +157,7 @@ def score_predictions(
     label_map: dict,   # the task's
     task='',           # its name: decides the official score
     rule='mean',       # cycles to recordings, see `pahcl.metrics.aggregate`
-    subject_rule=None, # recordings to subjects; None: the same. 'any_present' is the clinical rule for murmurs
+    subject_rule=None, # recordings to subjects; None: the same. for murmurs also 'any_present' and 'two_loudest'
     draws=2000,        # of the bootstrap
     seed=0,
     thresholds=None,   # see `decided_levels`
