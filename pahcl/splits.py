@@ -53,7 +53,8 @@ def check_labels(
     if new and not ('signal_quality' in recordings and recordings['signal_quality'].notna().sum() == new):
         logger().warning(f'the raw folder has signal-quality labels of {new} recordings that the processed folder lacks. '
                          'Run pahcl_preprocess again: nothing is cut anew.')
-    lost = sorted(set(zip(raw['dataset'], raw['recording_id'])) - set(zip(recordings['dataset'], recordings['recording_id'])))
+    asked = raw[~raw['withdrawn']] if 'withdrawn' in raw else raw
+    lost = sorted(set(zip(asked['dataset'], asked['recording_id'])) - set(zip(recordings['dataset'], recordings['recording_id'])))
     lost = [r for d, r in lost if d in set(recordings['dataset'])]
     if lost: logger().warning(f'{len(lost)} recordings of the raw folder were not preprocessed: {some(lost)}. Run pahcl_preprocess again to include them.')
 
@@ -68,7 +69,7 @@ def known_recordings(
     raw = None
     if Path(raw_dir).exists() or not Path(processed_dir).exists():
         from pahcl.download import recordings as raw_recordings
-        raw = raw_recordings(raw_dir, dataset)   # raises `no labels found`
+        raw = raw_recordings(raw_dir, dataset, keep_withdrawn=True)   # raises `no labels found`
     recordings, settings = read_processed(processed_dir)
     if raw is None: logger().info(f'there is no raw folder {raw_dir}: labels are those of {processed_dir}/recordings.csv')
     else: check_labels(recordings, raw)

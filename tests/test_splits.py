@@ -234,7 +234,7 @@ def test_missing_processed_missing_labels(house, capsys):
 
 def raw_says(monkeypatch, table):
     import pahcl.download
-    monkeypatch.setattr(pahcl.download, 'recordings', lambda raw_dir, dataset='all': table)
+    monkeypatch.setattr(pahcl.download, 'recordings', lambda raw_dir, dataset='all', keep_withdrawn=False: table)
 
 def test_raw_folder_is_asked(house, monkeypatch, said):
     table = made_recordings(persons=20)
@@ -247,6 +247,18 @@ def test_raw_folder_is_asked(house, monkeypatch, said):
     for column, value in [('murmur', 'Absent'), ('person_id', '1000')]:
         raw_says(monkeypatch, table.assign(**{column: table[column].where(table['subject_id'] != '1002', value)}))
         with pytest.raises(PahclError, match=f'{column} of 2 recordings is not what the raw folder says now, e.g. 1002_AV'): house.prepare()
+
+def test_withdrawn_recordings_are_compared_but_not_missed(house, monkeypatch, said):
+    table = made_recordings(['physionet2016'], persons=20).assign(withdrawn=False)
+    house.raw.mkdir()
+    table.loc[0, 'withdrawn'] = True
+    raw_says(monkeypatch, table)
+    house.make(table.drop(index=[0]))
+    house.prepare()
+    assert 'not preprocessed' not in '\n'.join(said)
+    pd.concat([read_processed(house.processed)[0], table.iloc[:1].assign(cycles_kept=0)]).to_csv(house.processed/'recordings.csv', index=False)
+    raw_says(monkeypatch, table.assign(person_id=table['person_id'].mask(table['withdrawn'], '2016-a-C1')))
+    with pytest.raises(PahclError, match='person_id of 1 recordings is not what the raw folder says now, e.g. a0001'): house.prepare()
 
 def test_data_set_not_there(house, said):
     house.make(made_recordings(['circor'], persons=20))
