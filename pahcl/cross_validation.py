@@ -200,8 +200,9 @@ def number_of_folds(
 def person_labels(
     recordings,   # of the task
 ) -> dict:        # person -> class
-    "The class of each person; of several the largest counts."
-    return recordings['label'].astype(int).groupby(recordings['person_id']).max().to_dict()
+    "The class of each person; of several the one that the fewest persons have."
+    from pahcl.metrics import rarest_labels
+    return rarest_labels(recordings['label'], recordings['person_id']).to_dict()
 
 # %% ../nbs/06n_cross_validation.ipynb #8b85fa7e
 def planned_folds(

@@ -63,10 +63,10 @@ def subject_means(
     table, values,   # a row a cycle, and a number a cycle
 ):                   # DataFrame: subject_id, person_id, label, value
     "Mean over recordings, then over the recordings of a subject."
-    rows = table[['subject_id', 'person_id', 'recording_id', 'label']].assign(value=values)
-    how = dict(person_id=('person_id', 'first'), label=('label', 'max'), value=('value', 'mean'))
-    recordings = rows.astype(dict(subject_id=str, recording_id=str)).groupby(['subject_id', 'recording_id'], as_index=False).agg(**how)
-    return recordings.groupby('subject_id', as_index=False).agg(**how)
+    from pahcl.metrics import group_labels
+    rows, how = table.assign(value=values).astype(dict(subject_id=str, recording_id=str)), dict(person_id=('person_id', 'first'), value=('value', 'mean'))
+    subjects = rows.groupby(['subject_id', 'recording_id'], as_index=False).agg(**how).groupby('subject_id', as_index=False).agg(**how)
+    return subjects.assign(label=subjects['subject_id'].map(group_labels(rows, rows['subject_id'], 'subject')))
 
 # %% ../nbs/06o_representation.ipynb #8ab9b2f6
 def detector_row(

@@ -6,7 +6,8 @@
 __all__ = ['TASKS', 'SHARES', 'CYCLE_TABLE', 'RECORDING_TABLE', 'chosen_tasks', 'check_labels', 'known_recordings', 'labelled',
            'person_classes', 'strata', 'deal', 'split_persons', 'check_leaks', 'heldout_persons', 'class_weights',
            'place_file', 'locked', 'new_folder', 'count_units', 'describe_task', 'recording_table', 'write_task',
-           'split_dataset', 'prepare_task', 'tell_task', 'prepare', 'plot_split', 'split_lines', 'pahcl_prepare']
+           'with_subject_labels', 'split_dataset', 'prepare_task', 'tell_task', 'prepare', 'plot_split', 'split_lines',
+           'pahcl_prepare']
 
 # %% ../nbs/02_downstream_splits.ipynb #9c562b3b
 import json
@@ -268,8 +269,8 @@ def describe_task(
 
 # %% ../nbs/02_downstream_splits.ipynb #ffd40e7d
 CYCLE_TABLE = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length',
-               'duration_s']
-RECORDING_TABLE = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles']
+               'duration_s', 'subject_label']
+RECORDING_TABLE = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles', 'subject_label']
 
 def recording_table(
     recordings,  # with `split`, `label` and `cycles_kept`
@@ -300,6 +301,19 @@ def write_task(
     write_json(folder/'task_config.json', config)
     return copied
 
+# %% ../nbs/02_downstream_splits.ipynb #2f32ed4f
+def with_subject_labels(
+    recordings,  # of a task, with `split` and `label`
+    name='',     # of the task, for the log
+):               # the same with `subject_label`
+    "Give every subject one class, see `pahcl.metrics.rarest_labels`, and say how many had several."
+    from pahcl.metrics import rarest_labels
+    persons = recordings[recordings['split'] == 'train'].groupby('label')['person_id'].nunique()
+    of_subject = rarest_labels(recordings['label'], recordings['subject_id'], persons)
+    mixed = (recordings.groupby('subject_id')['label'].nunique() > 1).sum()
+    if mixed: logger().info(f'{name}: {mixed} of {len(of_subject)} subjects have recordings of several classes; the rarest counts')
+    return recordings.assign(subject_label=recordings['subject_id'].map(of_subject))
+
 # %% ../nbs/02_downstream_splits.ipynb #55337f2f
 def split_dataset(
     tasks: dict,  # name -> entry of `TASKS`, all of one data set
@@ -314,7 +328,7 @@ def split_dataset(
     split = split_persons(heard, columns, seed, next(iter(tasks.values()))['dataset'])
     if len(set(split.values())) < len(SHARES):
         raise PahclError(f'{some(tasks)}: {len(split)} persons are too few for training, validation and test. Preprocess more recordings.')
-    return {name: rows.assign(split=rows['person_id'].map(split)) for name, rows in own.items()}
+    return {name: with_subject_labels(rows.assign(split=rows['person_id'].map(split)), name) for name, rows in own.items()}
 
 # %% ../nbs/02_downstream_splits.ipynb #dd4addc7
 def prepare_task(
