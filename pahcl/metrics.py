@@ -194,7 +194,7 @@ def precision_sum(
     y_pred,            # decided classes [n]
     num_classes: int=3,  # normal, murmur, extrasystole
 ):                     # 0 to `num_classes`, or None where a class is absent from the truth
-    "Total precision of the PASCAL challenge: the sum of the classes' precisions (Bentley et al. 2011); a class never decided adds 0."
+    "The sum of the classes' precisions; a class never decided adds 0. Over both sets of PASCAL it is not the challenge's score, see `pahcl.challenge_rules.pascal_sets`."
     values = class_scores(confusion_matrix(y_true, y_pred, num_classes))['precision']
     return None if None in values else float(sum(values))
 
@@ -259,26 +259,6 @@ def aggregate(
     return means/means.sum(1, keepdims=True), ids
 
 # %% ../nbs/02b_metrics.ipynb #3faac295
-def rarest_labels(
-    labels,       # classes, numbers [n]
-    groups,       # the subject, person or recording of each row [n]
-    counts=None,  # class -> how many persons have it; None: how many of these groups
-) -> pd.Series:   # sorted group -> class
-    "One class for each group: of several the rarest; of equally rare ones the larger number."
-    pairs = pd.DataFrame(dict(group=np.asarray(groups), label=np.asarray(labels, int))).drop_duplicates()
-    frequent = pairs['label'].map(pairs['label'].value_counts() if counts is None else dict(counts)).fillna(0)
-    return pairs.assign(frequent=-frequent).sort_values(['group', 'frequent', 'label']).groupby('group')['label'].last()
-
-def group_labels(
-    rows,        # DataFrame: `label`, and `subject_label` where the task says it
-    groups,      # the recording or subject of each row [n]
-    level: str,  # which of them: 'recording' or 'subject'
-) -> pd.Series:  # sorted group -> class
-    "The class of each recording or subject, see `rarest_labels`."
-    if level == 'subject' and 'subject_label' in rows: return rows['subject_label'].astype(int).groupby(np.asarray(groups)).first()
-    return rarest_labels(rows['label'], groups)
-
-# %% ../nbs/02b_metrics.ipynb #7c259300
 def rarest_labels(
     labels,       # classes, numbers [n]
     groups,       # the subject, person or recording of each row [n]

@@ -270,13 +270,13 @@ def describe_task(
 # %% ../nbs/02_downstream_splits.ipynb #ffd40e7d
 CYCLE_TABLE = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length',
                'duration_s', 'subject_label']
-RECORDING_TABLE = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles', 'subject_label']
+RECORDING_TABLE = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles']
 
 def recording_table(
     recordings,  # with `split`, `label` and `cycles_kept`
 ):               # DataFrame: what stands in the task's `recordings.csv`
     "The recordings of a task."
-    more = [c for c in ('murmur_locations', 'signal_quality') if c in recordings and recordings[c].notna().any()]
+    more = [c for c in ('subject_label', 'murmur_locations', 'signal_quality') if c in recordings and recordings[c].notna().any()]
     return recordings.rename(columns=dict(cycles_kept='cycles'))[[*RECORDING_TABLE, *more]]
 
 # %% ../nbs/02_downstream_splits.ipynb #cad7b871
