@@ -293,7 +293,7 @@ def finetune(
     from pahcl.basics import read_json
     config = checked_config(config, overrides)
     data, task, notes = task_data(config)
-    heldout = set(data['val'].table['person_id']) | set(data['test'].table['person_id'])
+    heldout = {str(i) for s in ('val', 'test') for column in ('person_id', 'subject_id') for i in data[s].table[column]}   # see `pahcl.splits.met_persons`
     model, found, told, seen = starting_model(config, len(task['label_map']), heldout)  # first: a checkpoint that does not fit leaves no folder behind
     inputs = {name: c.fingerprint() for name, c in data.items()} | {'pretrained': pretrained_fingerprint(config.pretrain.checkpoint_path)}
     from pahcl.runs import Run

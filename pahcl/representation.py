@@ -274,7 +274,8 @@ def representation_notes(
     "What a reader must know."
     from pahcl.classifier import persons_seen
     from pahcl.robustness import lacking
-    seen = sorted((persons_seen(saved) or set()) & set(test['person_id'].astype(str)))
+    from pahcl.splits import met_persons
+    seen = sorted(met_persons(persons_seen(saved) or set(), test))
     who = f'the encoder has learnt from {len(seen)} of these persons: {some(seen, 5, " …")}'
     gone = lacking(test['label'], names) if names else ''
     frozen = ((saved.get('config') or {}).get('pretrain') or {}).get('freeze_encoder')

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SHARES', 'CYCLE_TABLE', 'RECORDING_TABLE', 'chosen_tasks', 'check_labels', 'known_recordings', 'labelled',
-           'person_classes', 'strata', 'deal', 'split_persons', 'check_leaks', 'heldout_persons', 'class_weights',
-           'place_file', 'locked', 'new_folder', 'count_units', 'describe_task', 'recording_table', 'write_task',
-           'with_subject_labels', 'split_dataset', 'prepare_task', 'tell_task', 'prepare', 'plot_split', 'split_lines',
-           'pahcl_prepare']
+           'person_classes', 'strata', 'deal', 'split_persons', 'check_leaks', 'met_persons', 'heldout_persons',
+           'class_weights', 'place_file', 'locked', 'new_folder', 'count_units', 'describe_task', 'recording_table',
+           'write_task', 'with_subject_labels', 'split_dataset', 'prepare_task', 'tell_task', 'prepare', 'plot_split',
+           'split_lines', 'pahcl_prepare']
 
 # %% ../nbs/02_downstream_splits.ipynb #9c562b3b
 import json
@@ -165,6 +165,16 @@ def check_leaks(
         for second in names[i+1:]:
             both = sorted(groups[first] & groups[second])
             if both: raise PahclError(f'{len(both)} {what} are both in {first} and in {second}: {some(both)}. {remedy}')
+
+# %% ../nbs/02_downstream_splits.ipynb #b90e3e42
+def met_persons(
+    known: set,  # ids that a checkpoint names, see `pahcl.classifier.persons_seen`
+    table,       # `person_id`, and `subject_id`
+) -> set:        # persons of the table
+    "Who of a table has been met, under the id of the person or of one of their subjects."
+    met = table['person_id'].astype(str).isin(known)
+    if 'subject_id' in table: met |= table['subject_id'].astype(str).isin(known)
+    return set(table.loc[met, 'person_id'].astype(str))
 
 # %% ../nbs/02_downstream_splits.ipynb #e160a868
 def heldout_persons(

@@ -17,7 +17,7 @@ HELDOUT = 'whether persons of the validation and test splits'
 # %% ../nbs/05c_starting_model.ipynb #e3a2633f
 def check_pretraining(
     saved: dict,          # the pretraining checkpoint's content
-    heldout: set,         # persons in the task's validation and test splits
+    heldout: set,         # persons in the task's validation and test splits, and their subjects' ids, by which older checkpoints name them
     source='checkpoint',  # its file
 ) -> str:                 # a warning, or ''
     "Raise `PahclError`, naming them, where pretraining has seen persons that are held out here."
