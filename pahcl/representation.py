@@ -66,7 +66,8 @@ def subject_means(
     from pahcl.metrics import group_labels
     rows, how = table.assign(value=values).astype(dict(subject_id=str, recording_id=str)), dict(person_id=('person_id', 'first'), value=('value', 'mean'))
     subjects = rows.groupby(['subject_id', 'recording_id'], as_index=False).agg(**how).groupby('subject_id', as_index=False).agg(**how)
-    return subjects.assign(label=subjects['subject_id'].map(group_labels(rows, rows['subject_id'], 'subject')))
+    label = subjects['subject_id'].map(group_labels(rows, rows['subject_id'], 'subject'))
+    return subjects.assign(label=label)[['subject_id', 'person_id', 'label', 'value']]
 
 # %% ../nbs/06o_representation.ipynb #8ab9b2f6
 def detector_row(

@@ -6,8 +6,8 @@
 __all__ = ['TASKS', 'SHARES', 'CYCLE_TABLE', 'RECORDING_TABLE', 'chosen_tasks', 'check_labels', 'known_recordings', 'labelled',
            'person_classes', 'strata', 'deal', 'split_persons', 'check_leaks', 'met_persons', 'heldout_persons',
            'class_weights', 'place_file', 'locked', 'new_folder', 'count_units', 'describe_task', 'recording_table',
-           'write_task', 'with_subject_labels', 'split_dataset', 'prepare_task', 'tell_task', 'prepare', 'plot_split',
-           'split_lines', 'pahcl_prepare']
+           'write_task', 'with_subject_labels', 'split_dataset', 'prepare_task', 'count_people', 'tell_task', 'prepare',
+           'plot_split', 'split_lines', 'pahcl_prepare']
 
 # %% ../nbs/02_downstream_splits.ipynb #9c562b3b
 import json
@@ -356,14 +356,26 @@ def prepare_task(
     tell_task(config)
     return config
 
+# %% ../nbs/02_downstream_splits.ipynb #c9c5b558
+def count_people(
+    table,    # `subject_id`, and `person_id` where it is known
+) -> str:     # e.g. `16 persons (17 subjects)`
+    "How many persons, and how many subjects where these are more."
+    subjects = table['subject_id'].nunique()
+    persons = table['person_id'].nunique() if 'person_id' in table else subjects
+    return f'{persons} persons'+(f' ({subjects} subjects)' if subjects != persons else '')
+
 # %% ../nbs/02_downstream_splits.ipynb #97c9a396
 def tell_task(
     config: dict,  # of `describe_task`
 ):
     "Log a task's sizes, and warn of classes that are too rare to be everywhere."
     name, counts = config['task_name'], config['counts']
-    persons = {s: len(config['split_persons'][s]) for s in SHARES}
-    logger().info(f'{name}: {sum(persons.values())} persons, '+', '.join(f'{s} {persons[s]} ({config["split_sizes"][s]} cycles)' for s in SHARES))
+    persons, subjects = ({s: len(config[f'split_{who}'][s]) for s in SHARES} for who in ('persons', 'subjects'))
+    more = lambda own: f'{own} subjects, ' if subjects != persons else ''
+    whole = f' ({sum(subjects.values())} subjects)' if subjects != persons else ''
+    logger().info(f'{name}: {sum(persons.values())} persons{whole}, '+
+                  ', '.join(f'{s} {persons[s]} ({more(subjects[s])}{config["split_sizes"][s]} cycles)' for s in SHARES))
     for c in config['label_map']:
         lacking, have = [s for s in SHARES if not counts[s][c]['cycles']], sum(counts[s][c]['persons'] for s in SHARES)
         if lacking: logger().warning(f'{name}: {have} persons have the class {c}; it is not in {" and ".join(lacking)}, where it cannot be scored')

@@ -383,7 +383,29 @@ def test_real_data():
         states = read_annotation(row.annotation_path, row.seconds)
         assert states.end_s.max() <= row.seconds+1e-9 and (states.start_s.values[1:] >= states.end_s.values[:-1]-1e-9).all()
     circor = table[table.dataset == 'circor'].drop_duplicates('subject_id')
-    if len(circor) == 399:                                                              # the part described in shared/data/README.md
-        assert circor.murmur.value_counts().to_dict() == dict(Present=73, Absent=298, Unknown=28) and circor.outcome.value_counts().to_dict() == dict(Normal=212, Abnormal=187)
-        assert table.groupby('source').size().to_dict() == {'': 1353, 'training-a': 245, 'training-b': 300, 'training-e': 364, 'set_a': 74, 'set_b': 280}
+    if len(circor) == 497:                                                              # a known part of the data
+        assert circor.murmur.value_counts().to_dict() == dict(Present=124, Absent=325, Unknown=48) and circor.outcome.value_counts().to_dict() == dict(Normal=246, Abnormal=251)
+        assert table.groupby('source').size().to_dict() == {'': 1665, 'training-a': 245, 'training-b': 300, 'training-e': 350, 'set_a': 74, 'set_b': 280}
+        assert table.groupby('source').person_id.nunique().to_dict() == {'': 469, 'training-a': 59, 'training-b': 64, 'training-e': 198, 'set_a': 60, 'set_b': 98}
         assert table[table.dataset == 'pascal'].raw_label.value_counts().to_dict() == dict(normal=212, murmur=80, extrastole=27, artifact=24, extrahls=11)
+
+
+@pytest.mark.skipif(not RAW, reason='PAHCL_RAW_DIR names no real data')
+def test_real_persons_of_2016():
+    "the publisher's appendix, read in another way; withdrawn recordings; nobody's recordings are in two splits, and the shares hold"
+    import csv
+    from pahcl.splits import SHARES, TASKS, split_dataset
+    folder = Path(RAW)/'physionet2016'/'annotations'
+    if not (appendix := folder/'Online Appendix_training set.csv').exists(): pytest.skip('no appendix there')
+    with open(appendix, newline='', encoding='utf-8-sig') as f: rows = {r[0]: [c.strip() for c in r] for r in csv.reader(f)}
+    name = dict(a=lambda r: r[2].split('S')[0], b=lambda r: r[14], e=lambda r: f'{dict([("-1", "normal"), ("1", "abnormal")])[r[4]]}-{r[15]}')
+    table = recordings(RAW, 'physionet2016')
+    assert (table.subject_id == table.recording_id).all()
+    for r in table.itertuples(): assert r.person_id == f'2016-{r.recording_id[0]}-{name[r.recording_id[0]](rows[r.recording_id])}'
+    gone = set((folder/'Recordings need to be removed in training-e.txt').read_text().split())
+    more = recordings(RAW, 'physionet2016', keep_withdrawn=True)
+    assert not gone & set(table.recording_id) and set(more.recording_id[more.withdrawn]) == set(more.recording_id)-set(table.recording_id) <= gone
+    own = split_dataset(dict(physionet2016=TASKS['physionet2016']), table.assign(cycles_kept=1), 42)['physionet2016']
+    assert own.groupby('person_id').split.nunique().max() == 1
+    persons = own.drop_duplicates('person_id').split.value_counts()
+    assert all(abs(persons[s]-SHARES[s]*persons.sum()) <= 3 for s in SHARES)
