@@ -431,7 +431,7 @@ def _withdrawn(folder, pattern):
 def _without_withdrawn(table):
     "the recordings that the publisher has not withdrawn; how many were is said"
     for name, count in table[table.withdrawn].groupby('dataset').size().items():
-        logger().info(f'{name}: {count} recordings are left out, as the publisher withdrew them; --keep-withdrawn keeps them')
+        logger().info(f'{name}: {count} recordings are left out, as the publisher withdrew them; pahcl_preprocess --keep-withdrawn keeps them')
     return table[~table.withdrawn].reset_index(drop=True)
 
 # %% ../nbs/00_data_download.ipynb #ca1cf2b9

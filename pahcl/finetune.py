@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .basics import UsageError, logger, script, write_text
 from .config import load_config
-from .splits import class_weights, count_people
+from .splits import class_weights, count_people, person_of_id
 from .starting_model import pretrained_fingerprint, starting_model
 from .training_data import Bagwise, Cyclewise, cached_features, task_data
 
@@ -293,7 +293,7 @@ def finetune(
     from pahcl.basics import read_json
     config = checked_config(config, overrides)
     data, task, notes = task_data(config)
-    heldout = {str(i) for s in ('val', 'test') for column in ('person_id', 'subject_id') for i in data[s].table[column]}   # see `pahcl.splits.met_persons`
+    heldout = person_of_id(data['val'].table, data['test'].table)
     model, found, told, seen = starting_model(config, len(task['label_map']), heldout)  # first: a checkpoint that does not fit leaves no folder behind
     inputs = {name: c.fingerprint() for name, c in data.items()} | {'pretrained': pretrained_fingerprint(config.pretrain.checkpoint_path)}
     from pahcl.runs import Run

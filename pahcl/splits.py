@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SHARES', 'CYCLE_TABLE', 'RECORDING_TABLE', 'chosen_tasks', 'check_labels', 'known_recordings', 'labelled',
-           'person_classes', 'strata', 'deal', 'split_persons', 'check_leaks', 'met_persons', 'heldout_persons',
-           'class_weights', 'place_file', 'locked', 'new_folder', 'count_units', 'describe_task', 'recording_table',
-           'write_task', 'with_subject_labels', 'split_dataset', 'prepare_task', 'count_people', 'tell_task', 'prepare',
-           'plot_split', 'split_lines', 'pahcl_prepare']
+           'person_classes', 'strata', 'deal', 'split_persons', 'check_leaks', 'person_of_id', 'met_persons',
+           'heldout_persons', 'class_weights', 'place_file', 'locked', 'new_folder', 'count_units', 'describe_task',
+           'recording_table', 'write_task', 'with_subject_labels', 'split_dataset', 'prepare_task', 'count_people',
+           'tell_task', 'prepare', 'plot_split', 'split_lines', 'pahcl_prepare']
 
 # %% ../nbs/02_downstream_splits.ipynb #9c562b3b
 import json
@@ -67,11 +67,12 @@ def known_recordings(
 ):                                  # (recordings, settings), see `read_processed`
     "The labelled recordings of the processed folder, checked against the raw folder."
     from pahcl.tables import read_processed
-    raw = None
-    if Path(raw_dir).exists() or not Path(processed_dir).exists():
-        from pahcl.download import recordings as raw_recordings
-        raw = raw_recordings(raw_dir, dataset, keep_withdrawn=True)   # raises `no labels found`
+    from pahcl.download import recordings as raw_recordings
+    there, raw = Path(processed_dir).exists(), None
+    if not there: raw_recordings(raw_dir, dataset)   # raises `no labels found`: the first thing that is missing
     recordings, settings = read_processed(processed_dir)
+    withdrawn = 'withdrawn' in recordings and (recordings['withdrawn'] == 'True').any()
+    if Path(raw_dir).exists(): raw = raw_recordings(raw_dir, dataset, keep_withdrawn=withdrawn)
     if raw is None: logger().info(f'there is no raw folder {raw_dir}: labels are those of {processed_dir}/recordings.csv')
     else: check_labels(recordings, raw)
     return recordings, settings
@@ -167,14 +168,20 @@ def check_leaks(
             if both: raise PahclError(f'{len(both)} {what} are both in {first} and in {second}: {some(both)}. {remedy}')
 
 # %% ../nbs/02_downstream_splits.ipynb #b90e3e42
+def person_of_id(
+    *tables,  # `person_id`, and `subject_id`
+) -> dict:    # id of a person, or of one of their subjects → the person
+    "Under which ids the persons of some tables may be known."
+    columns = lambda t: [c for c in ('subject_id', 'person_id') if c in t]
+    return {str(i): str(p) for t in tables for c in columns(t) for i, p in zip(t[c], t['person_id'])}
+
 def met_persons(
     known: set,  # ids that a checkpoint names, see `pahcl.classifier.persons_seen`
-    table,       # `person_id`, and `subject_id`
+    table,       # as in `person_of_id`
 ) -> set:        # persons of the table
-    "Who of a table has been met, under the id of the person or of one of their subjects."
-    met = table['person_id'].astype(str).isin(known)
-    if 'subject_id' in table: met |= table['subject_id'].astype(str).isin(known)
-    return set(table.loc[met, 'person_id'].astype(str))
+    "Who of a table has been met."
+    person = person_of_id(table)
+    return {person[i] for i in known & person.keys()}
 
 # %% ../nbs/02_downstream_splits.ipynb #e160a868
 def heldout_persons(

@@ -266,7 +266,7 @@ def test_withdrawn_recordings_are_left_out_unless_they_are_asked_for(tmp_path, l
     (folder/'annotations/Recordings need to be removed in training-e.txt').write_bytes(b'e00002\r\ne00077\r\n\r\n')
     table = recordings(tmp_path, 'physionet2016')
     assert set(table.recording_id) == set(PERSONS)-{'e00002'}
-    assert len(logged) == 1 and logged[0].startswith('physionet2016: 1 recordings are left out, as the publisher withdrew them; --keep-withdrawn keeps them')
+    assert len(logged) == 1 and logged[0].startswith('physionet2016: 1 recordings are left out, as the publisher withdrew them; pahcl_preprocess --keep-withdrawn keeps them')
     assert set(recordings(tmp_path, 'physionet2016', keep_withdrawn=True).recording_id) == set(PERSONS) and len(logged) == 1
 
 
