@@ -86,9 +86,9 @@ def binary_extras(
 
 # %% ../nbs/02c_challenge_rules.ipynb #9d866174
 def pascal_sets(
-    y_true, y_pred,   # classes of recordings [n]: 0 normal, 1 murmur, 2 extrasystole, in set A extra heart sound
+    y_true, y_pred,   # classes of recordings [n]: 0 normal, 1 murmur, 2 extrasystole (A: extra sound)
     group,            # 'a' or 'b': the set of each recording [n]
-) -> dict:            # 'a' and 'b', if there: {recordings, total_precision}; b also {sensitivity, specificity, youden, discriminant_power} of a heart problem
+) -> dict:            # 'a' and 'b', if there: {recordings, total_precision}, b also `problem_scores`
     "The PASCAL challenge's scores of each set, as far as three classes go; None where undefined."
     y_true, y_pred, group, out = np.asarray(y_true), np.asarray(y_pred), np.asarray(group), {}
     for name in sorted({'a', 'b'} & set(group)):
@@ -103,4 +103,5 @@ def problem_scores(
     "How well a heart problem, whichever, is told from normal."
     ill, called = np.asarray(y_true) != 0, np.asarray(y_pred) != 0
     se, sp = ratio((ill & called).sum(), ill.sum()), ratio((~ill & ~called).sum(), (~ill).sum())
-    return dict(sensitivity=se, specificity=sp, youden=youden(se, sp), discriminant_power=discriminant_power(se, sp))
+    power = discriminant_power(se, sp)
+    return dict(sensitivity=se, specificity=sp, youden=youden(se, sp), discriminant_power=power)

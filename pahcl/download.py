@@ -282,14 +282,18 @@ def _qualities(folder, labels, records):
     return {record: value for record, value in quality.items() if record in records}
 
 # %% ../nbs/00_data_download.ipynb #f3795065
-APPENDIX_COLUMNS = ['Challenge record name', 'Original record name', 'Diagnosis', 'Class (-1=normal 1=abnormal)', 'Subject ID', '# Raw record']
+APPENDIX_COLUMNS = ['Challenge record name', 'Original record name', 'Diagnosis',
+                    'Class (-1=normal 1=abnormal)', 'Subject ID', '# Raw record']
 
-def _number(cell): return match[1] if (match := re.fullmatch(r'(\d+)(\.0*)?', cell)) else ''   # a table may have been saved with 98.0 for 98
+def _number(cell):
+    "a whole number as text, or ''; a table may have been saved with 98.0 for 98"
+    match = re.fullmatch(r'(\d+)(\.0*)?', cell)
+    return match[1] if match else ''
 
 def person_2016(
     record,     # its name, e.g. `e00002`
     row: dict,  # of the publisher's appendix; empty: it has none
-):              # a name, e.g. `2016-e-normal-198`; the record where each counts as a person; None where the appendix should say and does not
+):              # e.g. `2016-e-normal-198`; the record where it counts as a person; None: not known
     "Who is heard in a recording of the 2016 challenge."
     folder = record[:1]
     if folder not in ('a', 'b', 'd', 'e'): return record
@@ -306,7 +310,8 @@ def person_2016(
 def _appendix(folder):
     "record → its row in the table that PhysioNet publishes beside the annotations; empty without it"
     tables = sorted((folder/'annotations').rglob('Online*Appendix*training*set.csv'))
-    return {r['Challenge record name']: r for r in read_table(tables[0], APPENDIX_COLUMNS).to_dict('records')} if tables else {}
+    rows = read_table(tables[0], APPENDIX_COLUMNS).to_dict('records') if tables else []
+    return {r['Challenge record name']: r for r in rows}
 
 # %% ../nbs/00_data_download.ipynb #2c1dd341
 def _physionet2016(folder):
@@ -319,7 +324,8 @@ def _physionet2016(folder):
     wavs = {wav.stem: wav for place in reversed(places) for wav in _wavs(place)}           # the first folder wins
     _warn_missing(len(labels.keys()-wavs.keys()), 'REFERENCE.csv', folder)
     quality = _qualities(folder, labels, wavs.keys())
-    return [dict(subject_id=record, person_id=person_2016(record, appendix.get(record, {})), recording_id=record, path=wav, source=wav.parent.name,
+    return [dict(subject_id=record, person_id=person_2016(record, appendix.get(record, {})),
+                 recording_id=record, path=wav, source=wav.parent.name,
                  label=labels.get(record), raw_label=labels.get(record), annotation_path=annotations.get(record), folder=f'rec_{record}',
                  signal_quality=quality.get(record))
             for record, wav in wavs.items()]
@@ -347,7 +353,8 @@ def sittings(
         try: return datetime.strptime(stamp, '%Y%m%d%H%M') if len(stamp) == 12 else None
         except ValueError: return None
     times = sorted((when(s), s) for s in set(stamps) if when(s))
-    after = [b if until-since <= timedelta(minutes=minutes) else '' for (since, _), (until, b) in zip(times, times[1:])]
+    near = lambda since, until: until-since <= timedelta(minutes=minutes)
+    after = [b if near(since, until) else '' for (since, _), (until, b) in zip(times, times[1:])]
     return {s: s for s in stamps} | persons([s for _, s in times], [*after, ''])
 
 # %% ../nbs/00_data_download.ipynb #968abac4
@@ -363,7 +370,8 @@ def _pascal(folder):
             _warn_missing((listed-Counter(map(key, parts.values()))).total(), table, folder/f'set_{group}')
         sitting = sittings([p['stamp'] for p in parts.values()])
         for wav, p in parts.items():
-            place, subject, person = p['place'].split('_')[0], *(f'pascal-{group}{p["subject"] or s}' for s in (p['stamp'], sitting[p['stamp']]))
+            place, name = p['place'].split('_')[0], lambda stamp: f'pascal-{group}{p["subject"] or stamp}'
+            subject, person = name(p['stamp']), name(sitting[p['stamp']])
             rows.append(dict(subject_id=subject, person_id=person, recording_id=wav.stem, location=place, path=wav, source=f'set_{group}',
                              label=PASCAL_TASK_LABELS.get(p['label']), raw_label=p['label'], folder=f'rec_{place or wav.stem}'))
     return rows
@@ -426,12 +434,14 @@ def recordings(
 # %% ../nbs/00_data_download.ipynb #57b5e844
 def _withdrawn(folder, pattern):
     "the recordings that the publisher's lists name"
-    return {record for path in (sorted(folder.glob(pattern)) if pattern else []) for _, (record,) in _rows_of(path, 1)}
+    lists = folder.glob(pattern) if pattern else []
+    return {record for path in lists for _, (record,) in _rows_of(path, 1)}
 
 def _without_withdrawn(table):
     "the recordings that the publisher has not withdrawn; how many were is said"
     for name, count in table[table.withdrawn].groupby('dataset').size().items():
-        logger().info(f'{name}: {count} recordings are left out, as the publisher withdrew them; pahcl_preprocess --keep-withdrawn keeps them')
+        logger().info(f'{name}: {count} recordings are left out, as the publisher withdrew them; '
+                      'pahcl_preprocess --keep-withdrawn keeps them')
     return table[~table.withdrawn].reset_index(drop=True)
 
 # %% ../nbs/00_data_download.ipynb #ca1cf2b9
@@ -440,8 +450,10 @@ def _tell_unknown_persons(table):
     unknown = table[table.person_id.isna()].groupby(['dataset', 'source']).size()
     for name, counts in unknown.groupby('dataset'):
         where = ', '.join(f'{n} of {source}' for (_, source), n in counts.items())
-        logger().warning(f'{name}: it is not known whose recordings these are: {where}. The publisher\'s appendix (annotations/Online Appendix_training set.csv) '
-                         'is not there or does not say. Each counts as a person, and one person may be on both sides of a split. Run pahcl_download to fetch it')
+        logger().warning(f'{name}: it is not known whose recordings these are: {where}. '
+                         "The publisher's appendix (annotations/Online Appendix_training set.csv) "
+                         'is not there or does not say. Each counts as a person, and one person may '
+                         'be on both sides of a split. Run pahcl_download to fetch it')
 
 # %% ../nbs/00_data_download.ipynb #4b4f2fbe
 def _tell_unlabelled(table):

@@ -106,12 +106,16 @@ def set_lines(
     if 'sets' not in official: return []
     sets, lines = official['sets'], ['This sum is over both sets in one; the PASCAL challenge scored each alone:']
     if a := sets.get('a'):
-        lines.append(f'Set A, {a["recordings"]} recordings: total precision {number(a["total_precision"])} of 3 classes. The challenge had a fourth, artifact, which this task '
-                     'leaves out: its precision, sensitivity, specificity, Youden index and F score are not known, and the sum is not comparable with published ones.')
+        lines.append(f'Set A, {a["recordings"]} recordings: total precision {number(a["total_precision"])} '
+                     'of 3 classes. The challenge had a fourth, artifact, which this task leaves out: '
+                     'its precision, sensitivity, specificity, Youden index and F score are not known, '
+                     'and the sum is not comparable with published ones.')
     if b := sets.get('b'):
-        named = dict(total_precision='total precision (of 3)', sensitivity='sensitivity for a heart problem', specificity='specificity', youden='Youden index',
+        named = dict(total_precision='total precision (of 3)', youden='Youden index',
+                     sensitivity='sensitivity for a heart problem', specificity='specificity',
                      discriminant_power='discriminant power')
-        lines.append(f'Set B, {b["recordings"]} recordings: '+', '.join(f'{name} {number(b[k])}' for k, name in named.items())+'.')
+        told = ', '.join(f'{name} {number(b[k])}' for k, name in named.items())
+        lines.append(f'Set B, {b["recordings"]} recordings: {told}.')
     return lines
 
 # %% ../nbs/06t_evaluation_report.ipynb #b20d9022

@@ -194,7 +194,10 @@ def precision_sum(
     y_pred,            # decided classes [n]
     num_classes: int=3,  # normal, murmur, extrasystole
 ):                     # 0 to `num_classes`, or None where a class is absent from the truth
-    "The sum of the classes' precisions; a class never decided adds 0. Over both sets of PASCAL it is not the challenge's score, see `pahcl.challenge_rules.pascal_sets`."
+    """The sum of the classes' precisions; a class never decided adds 0.
+
+    Over both sets of PASCAL it is not the challenge's score, see `pahcl.challenge_rules.pascal_sets`.
+    """
     values = class_scores(confusion_matrix(y_true, y_pred, num_classes))['precision']
     return None if None in values else float(sum(values))
 
@@ -265,9 +268,11 @@ def rarest_labels(
     counts=None,  # class -> how many persons have it; None: how many of these groups
 ) -> pd.Series:   # sorted group -> class
     "One class for each group: of several the rarest; of equally rare ones the larger number."
-    pairs = pd.DataFrame(dict(group=np.asarray(groups), label=np.asarray(labels, int))).drop_duplicates()
-    frequent = pairs['label'].map(pairs['label'].value_counts() if counts is None else dict(counts)).fillna(0)
-    return pairs.assign(frequent=-frequent).sort_values(['group', 'frequent', 'label']).groupby('group')['label'].last()
+    pairs = pd.DataFrame(dict(group=np.asarray(groups), label=np.asarray(labels, int)))
+    pairs = pairs.drop_duplicates()
+    counts = pairs['label'].value_counts() if counts is None else counts
+    seldom = pairs.assign(seldom=-pairs['label'].map(dict(counts)).fillna(0))
+    return seldom.sort_values(['group', 'seldom', 'label']).groupby('group')['label'].last()
 
 def group_labels(
     rows,        # DataFrame: `label`, and `subject_label` where the task says it
@@ -275,7 +280,8 @@ def group_labels(
     level: str,  # which of them: 'recording' or 'subject'
 ) -> pd.Series:  # sorted group -> class
     "The class of each recording or subject, see `rarest_labels`."
-    if level == 'subject' and 'subject_label' in rows: return rows['subject_label'].astype(int).groupby(np.asarray(groups)).first()
+    told = level == 'subject' and 'subject_label' in rows
+    if told: return rows['subject_label'].astype(int).groupby(np.asarray(groups)).first()
     return rarest_labels(rows['label'], groups)
 
 # %% ../nbs/02b_metrics.ipynb #92c50357
@@ -295,7 +301,8 @@ def at_levels(
         up, ids = aggregate(values, keys, how)
         if level in own and not (level == 'subject' and subject_rule): up = np.asarray(own[level], float)
         grouped = rows[columns].groupby(keys.to_numpy(), sort=True)
-        rows_up = grouped.first().assign(label=group_labels(rows, keys, level), rows=grouped.size(), mixed_labels=grouped['label'].nunique() > 1)
+        rows_up = grouped.first().assign(label=group_labels(rows, keys, level), rows=grouped.size(),
+                                         mixed_labels=grouped['label'].nunique() > 1)
         if level == 'subject': rows_up = rows_up.drop(columns='recording_id')
         levels[level] = (rows_up.loc[ids].reset_index(drop=True), up)
     return levels

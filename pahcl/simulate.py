@@ -156,15 +156,18 @@ def _abnormal(n):
 
 # %% ../nbs/00a_simulate.ipynb #b41132a1
 def _appendix_row(name, letter, label, n, i):
-    "what the publisher's appendix says of the i-th recording of the n-th person; numbers of raw recordings occur in both classes, as they do there"
-    person = {'a': {'Original record name': f'C{n+1}S{i}'}, 'b': {'Original record name': f'S{n+1}f{i+1}_data', 'Subject ID': n+1},
-              'e': {'Original record name': f'x{name}', '# Raw record': n//6+1}}[letter]
-    return {'Challenge record name': name, 'Database': f'training-{letter}', 'Original record name': '', 'Diagnosis': 'Normal' if label == -1 else 'CAD',
-            'Class (-1=normal 1=abnormal)': label, 'Subject ID': '', '# Raw record': ''} | person
+    "what the publisher's appendix says of the i-th recording of the n-th person"
+    person = {'a': {'Original record name': f'C{n+1}S{i}'},
+              'b': {'Original record name': f'S{n+1}f{i+1}_data', 'Subject ID': n+1},
+              'e': {'Original record name': f'x{name}', '# Raw record': n//6+1}}   # in both classes
+    row = {'Challenge record name': name, 'Database': f'training-{letter}', 'Original record name': '',
+           'Diagnosis': 'Normal' if label == -1 else 'CAD', 'Class (-1=normal 1=abnormal)': label,
+           'Subject ID': '', '# Raw record': ''}
+    return row | person[letter]
 
 # %% ../nbs/00a_simulate.ipynb #6d667f68
 def _simulate_physionet2016(folder, subjects, seed, seconds):
-    "write the 2016 layout: two recordings a person, in folder a at two places, in folder e clips of one raw recording"
+    "write the 2016 layout: two recordings a person; in folder e clips of one raw recording"
     import pandas as pd
     rows = []
     for n in range(subjects):
@@ -181,7 +184,8 @@ def _simulate_physionet2016(folder, subjects, seed, seconds):
     table = pd.DataFrame(rows)
     table.to_csv(folder/APPENDIX, index=False, encoding='utf-8-sig')
     for place, group in table.groupby('Database'):
-        group[['Challenge record name', 'Class (-1=normal 1=abnormal)']].to_csv(folder/place/'REFERENCE.csv', index=False, header=False)
+        labels = group[['Challenge record name', 'Class (-1=normal 1=abnormal)']]
+        labels.to_csv(folder/place/'REFERENCE.csv', index=False, header=False)
 
 # %% ../nbs/00a_simulate.ipynb #998a7136
 def _pascal_names(label, group, n, place, noisy):
@@ -224,7 +228,7 @@ def _simulate_pascal(folder, subjects, seed, seconds):
     pd.DataFrame(timing).to_csv(folder/'set_a_timing.csv', index=False)
 
 # %% ../nbs/00a_simulate.ipynb #cb452b58
-MARKER, LAYOUT = '.simulated.json', 2      # the layout's number is raised when the writers change: what an older version wrote is made anew
+MARKER, LAYOUT = '.simulated.json', 2   # raise it when the writers change: older files are made anew
 WRITERS = {'circor': _simulate_circor, 'physionet2016': _simulate_physionet2016, 'pascal': _simulate_pascal}
 SECONDS = {'circor': 10., 'physionet2016': 12., 'pascal': 6.}       # a recording; the real ones have medians of 21, 21 and 6 s
 
