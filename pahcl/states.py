@@ -109,8 +109,8 @@ def mean_durations(
 ):                        # (mean [4] s, standard deviation [4] s)
     "How long S1, systole, S2 and diastole last in a heart of this rate."
     d = (parameters or load_parameters())['durations']
-    three = d['constant_s']+d['per_root']*np.sqrt(period_s)
-    return np.r_[three, period_s-three.sum()], np.r_[d['spread_s'], d['diastole_spread']*period_s]
+    three = np.maximum(d['constant_s']+d['per_root']*np.sqrt(period_s), 1/FRAME_RATE)     # a line through few hearts may cross zero elsewhere
+    return np.r_[three, max(period_s-three.sum(), 1/FRAME_RATE)], np.r_[d['spread_s'], d['diastole_spread']*period_s]
 
 # %% ../nbs/01b_heart_states.ipynb #1592e0da
 def duration_tables(
