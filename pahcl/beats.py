@@ -59,7 +59,7 @@ def judge(
     length = beats.offset_s-beats.onset_s
     faults = [length < SHORTEST_S, length > LONGEST_S, flat >= 0.5, clipped >= 0.05, beats.confidence < minimum_confidence]
     out['quality'] = np.round(np.minimum(1-flat, np.maximum(0, 1-20*clipped)), 4)
-    out['reason'] = np.select(faults, list(REASONS), '')
+    out['reason'] = np.select(faults, list(REASONS)[:len(faults)], '')     # the last is of a whole recording
     return out
 
 # %% ../nbs/01d_beats.ipynb #e00da5e4

@@ -121,7 +121,7 @@ def recording_persons(
 ) -> dict:           # recording → person, of those that are named; empty when the table does not know persons
     "Who each recording is of."
     from pahcl.download import read_table, recordings
-    table = recordings(path) if Path(path).is_dir() else read_table(path)
+    table = recordings(path) if Path(path).is_dir() else read_table(path, [])
     key = next((c for c in ('recording_id', 'record', 'Patient ID', 'subject_id') if c in table), table.columns[0])
     person = next((c for c in ('person_id', 'Patient ID') if c in table), None)
     if person is None: return {}

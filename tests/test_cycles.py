@@ -44,7 +44,7 @@ def test_layout(made):
     assert set(recs.folder) == {str(p.parent.relative_to(out)) for p in out.glob('*/*/cycles.csv')} == set(stats['recordings'])
     for r in recs.itertuples():
         t = table_of(out/r.folder)
-        assert list(t.columns) == CYCLE_COLUMNS and len(t) == max(r.cycles_found, 1) and t.kept.sum() == r.cycles_kept == len(list((out/r.folder).glob('*.npy')))
+        assert list(t.columns) == CYCLE_COLUMNS and len(t) == r.cycles_found+(t.reason == 'no whole beat').sum() and t.kept.sum() == r.cycles_kept == len(list((out/r.folder).glob('*.npy')))
         assert (t.file[t.kept] == [f'cycle_{i:03d}.npy' for i in range(t.kept.sum())]).all() and (t.file[~t.kept] == '').all() and (t.reason[~t.kept] != '').all()
         assert (np.diff(t[BOUNDS].to_numpy(), axis=1) > 0).all() and (t.valid_length[t.kept] > 0).all() and t.confidence.between(0, 1).all() and t.quality.between(0, 1).all()
         if not r.fallback: assert (t.reason[t.kept] == '').all()
@@ -240,7 +240,9 @@ def test_console_script(made, tmp_path, capsys):
     raw, out, stats = made
     assert pahcl_preprocess(['--raw_dir', str(raw), '--output-dir', str(tmp_path), '--dataset', 'pascal', '--num_workers', '1']) == 0
     text = capsys.readouterr().out
-    assert f'{stats["datasets"]["pascal"]["found"]} found' in text and 'murmur' in text
+    assert f'{stats["datasets"]["pascal"]["found"]} beats found' in text and 'murmur' in text
+    t = stats['total']
+    assert t['kept'] == t['found']-sum(t['rejected'].values())+t['made_up'] and all(f'{x["kept"]-x["made_up"]} kept' in text for x in [stats['datasets']['pascal']])
     assert pahcl_preprocess(['--raw-dir', str(tmp_path/'nowhere')]) == 1 and 'no labels found' in capsys.readouterr().err
 
 def test_withdrawn_recordings_are_cut_when_asked_for_and_stay(raw, tmp_path):
