@@ -2,7 +2,9 @@
 
 python benchmarks/pretraining_helps.py --processed data/processed --downstream data/downstream --output outputs/pretraining_helps [--seeds 5]
 
-Each seed is a whole experiment: its own pretraining, random start, few-shot subjects and order of batches. Finished parts are not repeated, so a run that was killed goes on.
+Each seed is a whole experiment: its own pretraining, random start, few-shot subjects and order of batches. No label
+has a part in pretraining, not in the choice of its epoch either (probe.tasks is empty, so the contrastive loss of persons
+kept apart chooses): few labels are few labels. Finished parts are not repeated, so a run that was killed goes on.
 Writes results.csv (a row a task, setting, start, seed and level), paired.csv and paired.md (the differences with their intervals), and keeps every run's folder and its test predictions.
 """
 import argparse, time
@@ -141,7 +143,7 @@ def main(argv=None):
     parser.add_argument('--downstream', type=Path, default='data/downstream', help='output of pahcl_prepare')
     parser.add_argument('--output', type=Path, default='outputs/pretraining_helps', help='where runs and tables go')
     parser.add_argument('--config', default='small_pretrain', help='configuration of the pretraining: a path or the name of a packaged one')
-    parser.add_argument('--pretrain-epochs', type=int, default=4, help='of each pretraining; its best epoch by the loss of persons kept apart is taken')
+    parser.add_argument('--pretrain-epochs', type=int, default=4, help='of each pretraining; its best epoch by the contrastive loss of persons kept apart is taken')
     parser.add_argument('--seeds', type=int, default=5, help='1 … so many')
     parser.add_argument('--tasks', nargs='+', default=TASKS)
     parser.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
@@ -159,7 +161,7 @@ def main(argv=None):
             began = time.time()
             if seed not in checkpoints:
                 checkpoints[seed] = pretrain(a.config, output_dir=a.output, experiment_name=f'pretrain_{seed}', processed_dir=a.processed, downstream_dir=a.downstream, seed=seed,
-                                             **{'epochs': a.pretrain_epochs, 'training.num_workers': 0})
+                                             **{'epochs': a.pretrain_epochs, 'training.num_workers': 0, 'probe.tasks': []})
             for task in a.tasks:
                 for start, source in dict(pretrained=checkpoints[seed], random='none').items():
                     for number in range(seed, (a.shots if setting == 'logistic_few_shot' else 1)*DRAW, DRAW): parts[task, setting, start, number] = run_part(task, setting, start, number, source, a)
