@@ -143,7 +143,8 @@ def main(argv=None):
     parser.add_argument('--downstream', type=Path, default='data/downstream', help='output of pahcl_prepare')
     parser.add_argument('--output', type=Path, default='outputs/pretraining_helps', help='where runs and tables go')
     parser.add_argument('--config', default='small_pretrain', help='configuration of the pretraining: a path or the name of a packaged one')
-    parser.add_argument('--pretrain-epochs', type=int, default=4, help='of each pretraining; its best epoch by the contrastive loss of persons kept apart is taken')
+    parser.add_argument('--pretrain-epochs', type=int, default=4,
+                        help='of each pretraining; its best epoch by the contrastive loss of persons kept apart is taken')
     parser.add_argument('--seeds', type=int, default=5, help='1 … so many')
     parser.add_argument('--tasks', nargs='+', default=TASKS)
     parser.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))

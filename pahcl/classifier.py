@@ -315,4 +315,5 @@ def encoder_alone(
     "What the package ships of a checkpoint."
     kept = {k: v for k, v in saved['model_state_dict'].items() if k.startswith('encoder.')}
     told = {k: saved[k] for k in ('kind', 'encoder_type', 'encoder_config', 'epoch', 'config', 'pretrain_persons')}
-    return told | {k: saved[k] for k in ('chosen_by',) if k in saved} | dict(model_state_dict=kept, include_heldout_subjects=True)
+    if 'chosen_by' in saved: told['chosen_by'] = saved['chosen_by']
+    return told | dict(model_state_dict=kept, include_heldout_subjects=True)

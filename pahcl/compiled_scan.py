@@ -44,17 +44,19 @@ def open_library(
     found.pahcl_list.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     return found
 
-SLOWER = 'On a CPU the scan takes about seven times as long, a training step of a Mamba encoder about twice.'  # one core, float32, batch 16
+SLOWER = ('On a CPU the scan takes about seven times as long, '
+          'a training step of a Mamba encoder about twice.')   # one core, float32, batches of 16
 
 @lru_cache
-def find_library():  # (the compiled scan or None, a sentence that says why it is missing and what to do, or '')
+def find_library():  # (the compiled scan or None, why it is missing and what to do or '')
     "Look for the compiled scan, once."
     where = find_spec('pahcl._selective_scan')
     try:
         if where is None: raise OSError('it was not compiled when pahcl was installed')
         return open_library(where.origin), ''
     except OSError as e:
-        return None, f'WARNING: no compiled selective scan ({e}): falling back to the torch backend. {SLOWER} Install a C compiler and then pahcl again.'
+        told = f'WARNING: no compiled selective scan ({e}): falling back to the torch backend.'
+        return None, f'{told} {SLOWER} Install a C compiler and then pahcl again.'
 
 def library():
     "The compiled scan, or None."

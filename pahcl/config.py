@@ -94,7 +94,7 @@ class TrainingSection(Section):
     loss_type: Literal['ce', 'focal'] = 'ce'             # cross-entropy, or focal (Lin et al. 2017, gamma 2)
     early_stopping_patience: int = Field(15, ge=0)       # epochs without a better primary metric; 0: never stop early
     grad_clip_norm: float = Field(1.0, ge=0)             # 0: no clipping
-    accumulation_steps: int = Field(1, ge=1)             # batches an optimiser step; in pretraining each is contrasted by itself: no more negatives
+    accumulation_steps: int = Field(1, ge=1)             # batches an optimiser step; in pretraining no more negatives
     cycles_per_recording: Optional[int] = Field(None, ge=1)  # at most so many cycles of a recording an epoch; None: all
     num_workers: int = Field(4, ge=0)                    # threads that read batches ahead
     use_amp: bool = True                                 # half precision where the GPU or CPU has it natively; False: float32
@@ -154,8 +154,8 @@ class ContrastSection(Section):
     cycle_projector: list[int] = [512, 128]                       # hidden and output width
     substructure_projector: list[int] = [256, 64]
     moco: bool = False                                            # momentum encoder and queue instead of SimCLR
-    moco_momentum: float = Field(0.999, ge=0, lt=1)               # how much of themselves the slow copies keep at an optimiser step, at most
-    moco_half_life: float = Field(0.1, ge=0, le=1)                # share of the run's steps: where half of a start would last longer, the momentum is lowered; 0: never
+    moco_momentum: float = Field(0.999, ge=0, lt=1)               # what the slow copies keep of themselves a step, at most
+    moco_half_life: float = Field(0.1, ge=0, le=1)                # at most, share of the run's steps; 0: any. See `run_momentum`
     moco_momentum_end: Optional[float] = Field(None, ge=0, le=1)  # where the momentum arrives on half a cosine at the last step; None: it stays
     queue_size: int = Field(8192, ge=1)                           # keys
 
@@ -169,13 +169,13 @@ class AugmentationSection(Section):
     noise_snr_db: list[float] = [10.0, 30.0]
     noise_colour: float = Field(1.0, ge=0)                     # exponent of 1/f^colour, drawn from 0 (white) to this
     respiration_probability: float = Field(0.3, ge=0, le=1)
-    respiration_depth: float = Field(0.6, ge=0, lt=1)          # largest swing of the loudness over a breath, a share of it
+    respiration_depth: float = Field(0.6, ge=0, lt=1)          # largest swing of the loudness over a breath
     time_mask_probability: float = Field(0.3, ge=0, le=1)
     time_mask_fraction: float = Field(0.1, ge=0, lt=1)
     frequency_mask_probability: float = Field(0.3, ge=0, le=1)
     frequency_mask_width_hz: float = Field(40.0, ge=0)
     band_filter_probability: float = Field(0.3, ge=0, le=1)
-    band_filter_low_hz: list[float] = [25.0, 60.0]             # where half of the amplitude passes; no further than the cycles' pass-band
+    band_filter_low_hz: list[float] = [25.0, 60.0]             # where half of the amplitude passes, within the pass-band
     band_filter_high_hz: list[float] = [200.0, 400.0]          # likewise
 
 # %% ../nbs/00b_config.ipynb #c1cb44a2
@@ -311,7 +311,8 @@ FLAGS_OF = dict(finetune=FLAGS | dict(task='task.name', pretrained='pretrain.che
 TYPES = dict(int='a whole number', float='a number', finite='a number', bool='true or false', string='text', list='a list', dict='a mapping of names to values')
 LIMITS = dict(greater_than=('gt', 'above'), greater_than_equal=('ge', 'of at least'), less_than=('lt', 'below'), less_than_equal=('le', 'of at most'))
 
-REMOVED = {'augmentation.amplitude': 'the loudness of a view had no effect, for every encoder normalises what it hears'}  # keys of older files
+REMOVED = {  # keys of older files, and why they are gone
+    'augmentation.amplitude': 'every cycle is standardised, in training and in use, so that no encoder meets another loudness'}
 
 def expected(
     problem: dict,   # an entry of `ValidationError.errors()`

@@ -96,7 +96,7 @@ def start_left(
     start, end,   # as in `momentum_at`
     steps: int,   # optimiser steps
 ) -> float:       # 0 … 1
-    "The share of their random start that the slow copies still are after so many steps: the product of the momenta."
+    "The share of their random start that the slow copies still are: the product of the momenta."
     return math.prod(momentum_at(start, end, done/steps) for done in range(1, steps+1))
 
 # %% ../nbs/04d_contrastive_model.ipynb #7f9c17ab
@@ -110,11 +110,14 @@ def set_pace(self: ContrastiveModel,
     if not c.moco: return []
     self.momentum = run_momentum(c.moco_momentum, c.moco_half_life, steps)
     left = [start_left(m, c.moco_momentum_end, steps) for m in (c.moco_momentum, self.momentum)]
-    told = [f'momentum {self.momentum:g}, {steps} optimiser steps: at the end {left[1]:.2%} of the momentum encoder is its random start']
+    told = [f'momentum {self.momentum:g}, {steps} optimiser steps: '
+            f'at the end {left[1]:.2%} of the momentum encoder is its random start']
     if self.momentum < c.moco_momentum:
-        told[0] += f'; contrast.moco_momentum {c.moco_momentum:g} would have left {left[0]:.0%} and was lowered to a half-life of {c.moco_half_life:.0%} of the run'
-    if c.queue_size > rows: told.append(f'contrast.queue_size {c.queue_size} holds the keys of {c.queue_size/rows:.1f} epochs of {rows} cycles: '
-                                        'cycles stand in it more than once, the oldest keys by an encoder of as many epochs ago')
+        told[0] += (f'; contrast.moco_momentum {c.moco_momentum:g} would have left {left[0]:.0%} '
+                    f'and was lowered to a half-life of {c.moco_half_life:.0%} of the run')
+    if c.queue_size > rows:
+        told.append(f'contrast.queue_size {c.queue_size} holds the keys of {c.queue_size/rows:.1f} epochs of {rows} '
+                    'cycles: cycles stand in it more than once, the oldest keys by an encoder of as many epochs ago')
     return told
 
 # %% ../nbs/04d_contrastive_model.ipynb #8995e58d

@@ -208,7 +208,7 @@ def scan_torch(
 # %% ../nbs/03a_selective_scan.ipynb #ec726d4e
 @lru_cache
 def have_mamba_ssm() -> bool:
-    "Whether the published CUDA kernels are there: mamba_ssm also installs without them, and its Python part imports all the same."
+    "Whether the published CUDA kernels are there; mamba_ssm installs and imports without them too."
     try:
         import selective_scan_cuda  # noqa: F401  the kernels
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
@@ -220,7 +220,8 @@ def scan_mamba_ssm(
 ):                                                                             # (y [B, D, L], last state [B, D, N])
     "The scan by mamba_ssm's kernels."
     if not have_mamba_ssm():
-        raise PahclError("selective_scan: backend 'mamba_ssm' has no kernels here (the module selective_scan_cuda); pip install 'pahcl[cuda]' on a machine with CUDA, or use backend 'auto'.")
+        advice = "pip install 'pahcl[cuda]' on a machine with CUDA, or use backend 'auto'."
+        raise PahclError(f"selective_scan: backend 'mamba_ssm' has no kernels here (the module selective_scan_cuda); {advice}")
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     like = lambda v: v if v is None else v.to(u.dtype)
     exact = lambda v: v if v is None else v.float()
@@ -346,16 +347,16 @@ class MambaBlock(nn.Module):
         return self.out_proj(y.transpose(1, 2))
 
 # %% ../nbs/03a_selective_scan.ipynb #fdae3bbe
-NO_KERNELS = ("WARNING: mamba_ssm's kernels are not there (the module selective_scan_cuda): the scan runs on the GPU step by step in plain PyTorch, which is slow. "
-              "pip install 'pahcl[cuda]'.")
+NO_KERNELS = ("WARNING: mamba_ssm's kernels are not there (the module selective_scan_cuda): the scan runs on the GPU "
+              "step by step in plain PyTorch, which is slow. To have them, pip install 'pahcl[cuda]'.")
 
 def scan_lines(
     model,    # a module
     device,   # where it will run
 ) -> list:    # no or one sentence for the log
-    "Say that the Mamba blocks of a model have to do without the fast scan of their device, if there are any."
-    device = torch.device(device)
-    if device.type not in ('cpu', 'cuda') or not any(isinstance(m, MambaBlock) for m in model.modules()): return []
+    "Say that the Mamba blocks of a model, if it has any, must do without their device's fast scan."
+    device, mamba = torch.device(device), any(isinstance(m, MambaBlock) for m in model.modules())
+    if device.type not in ('cpu', 'cuda') or not mamba: return []
     told = find_library()[1] if device.type == 'cpu' else '' if have_mamba_ssm() else NO_KERNELS
     SAID.add(told)
     return [told] if told else []

@@ -60,18 +60,20 @@ def epoch_choice(
     if saved.get('kind') == 'finetune': return f'labels of {saved.get("task")}'
     if tasks := saved.get('probe_tasks'): return f'labels of {", ".join(tasks)}'
     made_here = 'format_version' in saved and saved.get('config')
-    return 'contrastive loss' if made_here and 'probe' not in saved['config'] else 'not recorded'   # before there was a probe the loss chose
+    if made_here and 'probe' not in saved['config']: return 'contrastive loss'   # before there was a probe the loss chose
+    return 'not recorded'
 
 def choice_lines(
     config,        # a `FinetuneConfig`
     found: dict,   # with `epoch_chosen_by`
 ) -> list:         # one sentence for the log
-    "Say what chose the pretrained epoch, as a warning where few shots are to show how few labels suffice."
+    "Say what chose the pretrained epoch, as a warning where few labels are to suffice."
     chosen = found['epoch_chosen_by']
     told = f'the pretrained epoch was chosen by: {chosen}'
     if not config.few_shot or not chosen.startswith(('labels', 'not')): return [told]
-    more = 'more labels than the few were used' if chosen.startswith('labels') else 'if by labels, more of them than the few were used'
-    return [f'WARNING: {told}; {more}. For a few-shot claim pretrain with probe.tasks: [], which lets the loss choose.']
+    more = ('' if chosen.startswith('labels') else 'if by labels, ')+'more labels than the few were used'
+    advice = 'For a few-shot claim pretrain with probe.tasks: [], which lets the loss choose.'
+    return [f'WARNING: {told}; {more}. {advice}']
 
 # %% ../nbs/05c_starting_model.ipynb #67eddbd3
 def starting_encoder(
@@ -114,7 +116,8 @@ def starting_model(
     if config.pretrain.freeze_encoder: model.encoder.requires_grad_(False)
     if source == 'none': return model, found, [], set()
     found |= dict(epoch_chosen_by=epoch_choice(saved))
-    told = [loading_line(source, found), check_pretraining(saved, heldout, source), *substructure_note(config, saved), *choice_lines(config, found)]
+    told = [loading_line(source, found), check_pretraining(saved, heldout, source),
+            *substructure_note(config, saved), *choice_lines(config, found)]
     if not config.pretrain.load_encoder_only: load_whole(model, saved, source)
     return model, found, [line for line in told if line], persons_seen(saved) or set()
 

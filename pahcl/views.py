@@ -252,24 +252,25 @@ def time_mask(
 # %% ../nbs/04a_views.ipynb #2de10a01
 DRAWS = ('time_shift', 'time_stretch', 'unused', 'polarity', 'noise', 'noise_snr_db', 'noise_colour', 'respiration', 'respiration_rate',
          'respiration_angle', 'respiration_depth', 'time_mask', 'time_mask_width', 'time_mask_start', 'frequency_mask', 'frequency_mask_width',
-         'frequency_mask_start', 'band_filter', 'band_filter_low_hz', 'band_filter_high_hz')  # unused: a place once taken; without it all others would draw anew
+         'frequency_mask_start', 'band_filter', 'band_filter_low_hz', 'band_filter_high_hz')  # unused: or all others drew anew
 RESPIRATION_HZ = (0.2, 0.67)  # 12 to 40 breaths a minute, adults to small children
 
 def inside(
     limits, band,   # [smallest, largest], Hz: where a filter may cut, and where there is sound
     name: str,      # of the key, for the message
 ) -> list:          # the limits within the band
-    "A filter that cuts where there is no sound changes nothing: its limits are those of the band; wholly beyond it they are a `PahclError`."
+    "A filter that cuts where there is no sound changes nothing: its limits end at the band's."
     if limits[1] < band[0] or limits[0] > band[1]:
         where = f'the cycles hold {band[0]:g} to {band[1]:g} Hz'
-        raise PahclError(f'augmentation.{name} is {list(limits)}, but {where}: it would change nothing. Give limits within them, or band_filter_probability 0.')
+        advice = 'Give limits within them, or band_filter_probability 0.'
+        raise PahclError(f'augmentation.{name} is {list(limits)}, but {where}: it would change nothing. {advice}')
     return [min(max(f, band[0]), band[1]) for f in limits]
 
 class Views:
     "Random views of cycles; each sample's draws are a function of (seed, its key)."
     def __init__(self,
         config,              # any object with the fields of `pahcl.config.AugmentationSection`
-        band=(25.0, 400.0),  # Hz; the pass-band of the preprocessing: noise, frequency mask and the filter's limits stay inside
+        band=(25.0, 400.0),  # Hz; the pass-band of the preprocessing: what has a frequency stays inside
     ):
         self.config, self.band, self.limits = config, tuple(band), {}
         for name in ('noise_snr_db', 'band_filter_low_hz', 'band_filter_high_hz'):
@@ -388,6 +389,7 @@ def feature_change(
 ) -> float:       # 0: same features; 1: as far apart as cycles of two persons
     "How far views move features: mean cosine distance to those of the cycle, over that between persons."
     keys = sample_keys(torch.arange(len(x), device=x.device))
-    before, after = (F.normalize(encoder(y, valid_length(p)), dim=-1) for y, p in ((x, phases), views(x, phases, sample_rate, seed, keys)))
+    both = (x, phases), views(x, phases, sample_rate, seed, keys)
+    before, after = (F.normalize(encoder(y, valid_length(p)), dim=-1) for y, p in both)
     apart = (1-before@before.T)[person[:, None] != person].mean()
     return float((1-(before*after).sum(-1)).mean()/apart)
