@@ -23,6 +23,7 @@ from pahcl.finetune import finetune, starting_model, task_data
 from pahcl.loader import cap_rows, few_shot_rows
 from pahcl.metrics import OFFICIAL, at_levels, bootstrap_draws, classification_metrics, percentile_interval
 from pahcl.pretrain import pretrain
+from pahcl.splits import person_of_id
 from pahcl.tables import read_table
 
 TASKS = ('circor_murmur', 'physionet2016', 'pascal')
@@ -53,7 +54,7 @@ def frozen(task, data_dir, start, seed):
     "The task's cycles, and their features from an encoder that stays as it is: {split: (table, features)}."
     config = load_config('finetune', None, overrides=dict(task=task, data_dir=data_dir, pretrained=start, seed=seed, encoder_type=COMMON['encoder_type']))
     data, content, _ = task_data(config)
-    heldout = {p for s in ('val', 'test') for p in data[s].table['person_id']}
+    heldout = person_of_id(data['val'].table, data['test'].table)
     encoder = starting_model(config, content['num_classes'], heldout)[0].encoder
     return {s: (data[s].table, encode(encoder, data[s])) for s in ('train', 'test')}, content['num_classes']
 

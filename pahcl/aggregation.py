@@ -10,17 +10,19 @@ __all__ = ['RULES', 'QUANTILES', 'rules_of', 'log_odds', 'subject_features', 'ba
 import numpy as np
 import pandas as pd
 
-from .metrics import at_levels, classification_metrics
+from .metrics import MURMUR_RULES, at_levels, classification_metrics, group_labels
 
 # %% ../nbs/06h_aggregation.ipynb #2d9ef604
 # cycles to recordings, recordings to subjects; see `pahcl.metrics.aggregate`
-RULES = dict(mean=('mean', 'mean'), logmean=('logmean', 'logmean'), trimmed=('trimmed', 'mean'), any_present=('mean', 'any_present'))
+RULES = dict(mean=('mean', 'mean'), logmean=('logmean', 'logmean'), trimmed=('trimmed', 'mean'),
+             **{rule: ('mean', rule) for rule in MURMUR_RULES})
 
 def rules_of(
     label_map: dict,   # the task's
 ) -> dict:             # name -> (cycles to recordings, recordings to subjects)
-    "The rules a task can use: `any_present` speaks of murmurs only."
-    return {k: v for k, v in RULES.items() if k != 'any_present' or label_map == dict(Present=0, Absent=1, Unknown=2)}
+    "The rules a task can use; some speak of murmurs only."
+    murmur = label_map == dict(Present=0, Absent=1, Unknown=2)
+    return {k: v for k, v in RULES.items() if murmur or k not in MURMUR_RULES}
 
 # %% ../nbs/06h_aggregation.ipynb #0f3198a2
 def log_odds(
@@ -149,9 +151,11 @@ def silent_rows(
     silent,       # as in `with_silent`
     level: str,   # recording or subject
 ):                # DataFrame: new rows of that level, in which `rows` is 0
-    "Whoever has no row yet; of a subject with several labels the largest counts."
-    new = silent[[c for c in ('recording_id', 'subject_id', 'person_id', 'label') if c in silent and c in [*rows.columns, 'label']]].astype({'subject_id': str})
-    if level == 'subject': new = new.drop(columns='recording_id', errors='ignore').sort_values('label').drop_duplicates('subject_id', keep='last')
+    "Whoever has no row yet; the class of a subject as in `pahcl.metrics.group_labels`."
+    new = silent[[c for c in ('recording_id', 'subject_id', 'person_id', 'label', 'subject_label') if c in silent and c in [*rows.columns, 'label']]].astype({'subject_id': str})
+    if level == 'subject':
+        label = group_labels(new, new['subject_id'], level)
+        new = new.drop(columns='recording_id', errors='ignore').assign(label=new['subject_id'].map(label)).drop_duplicates('subject_id')
     return new[~new[f'{level}_id'].astype(str).isin(rows[f'{level}_id'].astype(str))].assign(rows=0, mixed_labels=False)
 
 # %% ../nbs/06h_aggregation.ipynb #41b97785

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['WHO', 'prediction_table', 'best_floor', 'level_column', 'class_table', 'score_tables', 'below_text', 'quality_line',
-           'official_lines', 'all_notes', 'threshold_text', 'evaluation_figures', 'floor_section', 'rule_section',
-           'calibration_section', 'extra_sections', 'write_predictions', 'write_evaluation', 'summary_text']
+           'set_lines', 'official_lines', 'all_notes', 'threshold_text', 'evaluation_figures', 'floor_section',
+           'rule_section', 'calibration_section', 'extra_sections', 'write_predictions', 'write_evaluation',
+           'summary_text']
 
 # %% ../nbs/06t_evaluation_report.ipynb #1c0f37c4
 import re
 from pathlib import Path
 
 from .basics import some, write_json, write_text
-from .scoring import COMPARED, INTERVALS, all_floors, class_names
+from .scoring import COMPARED, INTERVALS, all_floors, class_areas, class_names
 
 # %% ../nbs/06t_evaluation_report.ipynb #82da7f77
 WHO = ('fold', 'subject_id', 'person_id', 'recording_id', 'location', 'file_path', 'signal_quality')
@@ -55,13 +56,14 @@ def level_column(
 def class_table(
     subject: dict,   # scores of the subjects
     names: list,     # of the classes
+    below=(),        # of `mark_floors`: `auroc Unknown` and the like are marked
 ):                   # DataFrame, a row a class
     "Scores a class; shares have Wilson's interval."
     import pandas as pd
     from pahcl.report import number, share_with_interval
     support, decided = subject['support'], [sum(column) for column in zip(*subject['confusion_matrix'])]
     of = dict(recall=support, precision=decided, specificity=[sum(support)-s for s in support])
-    cell = lambda k, v, c: share_with_interval(v, of[k][c]) if k in of else number(v)
+    cell = lambda k, v, c: share_with_interval(v, of[k][c]) if k in of else number(v)+' ▼'*(f'{k} {names[c]}' in below)
     cells = {k: [cell(k, v, c) for c, v in enumerate(values)] for k, values in subject['per_class'].items()}
     return pd.DataFrame(dict(subjects=support) | cells, index=pd.Index(names, name='class'))
 
@@ -75,7 +77,8 @@ def score_tables(
     columns = {f'{level}s (n = {results["n"][level]:,})': level_column(results, level) for level in ('subject', 'recording', 'cycle')}
     floors = [best_floor(results, k) for k in INTERVALS]
     columns['best floor (subjects)'] = [f'{number(v)} ({name})' if name else '–' for v, name in floors]
-    return pd.DataFrame(columns, index=pd.Index(INTERVALS, name='score')), class_table(results['levels']['subject'], class_names(results['label_map']))
+    classes = class_table(results['levels']['subject'], class_names(results['label_map']), results.get('below_floor', ()))
+    return pd.DataFrame(columns, index=pd.Index(INTERVALS, name='score')), classes
 
 # %% ../nbs/06t_evaluation_report.ipynb #935ac8dd
 def below_text(results: dict) -> str:
@@ -96,6 +99,27 @@ def quality_line(
     return [f'By the signal-quality rule of the challenge: {part("good", q["good"])}, {part("poor", q["poor"])}{lacking}. '
             f'Unsure, because no cycle was heard, about {q["unsure"]}: right where the quality is poor, wrong elsewhere.']
 
+# %% ../nbs/06t_evaluation_report.ipynb #4c8467bb
+def set_lines(
+    official: dict,   # of `pahcl.scoring.official_result`
+) -> list:            # sentences
+    "What the PASCAL challenge scored, of each of its sets, and what of it cannot be known."
+    from pahcl.report import number
+    if 'sets' not in official: return []
+    sets, lines = official['sets'], ['This sum is over both sets in one; the PASCAL challenge scored each alone:']
+    if a := sets.get('a'):
+        lines.append(f'Set A, {a["recordings"]} recordings: total precision {number(a["total_precision"])} '
+                     'of 3 classes. The challenge had a fourth, artifact, which this task leaves out: '
+                     'its precision, sensitivity, specificity, Youden index and F score are not known, '
+                     'and the sum is not comparable with published ones.')
+    if b := sets.get('b'):
+        named = dict(total_precision='total precision (of 3)', youden='Youden index',
+                     sensitivity='sensitivity for a heart problem', specificity='specificity',
+                     discriminant_power='discriminant power')
+        told = ', '.join(f'{name} {number(b[k])}' for k, name in named.items())
+        lines.append(f'Set B, {b["recordings"]} recordings: {told}.')
+    return lines
+
 # %% ../nbs/06t_evaluation_report.ipynb #b20d9022
 def official_lines(
     results: dict,  # of `score_predictions`
@@ -106,7 +130,7 @@ def official_lines(
     floors = ', '.join(f'{name} {number(value)}' for name, value in official['floors'].items())
     better = 'higher' if official['higher_is_better'] else 'lower'
     value = with_interval(official['value'], (official['low'], official['high']))
-    lines = [f'{official["name"]} of {official["level"]}s: {value} ({better} is better; {floors}).', *quality_line(official)]
+    lines = [f'{official["name"]} of {official["level"]}s: {value} ({better} is better; {floors}).', *quality_line(official), *set_lines(official)]
     if blind := official.get('blind'):
         lines.append(f'AUROC {with_interval(official["auroc"], official["auroc_interval"])}; '
                      f'referred {blind["referred"]:.0%} of the subjects, which at random costs {number(blind["at_random"])}; '
@@ -166,8 +190,10 @@ def floor_section(
     import pandas as pd
     from pahcl.report import number
     official, floors = results['official'] or {}, all_floors(results)
-    own = results['levels']['subject'] | dict(official=official.get('value'))
-    shown = ['accuracy', 'f1_macro', 'auroc', 'uar', *(['official'] if official else [])]
+    own = results['levels']['subject']
+    areas = class_areas(own, results['label_map'])
+    own = own | areas | dict(official=official.get('value'))
+    shown = ['accuracy', 'f1_macro', 'auroc', *areas, 'uar', *(['official'] if official else [])]
     table = {official['name'] if n == 'official' else n: [number(s.get(n)) for s in [own, *floors.values()]] for n in shown}
     return pd.DataFrame(table, index=pd.Index(['this model', *floors], name='subjects'))
 
@@ -200,7 +226,7 @@ def extra_sections(
     results: dict,  # of `evaluate`
 ) -> dict:          # heading -> things, for the report
     "Floors, rules and calibration, where they are known."
-    out = {'Floors: what can be had without listening': [floor_section(results)]}
+    out = {'Floors: what can be had without a network': [floor_section(results)]}
     if results.get('rules'): out['From cycles to subjects'] = rule_section(results)
     if results.get('calibration'): out['Calibration, of subjects'] = calibration_section(results['calibration'])
     return out

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INTERVALS', 'COMPARED', 'class_names', 'persons_of', 'few_persons', 'decided_levels', 'unsure_answers',
-           'official_scores_of', 'score_level', 'floor_scores', 'official_result', 'score_levels', 'score_predictions',
-           'all_floors', 'mark_floors']
+           'official_scores_of', 'score_level', 'floor_scores', 'official_result', 'set_scores', 'score_levels',
+           'score_predictions', 'class_areas', 'all_floors', 'mark_floors']
 
 # %% ../nbs/06m_scoring.ipynb #aad1bd2a
 def class_names(
@@ -129,6 +129,17 @@ def official_result(
     area = dict(auroc=scores['auroc'], auroc_interval=scores['intervals']['auroc'])
     return out | area | dict(blind=told, floors=floors | {'cheapest random referral': told['cheapest']})
 
+# %% ../nbs/06m_scoring.ipynb #91e6ac34
+def set_scores(
+    rows,            # a row a recording: `label`, `predicted`, `subject_id`
+    official: dict,  # an entry of `pahcl.metrics.OFFICIAL`
+) -> dict:           # `sets`, see `pahcl.challenge_rules.pascal_sets`; empty for other tasks, and for recordings that are not PASCAL's
+    "The PASCAL challenge's own scores."
+    from pahcl.challenge_rules import pascal_sets
+    group = rows['subject_id'].astype(str).str.extract(r'^pascal-([ab])')[0]
+    if official['name'] != 'precision_sum' or group.isna().any(): return {}
+    return dict(sets=pascal_sets(rows['label'], rows['predicted'], group))
+
 # %% ../nbs/06m_scoring.ipynb #f1afaa2a
 def score_levels(
     levels: dict,      # of `decided_levels`
@@ -143,7 +154,7 @@ def score_levels(
     for level, (rows, values) in levels.items():
         entry = official if official and official['level'] == level else None
         scores, floor = score_level(rows, values, len(names), entry, draws, seed, sought(label_map)), floor_scores(rows['label'], names, entry)
-        if entry: results['official'] = official_result(entry, scores, floor['official'])
+        if entry: results['official'] = official_result(entry, scores, floor['official']) | set_scores(rows, entry)
         notes = scores['notes'] + mixed_notes(rows, level) + (few_persons(rows, names) if level == 'subject' else [])
         kept = {k: v for k, v in scores.items() if k not in ('official', 'quality')}
         results['n'][level], results['floors'][level] = len(rows), floor['majority']
@@ -157,7 +168,7 @@ def score_predictions(
     label_map: dict,   # the task's
     task='',           # its name: decides the official score
     rule='mean',       # cycles to recordings, see `pahcl.metrics.aggregate`
-    subject_rule=None, # recordings to subjects; None: the same. 'any_present' is the clinical rule for murmurs
+    subject_rule=None, # recordings to subjects; None: the same. for murmurs also 'any_present' and 'two_loudest'
     draws=2000,        # of the bootstrap
     seed=0,
     thresholds=None,   # see `decided_levels`
@@ -169,12 +180,20 @@ def score_predictions(
     return score_levels(levels, label_map, task, draws, seed) | ways, levels
 
 # %% ../nbs/06m_scoring.ipynb #526c46e4
+def class_areas(
+    scores: dict,      # of `pahcl.metrics.classification_metrics`
+    label_map: dict,   # the task's
+) -> dict:             # e.g. `auroc Unknown` -> value; nothing with two classes, where both are the AUROC itself
+    "AUROC of each class against the rest, so that each can have its floor."
+    areas = (scores.get('per_class') or {}).get('auroc') or []
+    return {f'auroc {n}': a for n, a in zip(class_names(label_map), areas)} if len(label_map) > 2 else {}
+
 def all_floors(
     results: dict,   # of `mark_floors`
 ) -> dict:           # name -> scores, `official` among them
     "Every floor that could be computed."
-    majority = results['floors']['subject']
-    floors = {f'all {majority["class_name"]}': majority, **{n: s for n, s in results.get('shortcuts', {}).items() if 'reason' not in s}}
+    majority, known = results['floors']['subject'], {n: s for n, s in results.get('shortcuts', {}).items() if 'reason' not in s}
+    floors = {f'all {majority["class_name"]}': majority} | {n: s | class_areas(s, results['label_map']) for n, s in known.items()}
     for name, value in (results['official'] or {}).get('floors', {}).items(): floors[name] = floors.get(name, {}) | dict(official=value)
     return floors
 
@@ -186,4 +205,6 @@ def mark_floors(
     "Compare the subjects' scores, and the official one, with every floor."
     from pahcl.floors import below_floors
     results = results | dict(shortcuts=shortcuts or {})
-    return results | dict(below_floor=below_floors(results['levels']['subject'], all_floors(results), COMPARED, results['official']))
+    own = results['levels']['subject']
+    areas = class_areas(own, results['label_map'])
+    return results | dict(below_floor=below_floors(own | areas, all_floors(results), [*COMPARED, *areas], results['official']))
