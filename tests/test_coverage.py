@@ -34,10 +34,9 @@ def test_the_command_writes_its_table(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['murmur', 'outcome', 'physionet2016'])
-@pytest.mark.parametrize('persons', [59, 236])
+@pytest.mark.parametrize('name, persons', [(name, n) for name, sizes in C.SIZES.items() for n in sizes if n >= 59])
 def test_coverage(name, persons):
-    "At least 93 % (less two standard errors of 1,000 repeats), but for what a class of few persons does: see the measured table in the notebook on uncertainty."
-    table = C.summary(C.simulate(name, persons, 1000), 1000)
-    low = table[table['held'] < .93-2*np.sqrt(.93*.07/1000)]
-    assert not len(low), low.to_string()
+    "At least 93 %, less two standard errors of 1,000 repeats; differences of two models over 59 persons 88 %, which is what the notebook says of them."
+    table, room = C.summary(C.simulate(name, persons, 1000), 1000), 2*np.sqrt(.93*.07/1000)
+    least = np.where(table['score'].str.contains('difference') & (persons < 100), .88, .93-room)
+    assert (table['held'] >= least).all(), table[table['held'] < least].to_string()
