@@ -10,7 +10,7 @@ __all__ = ['RULES', 'QUANTILES', 'rules_of', 'log_odds', 'subject_features', 'ba
 import numpy as np
 import pandas as pd
 
-from .metrics import at_levels, classification_metrics
+from .metrics import at_levels, classification_metrics, group_labels
 
 # %% ../nbs/06h_aggregation.ipynb #2d9ef604
 # cycles to recordings, recordings to subjects; see `pahcl.metrics.aggregate`
@@ -149,9 +149,11 @@ def silent_rows(
     silent,       # as in `with_silent`
     level: str,   # recording or subject
 ):                # DataFrame: new rows of that level, in which `rows` is 0
-    "Whoever has no row yet; of a subject with several labels the largest counts."
-    new = silent[[c for c in ('recording_id', 'subject_id', 'person_id', 'label') if c in silent and c in [*rows.columns, 'label']]].astype({'subject_id': str})
-    if level == 'subject': new = new.drop(columns='recording_id', errors='ignore').sort_values('label').drop_duplicates('subject_id', keep='last')
+    "Whoever has no row yet; the class of a subject as in `pahcl.metrics.group_labels`."
+    new = silent[[c for c in ('recording_id', 'subject_id', 'person_id', 'label', 'subject_label') if c in silent and c in [*rows.columns, 'label']]].astype({'subject_id': str})
+    if level == 'subject':
+        label = group_labels(new, new['subject_id'], level)
+        new = new.drop(columns='recording_id', errors='ignore').assign(label=new['subject_id'].map(label)).drop_duplicates('subject_id')
     return new[~new[f'{level}_id'].astype(str).isin(rows[f'{level}_id'].astype(str))].assign(rows=0, mixed_labels=False)
 
 # %% ../nbs/06h_aggregation.ipynb #41b97785

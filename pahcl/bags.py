@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .basics import generator
+from .metrics import group_labels
 
 # %% ../nbs/03e_bags.ipynb #ac1ade3a
 class GatedAttention(nn.Module):
@@ -65,9 +66,10 @@ def bag_table(
     table,              # of a `pahcl.loader.Cycles` of a task
     level='subject',    # as in `bags_of`
 ):                      # DataFrame, a row a bag: `subject_id, recording_id` (its first), `label`, `size`
-    "What is known of each bag; its label is the largest among its cycles, as in `pahcl.metrics.at_levels`."
-    own = table.groupby(bags_of(table, level))
-    return own[['subject_id', 'recording_id']].first().assign(label=own['label'].max(), size=own.size()).reset_index(drop=True)
+    "What is known of each bag; its label as in `pahcl.metrics.group_labels`."
+    bag = bags_of(table, level)
+    own = table.groupby(bag)
+    return own[['subject_id', 'recording_id']].first().assign(label=group_labels(table, bag, level), size=own.size()).reset_index(drop=True)
 
 # %% ../nbs/03e_bags.ipynb #d35c169e
 def draw_cycles(

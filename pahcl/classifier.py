@@ -10,6 +10,7 @@ __all__ = ['POOLING', 'HEADS', 'TRAINING_ONLY', 'PACKAGED', 'pooled', 'Standardi
 
 # %% ../nbs/05a_classifier.ipynb #0c59bac1
 import hashlib
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -193,7 +194,8 @@ def persons_seen(
 ):                 # set of person ids, or None where the checkpoint does not say
     "Everybody a checkpoint was trained on, in pretraining or fine-tuning."
     lists = [saved[k] for k in ('pretrain_persons', 'training_persons') if saved.get(k) is not None]
-    return {str(p) for persons in lists for p in persons} if lists else None
+    old = lambda p: re.sub(r'^bS(\d+)$', r'2016-b-\1', str(p))   # as older versions called the persons of 2016's folder b
+    return {old(p) for persons in lists for p in persons} if lists else None
 
 # %% ../nbs/05a_classifier.ipynb #d80b25c3
 HEADS = ('cycle_projector.', 'substructure_projector.', 'classifier.', 'standardise.', 'attention.')

@@ -200,8 +200,9 @@ def number_of_folds(
 def person_labels(
     recordings,   # of the task
 ) -> dict:        # person -> class
-    "The class of each person; of several the largest counts."
-    return recordings['label'].astype(int).groupby(recordings['person_id']).max().to_dict()
+    "The class of each person; of several the one that the fewest persons have."
+    from pahcl.metrics import rarest_labels
+    return rarest_labels(recordings['label'], recordings['person_id']).to_dict()
 
 # %% ../nbs/06n_cross_validation.ipynb #8b85fa7e
 def planned_folds(
@@ -286,10 +287,12 @@ def cross_validate(
     rule='mean', subject_rule=None, draws=2000, seed=0, threshold='argmax', raw_dir=None,  # as in `pahcl.evaluate.evaluate`
 ) -> dict:                                        # what stands in metrics.json, and `output_dir`
     "Fine-tune once a fold, and score all persons that were tested as one split."
+    from pahcl.splits import met_persons
     folds, ways = number_of_folds(folds), dict(rule=rule, subject_rule=subject_rule, threshold=threshold)
     saved, config = asked_checkpoint(checkpoint, task, data_dir)
     check_ways(config, **ways)
     (met, doubt), recordings = pretraining_persons(saved), task_recordings(Path(data_dir)/task).dropna(subset='label')
+    met = met_persons(met, recordings)
     planned = planned_folds(folds, recordings, config, met, seed)
     check_validation(planned, person_labels(recordings), subject_rule, threshold, sought(config['label_map']))
     notes = [*fold_notes(planned, met, folds, set(recordings['person_id'])), *([doubt] if doubt else []), *bag_note(saved, subject_rule)]

@@ -205,7 +205,7 @@ def _done_before(raw_dir, output_dir, names, key_of):
     found = {_done(p.parent).get('dataset') for p in Path(output_dir).glob('subject_*/*/.done.json')}
     tables = []
     for name in (n for n in SOURCES if n in found and n not in names):
-        try: table = recordings(raw_dir, name, unreadable=True)
+        try: table = recordings(raw_dir, name, unreadable=True, keep_withdrawn=True)   # those that were not asked for are not there
         except PahclError: continue                                            # its raw data are gone
         table = table[table.seconds.notna()].astype(dict(sample_rate=int))
         tables.append(table[[_done(Path(output_dir)/r['folder']).get('key') == key_of(r) for r in table.to_dict('records')]])
@@ -251,6 +251,7 @@ def preprocess(
     scheduler=None,                          # address of a Dask scheduler, e.g. `tcp://host:8786`
     states_dir=None,                         # also write the states of each recording there, see `write_state_files`
     figures=0,                               # how many recordings to draw, see `draw_figures`
+    keep_withdrawn=False,                    # cut recordings that the publisher withdrew, too
 ) -> dict:                                   # what `processing_stats.json` holds
     "Cut all recordings into cycles; run again to go on where it stopped. A broken file or a senseless setting is a `PahclError`."
     from pahcl.download import chosen, recordings
@@ -261,7 +262,7 @@ def preprocess(
     settings = dict(sample_rate=sample_rate, target_length=target_length, length_mode=length_mode, states=states, band_hz=list(band),
                     minimum_confidence=minimum_confidence)
     raw_dir, output_dir = Path(raw_dir), Path(output_dir)
-    table, broken = sound_recordings(recordings(raw_dir, dataset, skip_broken), skip_broken)
+    table, broken = sound_recordings(recordings(raw_dir, dataset, skip_broken, keep_withdrawn), skip_broken)
     stats = _process(raw_dir, output_dir, table, broken, settings, chosen(dataset), num_workers, scheduler)
     if states_dir: write_state_files(table, output_dir, states_dir)
     draw_figures(table, output_dir, figures)
@@ -327,13 +328,14 @@ def pahcl_preprocess(
     target_length: int = 4000,              # stored, samples
     length_mode: str = 'pad',               # pad: crop or zero-pad; phase: stretch every cycle to the target length
     skip_broken: bool = False,              # leave broken recordings out rather than stop
+    keep_withdrawn: bool = False,           # cut recordings that the publisher withdrew, too
     scheduler: str = None,                  # address of a Dask scheduler, e.g. tcp://host:8786
     states_dir: str = None,                 # also write the states of each recording there, as <name of the wav>.tsv in CirCor's format
     figures: int = 0,                       # draw so many recordings with states and beats into the output folder's figures/
 ):
     "Cut recordings into heart cycles; run again to go on where it stopped."
     stats = preprocess(raw_dir, output_dir, dataset, states, num_workers, sample_rate, target_length, length_mode, skip_broken,
-                       scheduler=scheduler, states_dir=states_dir, figures=figures)
+                       scheduler=scheduler, states_dir=states_dir, figures=figures, keep_withdrawn=keep_withdrawn)
     for group in (dict(all=stats['total']), stats['datasets'], *({f'{c} {k}': t for k, t in v.items()} for c, v in stats['classes'].items())):
         for name, t in group.items(): print(_line(name, t))
     print(f'{output_dir}: cycles, recordings.csv and processing_stats.json'+(f'; {len(stats["broken"])} broken recordings left out' if stats['broken'] else ''))

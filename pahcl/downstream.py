@@ -41,6 +41,7 @@ class Way:
     batch_size: int = None
     num_workers: int = 8
     skip_broken: bool = False
+    keep_withdrawn: bool = False
     seed: int = 42
     tensorboard: bool = False
     wandb: bool = False
@@ -139,8 +140,9 @@ def preprocess_stage(way: Way) -> Stage:
     cache = folder/'.hashes.json'
     def work():
         from pahcl.cycles import preprocess
-        preprocess(way.raw_dir, folder, way.dataset, num_workers=way.num_workers, skip_broken=way.skip_broken)
-    def inputs(): return dict(recordings=raw_files(way.raw_dir, way.datasets, cache if folder.exists() else None), settings=[way.dataset, way.skip_broken])
+        preprocess(way.raw_dir, folder, way.dataset, num_workers=way.num_workers, skip_broken=way.skip_broken,
+                   keep_withdrawn=way.keep_withdrawn)
+    def inputs(): return dict(recordings=raw_files(way.raw_dir, way.datasets, cache if folder.exists() else None), settings=[way.dataset, way.skip_broken, way.keep_withdrawn])
     return Stage('preprocess', folder, work, inputs, CYCLE_TABLES, after=(get_stage(way).name,))
 
 # %% ../nbs/06e_downstream.ipynb #7439c45f
@@ -391,6 +393,7 @@ def pahcl_downstream(
     batch_size: int = None,        # of fine-tuning
     num_workers: int = None,       # processes that preprocess (default: 8)
     skip_broken: bool = False,     # leave broken recordings out rather than stop
+    keep_withdrawn: bool = False,  # cut recordings that the publisher withdrew, too
     seed: int = None,              # of splits and trainings (default: 42)
     tensorboard: bool = False,     # log to TensorBoard
     wandb: bool = False,           # log to Weights & Biases

@@ -46,8 +46,9 @@ def check_test_persons(
 ):
     "Raise `PahclError`, naming members and persons, where some members were trained on persons of this split and others were not."
     from pahcl.classifier import persons_seen
+    from pahcl.splits import met_persons
     persons, advice = set(table['person_id'].astype(str)), 'Give checkpoints that were trained on one split of the persons.'
-    seen = {path: known & persons for path, saved in members.items() if (known := persons_seen(saved)) is not None}
+    seen = {path: met_persons(known, table) for path, saved in members.items() if (known := persons_seen(saved)) is not None}
     if not seen or all(s == next(iter(seen.values())) for s in seen.values()): return
     named = lambda ids: f' ({some(sorted(ids), 3, " …")})' if ids else ''
     told = '; '.join(f'{path} was trained on {len(s)} of them{named(s)}' for path, s in seen.items())
@@ -178,8 +179,8 @@ def check_unseen(
 ):
     "Raise `PahclError`, naming them, where members were trained on validation subjects."
     from pahcl.classifier import persons_seen
-    persons = set(table['person_id'].astype(str))
-    seen = {p: (persons_seen(saved) or set()) & persons for p, saved in members.items()}
+    from pahcl.splits import met_persons
+    seen = {p: met_persons(persons_seen(saved) or set(), table) for p, saved in members.items()}
     told = '; '.join(f'{p} was trained on {len(s)} of them' for p, s in seen.items() if s)
     if told: raise PahclError(f'weights cannot be learnt on the validation subjects: {told}. Leave --weighted out.')
 

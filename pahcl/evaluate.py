@@ -130,9 +130,10 @@ def seen_note(
 ) -> list:         # no or one sentence
     "Whether persons who are tested have trained the model."
     from pahcl.classifier import persons_seen
+    from pahcl.splits import met_persons
     known, persons = persons_seen(saved), set(table['person_id'].astype(str))
     if known is None: return ['the checkpoint does not say whom it was trained on: whether test persons are among them cannot be checked']
-    seen = sorted(known & persons)
+    seen = sorted(met_persons(known, table))
     few = some(seen, 10, ' …')
     return [f'{len(seen)} of {len(persons)} persons trained the model, so this is no estimate of how it does on others: {few}'] if seen else []
 

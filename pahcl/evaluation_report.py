@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHO', 'prediction_table', 'best_floor', 'level_column', 'class_table', 'score_tables', 'below_text', 'quality_line',
-           'official_lines', 'all_notes', 'threshold_text', 'evaluation_figures', 'floor_section', 'rule_section',
-           'calibration_section', 'extra_sections', 'write_predictions', 'write_evaluation', 'summary_text']
+           'set_lines', 'official_lines', 'all_notes', 'threshold_text', 'evaluation_figures', 'floor_section',
+           'rule_section', 'calibration_section', 'extra_sections', 'write_predictions', 'write_evaluation',
+           'summary_text']
 
 # %% ../nbs/06t_evaluation_report.ipynb #1c0f37c4
 import re
@@ -96,6 +97,27 @@ def quality_line(
     return [f'By the signal-quality rule of the challenge: {part("good", q["good"])}, {part("poor", q["poor"])}{lacking}. '
             f'Unsure, because no cycle was heard, about {q["unsure"]}: right where the quality is poor, wrong elsewhere.']
 
+# %% ../nbs/06t_evaluation_report.ipynb #4c8467bb
+def set_lines(
+    official: dict,   # of `pahcl.scoring.official_result`
+) -> list:            # sentences
+    "What the PASCAL challenge scored, of each of its sets, and what of it cannot be known."
+    from pahcl.report import number
+    if 'sets' not in official: return []
+    sets, lines = official['sets'], ['This sum is over both sets in one; the PASCAL challenge scored each alone:']
+    if a := sets.get('a'):
+        lines.append(f'Set A, {a["recordings"]} recordings: total precision {number(a["total_precision"])} '
+                     'of 3 classes. The challenge had a fourth, artifact, which this task leaves out: '
+                     'its precision, sensitivity, specificity, Youden index and F score are not known, '
+                     'and the sum is not comparable with published ones.')
+    if b := sets.get('b'):
+        named = dict(total_precision='total precision (of 3)', youden='Youden index',
+                     sensitivity='sensitivity for a heart problem', specificity='specificity',
+                     discriminant_power='discriminant power')
+        told = ', '.join(f'{name} {number(b[k])}' for k, name in named.items())
+        lines.append(f'Set B, {b["recordings"]} recordings: {told}.')
+    return lines
+
 # %% ../nbs/06t_evaluation_report.ipynb #b20d9022
 def official_lines(
     results: dict,  # of `score_predictions`
@@ -106,7 +128,7 @@ def official_lines(
     floors = ', '.join(f'{name} {number(value)}' for name, value in official['floors'].items())
     better = 'higher' if official['higher_is_better'] else 'lower'
     value = with_interval(official['value'], (official['low'], official['high']))
-    lines = [f'{official["name"]} of {official["level"]}s: {value} ({better} is better; {floors}).', *quality_line(official)]
+    lines = [f'{official["name"]} of {official["level"]}s: {value} ({better} is better; {floors}).', *quality_line(official), *set_lines(official)]
     if blind := official.get('blind'):
         lines.append(f'AUROC {with_interval(official["auroc"], official["auroc_interval"])}; '
                      f'referred {blind["referred"]:.0%} of the subjects, which at random costs {number(blind["at_random"])}; '

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .basics import UsageError, logger, script, write_text
 from .config import load_config
-from .splits import class_weights
+from .splits import class_weights, count_people, person_of_id
 from .starting_model import pretrained_fingerprint, starting_model
 from .training_data import Bagwise, Cyclewise, cached_features, task_data
 
@@ -227,7 +227,7 @@ def opening_lines(
 ) -> list:
     "What the log says first."
     opening = [config.experiment.description] if config.experiment.description else []
-    size = f'{len(train)} training cycles of {train["subject_id"].nunique()} subjects, {sum(p.numel() for p in model.parameters()):,} parameters'
+    size = f'{len(train)} training cycles of {count_people(train)}, {sum(p.numel() for p in model.parameters()):,} parameters'
     twice = config.training.use_class_weights and config.training.use_balanced_sampling
     warning = ['WARNING: use_class_weights and use_balanced_sampling are both on: rare classes count twice over. Set one of them to false.'] if twice else []
     return [*opening, *told, f'{config.task.name}, {mode_of(config)}: {size}', *warning]
@@ -293,7 +293,7 @@ def finetune(
     from pahcl.basics import read_json
     config = checked_config(config, overrides)
     data, task, notes = task_data(config)
-    heldout = set(data['val'].table['person_id']) | set(data['test'].table['person_id'])
+    heldout = person_of_id(data['val'].table, data['test'].table)
     model, found, told, seen = starting_model(config, len(task['label_map']), heldout)  # first: a checkpoint that does not fit leaves no folder behind
     inputs = {name: c.fingerprint() for name, c in data.items()} | {'pretrained': pretrained_fingerprint(config.pretrain.checkpoint_path)}
     from pahcl.runs import Run

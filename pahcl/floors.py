@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .aggregation import fit_probe
-from .metrics import classification_metrics
+from .metrics import classification_metrics, group_labels
 from .tables import read_table
 
 # %% ../nbs/06i_floors.ipynb #f5e69487
@@ -125,10 +125,10 @@ def score_floor(
 def training_subjects(
     folder,   # the task's folder
 ):            # Series by subject id: class
-    "Whom a shortcut learns from; of a subject with several labels the largest counts."
+    "Whom a shortcut learns from; the class as in `pahcl.metrics.group_labels`."
     recordings = recording_rows(folder, ['split', 'label'])
     own = recordings[recordings['split'] == 'train']
-    return own['label'].astype(int).groupby(own['subject_id'].astype(str)).max()
+    return group_labels(own, own['subject_id'].astype(str), 'subject')
 
 # %% ../nbs/06i_floors.ipynb #f58c909d
 def shortcut_answers(

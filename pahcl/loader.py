@@ -178,7 +178,8 @@ def from_task(cls: Cycles,
     if lost: raise PahclError(f'{folder}/task_config.json has no {", ".join(lost)}. Make it with pahcl_prepare.')
     table = task_table(folder, split, settings['num_classes'])
     packed = open_packed(folder, split, table['file_path'].tolist(), table['valid_length'].tolist(), settings['target_length'])
-    return cls(table[[*TABLE, 'label']], table[BOUNDARIES].to_numpy(np.int32), settings, *packed)
+    labels = ['label', *(['subject_label'] if 'subject_label' in table else [])]   # tasks prepared before it existed have none
+    return cls(table[[*TABLE, *labels]].astype(dict.fromkeys(labels, int)), table[BOUNDARIES].to_numpy(np.int32), settings, *packed)
 
 # %% ../nbs/02a_cycle_loader.ipynb #d246d2b5
 @patch(cls_method=True)

@@ -6,8 +6,8 @@
 __all__ = ['OFFICIAL', 'confusion_matrix', 'ratio', 'class_scores', 'matthews', 'auroc', 'auprc', 'checked', 'macro',
            'absence_note', 'f1_macro_union', 'metric_notes', 'why_undefined', 'classification_metrics',
            'murmur_weighted_accuracy', 'outcome_cost', 'sensitivity_specificity_mean', 'precision_sum', 'blind_cost',
-           'any_present', 'trimmed_mean', 'aggregate', 'at_levels', 'mixed_notes', 'metrics_at_levels', 'made_cycles',
-           'bootstrap']
+           'any_present', 'trimmed_mean', 'aggregate', 'rarest_labels', 'group_labels', 'at_levels', 'mixed_notes',
+           'metrics_at_levels', 'made_cycles', 'bootstrap']
 
 # %% ../nbs/02b_metrics.ipynb #f800fdd8
 import numpy as np
@@ -213,7 +213,10 @@ def precision_sum(
     y_pred,            # decided classes [n]
     num_classes: int=3,  # normal, murmur, extrasystole
 ):                     # 0 to `num_classes`, or None where a class is absent from the truth
-    "Total precision of the PASCAL challenge: the sum of the classes' precisions (Bentley et al. 2011); a class never decided adds 0."
+    """The sum of the classes' precisions; a class never decided adds 0.
+
+    Over both sets of PASCAL it is not the challenge's score, see `pahcl.challenge_rules.pascal_sets`.
+    """
     values = class_scores(confusion_matrix(y_true, y_pred, num_classes))['precision']
     return None if None in values else float(sum(values))
 
@@ -277,15 +280,38 @@ def aggregate(
     means = np.exp(means - means.max(1, keepdims=True))
     return means/means.sum(1, keepdims=True), ids
 
+# %% ../nbs/02b_metrics.ipynb #3faac295
+def rarest_labels(
+    labels,       # classes, numbers [n]
+    groups,       # the subject, person or recording of each row [n]
+    counts=None,  # class -> how many persons have it; None: how many of these groups
+) -> pd.Series:   # sorted group -> class
+    "One class for each group: of several the rarest; of equally rare ones the larger number."
+    pairs = pd.DataFrame(dict(group=np.asarray(groups), label=np.asarray(labels, int)))
+    pairs = pairs.drop_duplicates()
+    counts = pairs['label'].value_counts() if counts is None else counts
+    seldom = pairs.assign(seldom=-pairs['label'].map(dict(counts)).fillna(0))
+    return seldom.sort_values(['group', 'seldom', 'label']).groupby('group')['label'].last()
+
+def group_labels(
+    rows,        # DataFrame: `label`, and `subject_label` where the task says it
+    groups,      # the recording or subject of each row [n]
+    level: str,  # which of them: 'recording' or 'subject'
+) -> pd.Series:  # sorted group -> class
+    "The class of each recording or subject, see `rarest_labels`."
+    told = level == 'subject' and 'subject_label' in rows
+    if told: return rows['subject_label'].astype(int).groupby(np.asarray(groups)).first()
+    return rarest_labels(rows['label'], groups)
+
 # %% ../nbs/02b_metrics.ipynb #92c50357
 def at_levels(
-    table,             # a row a cycle: `subject_id, recording_id, label`, and `person_id` where it is known
+    table,             # a row a cycle: `subject_id, recording_id, label`, and `person_id` and `subject_label` where they are known
     probabilities,     # of the cycles [n, classes]; or `{'cycle': …, 'recording': …, 'subject': …}` where a model answers for more, by sorted ids
     rule='mean',       # cycles to recordings, see `aggregate`
     subject_rule=None, # recordings to subjects; None: the same rule, or the model's own answer
 ) -> dict:             # `{'cycle'|'recording'|'subject': (table, probabilities)}`
-    "The cycles' table and probabilities, and those of recordings and subjects made from them; the label of a group is the largest among its rows."
-    columns = [c for c in ('recording_id', 'subject_id', 'person_id', 'label') if c in table]
+    "The cycles' table and probabilities, and those of recordings and subjects made from them; labels see `group_labels`."
+    columns = [c for c in ('recording_id', 'subject_id', 'person_id', 'label', 'subject_label') if c in table]
     own = probabilities if isinstance(probabilities, dict) else dict(cycle=probabilities)
     levels = dict(cycle=(table.reset_index(drop=True), np.asarray(own['cycle'], float)))
     for below, level, how in [('cycle', 'recording', rule), ('recording', 'subject', subject_rule or rule)]:
@@ -294,7 +320,8 @@ def at_levels(
         up, ids = aggregate(values, keys, how)
         if level in own and not (level == 'subject' and subject_rule): up = np.asarray(own[level], float)
         grouped = rows[columns].groupby(keys.to_numpy(), sort=True)
-        rows_up = grouped.first().assign(label=grouped['label'].max(), rows=grouped.size(), mixed_labels=grouped['label'].nunique() > 1)
+        rows_up = grouped.first().assign(label=group_labels(rows, keys, level), rows=grouped.size(),
+                                         mixed_labels=grouped['label'].nunique() > 1)
         if level == 'subject': rows_up = rows_up.drop(columns='recording_id')
         levels[level] = (rows_up.loc[ids].reset_index(drop=True), up)
     return levels
@@ -306,7 +333,7 @@ def mixed_notes(
 ) -> list:  # no or one sentence
     "How many recordings or subjects had more than one label."
     mixed = int(rows['mixed_labels'].sum()) if 'mixed_labels' in rows else 0
-    return [f'{mixed} of {len(rows)} {level}s have rows with different labels: the largest label counts'] if mixed else []
+    return [f'{mixed} of {len(rows)} {level}s have rows with different labels: the rarest counts'] if mixed else []
 
 # %% ../nbs/02b_metrics.ipynb #5bcd3018
 def metrics_at_levels(

@@ -186,7 +186,7 @@ WORDS = {
     'murmur_weighted_accuracy': 'score of the 2022 challenge: accuracy in which a Present counts 5, an Unknown 3, an Absent 1',
     'outcome_cost': 'score of the 2022 challenge: modelled cost of screening, referral and missed illness per subject; lower is better',
     'sensitivity_specificity_mean': 'score of the 2016 challenge: mean of sensitivity and specificity',
-    'precision_sum': 'score of the PASCAL challenge: sum of the classes\' precisions',
+    'precision_sum': 'sum of the classes\' precisions, over both sets of PASCAL in one: not the challenge\'s score, which is by set',
     'calibration_error': 'mean gap between how sure it is and how often it is right: 0 is honest',
     'brier': 'squared distance between probabilities and truth; lower is better',
     'surprise': 'mean of −log(probability given to the truth); lower is better',

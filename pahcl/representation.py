@@ -63,10 +63,11 @@ def subject_means(
     table, values,   # a row a cycle, and a number a cycle
 ):                   # DataFrame: subject_id, person_id, label, value
     "Mean over recordings, then over the recordings of a subject."
-    rows = table[['subject_id', 'person_id', 'recording_id', 'label']].assign(value=values)
-    how = dict(person_id=('person_id', 'first'), label=('label', 'max'), value=('value', 'mean'))
-    recordings = rows.astype(dict(subject_id=str, recording_id=str)).groupby(['subject_id', 'recording_id'], as_index=False).agg(**how)
-    return recordings.groupby('subject_id', as_index=False).agg(**how)
+    from pahcl.metrics import group_labels
+    rows, how = table.assign(value=values).astype(dict(subject_id=str, recording_id=str)), dict(person_id=('person_id', 'first'), value=('value', 'mean'))
+    subjects = rows.groupby(['subject_id', 'recording_id'], as_index=False).agg(**how).groupby('subject_id', as_index=False).agg(**how)
+    label = subjects['subject_id'].map(group_labels(rows, rows['subject_id'], 'subject'))
+    return subjects.assign(label=label)[['subject_id', 'person_id', 'label', 'value']]
 
 # %% ../nbs/06o_representation.ipynb #8ab9b2f6
 def detector_row(
@@ -275,7 +276,8 @@ def representation_notes(
     "What a reader must know."
     from pahcl.classifier import persons_seen
     from pahcl.robustness import lacking
-    seen = sorted((persons_seen(saved) or set()) & set(test['person_id'].astype(str)))
+    from pahcl.splits import met_persons
+    seen = sorted(met_persons(persons_seen(saved) or set(), test))
     who = f'the encoder has learnt from {len(seen)} of these persons: {some(seen, 5, " …")}'
     gone = lacking(test['label'], names) if names else ''
     frozen = ((saved.get('config') or {}).get('pretrain') or {}).get('freeze_encoder')

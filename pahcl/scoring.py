@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INTERVALS', 'COMPARED', 'class_names', 'persons_of', 'few_persons', 'decided_levels', 'unsure_answers',
-           'official_scores_of', 'score_level', 'floor_scores', 'official_result', 'score_levels', 'score_predictions',
-           'all_floors', 'mark_floors']
+           'official_scores_of', 'score_level', 'floor_scores', 'official_result', 'set_scores', 'score_levels',
+           'score_predictions', 'all_floors', 'mark_floors']
 
 # %% ../nbs/06m_scoring.ipynb #aad1bd2a
 def class_names(
@@ -133,6 +133,17 @@ def official_result(
     area = dict(auroc=scores['auroc'], auroc_interval=scores['intervals']['auroc'])
     return out | area | dict(blind=told, floors=floors | {'cheapest random referral': told['cheapest']})
 
+# %% ../nbs/06m_scoring.ipynb #91e6ac34
+def set_scores(
+    rows,            # a row a recording: `label`, `predicted`, `subject_id`
+    official: dict,  # an entry of `pahcl.metrics.OFFICIAL`
+) -> dict:           # `sets`, see `pahcl.challenge_rules.pascal_sets`; empty for other tasks, and for recordings that are not PASCAL's
+    "The PASCAL challenge's own scores."
+    from pahcl.challenge_rules import pascal_sets
+    group = rows['subject_id'].astype(str).str.extract(r'^pascal-([ab])')[0]
+    if official['name'] != 'precision_sum' or group.isna().any(): return {}
+    return dict(sets=pascal_sets(rows['label'], rows['predicted'], group))
+
 # %% ../nbs/06m_scoring.ipynb #f1afaa2a
 def score_levels(
     levels: dict,      # of `decided_levels`
@@ -147,7 +158,7 @@ def score_levels(
     for level, (rows, values) in levels.items():
         entry = official if official and official['level'] == level else None
         scores, floor = score_level(rows, values, len(names), entry, draws, seed, sought(label_map)), floor_scores(rows['label'], names, entry)
-        if entry: results['official'] = official_result(entry, scores, floor['official'])
+        if entry: results['official'] = official_result(entry, scores, floor['official']) | set_scores(rows, entry)
         notes = scores['notes'] + mixed_notes(rows, level) + (few_persons(rows, names) if level == 'subject' else [])
         kept = {k: v for k, v in scores.items() if k not in ('official', 'quality')}
         results['n'][level], results['floors'][level] = len(rows), floor['majority']

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MURMURS', 'FAILING', 'CIRCOR_COLUMNS', 'CIRCOR_LABELS', 'AT_LOCATION', 'STATE_NAMES', 'APPENDIX', 'PASCAL_SOUNDS',
-           'MARKER', 'WRITERS', 'SECONDS', 'simulate_recording', 'made_by_simulation', 'simulate_dataset',
+           'MARKER', 'LAYOUT', 'WRITERS', 'SECONDS', 'simulate_recording', 'made_by_simulation', 'simulate_dataset',
            'pahcl_simulate']
 
 # %% ../nbs/00a_simulate.ipynb #da7b766c
@@ -148,32 +148,44 @@ def _write_state_ans(path, states, noisy=None):
     scipy.io.savemat(path, {'state_ans': cells})
 
 # %% ../nbs/00a_simulate.ipynb #07f34629
-APPENDIX = 'annotations/Online_Appendix_training_set.csv'
+APPENDIX = 'annotations/Online Appendix_training set.csv'
 
 def _abnormal(n):
     "what makes the n-th abnormal subject of the 2016 challenge abnormal"
     return dict(FAILING, murmur=Murmur('early-diastolic', 'decrescendo', 2)) if n%4 == 0 else dict(murmur=_in_turn(MURMURS, n//6))
 
 # %% ../nbs/00a_simulate.ipynb #b41132a1
+def _appendix_row(name, letter, label, n, i):
+    "what the publisher's appendix says of the i-th recording of the n-th person"
+    person = {'a': {'Original record name': f'C{n+1}S{i}'},
+              'b': {'Original record name': f'S{n+1}f{i+1}_data', 'Subject ID': n+1},
+              'e': {'Original record name': f'x{name}', '# Raw record': n//6+1}}   # in both classes
+    row = {'Challenge record name': name, 'Database': f'training-{letter}', 'Original record name': '',
+           'Diagnosis': 'Normal' if label == -1 else 'CAD', 'Class (-1=normal 1=abnormal)': label,
+           'Subject ID': '', '# Raw record': ''}
+    return row | person[letter]
+
+# %% ../nbs/00a_simulate.ipynb #6d667f68
 def _simulate_physionet2016(folder, subjects, seed, seconds):
-    "write the 2016 layout: a recording a subject, two in training-b"
+    "write the 2016 layout: two recordings a person; in folder e clips of one raw recording"
     import pandas as pd
     rows = []
     for n in range(subjects):
         rng, letter, label = generator(seed, 'physionet2016', n), 'abe'[n%3], (-1, 1)[n//3%2]
         settings = dict(_person(rng, _new_seed(rng)), **(_abnormal(n) if label == 1 else {}))
-        for _ in range(2 if letter == 'b' else 1):
+        for i in range(2):
             count = 1+sum(r['Database'][-1] == letter for r in rows)
             name = f'{letter}{count:0{5 if letter == "e" else 4}}'
             signal, states = simulate_recording(seconds*rng.uniform(0.8, 1.3), 2000, seed=_new_seed(rng), **settings)
             _write_wav(folder/f'training-{letter}'/f'{name}.wav', signal, 2000, 'Abnormal' if label == 1 else 'Normal')
             annotation = folder/f'annotations/hand_corrected/training-{letter}_StateAns/{name}_StateAns.mat'
             if letter != 'e' or count%4 != 1: _write_state_ans(annotation, states, (9, 12) if n%5 == 0 and len(states) > 14 else None)
-            rows.append({'Challenge record name': name, 'Database': f'training-{letter}', 'Class (-1=normal 1=abnormal)': label,
-                         'Subject ID': n+1 if letter == 'b' else pd.NA})
+            rows.append(_appendix_row(name, letter, label, n, i))
     table = pd.DataFrame(rows)
     table.to_csv(folder/APPENDIX, index=False, encoding='utf-8-sig')
-    for place, group in table.groupby('Database'): group.iloc[:, [0, 2]].to_csv(folder/place/'REFERENCE.csv', index=False, header=False)
+    for place, group in table.groupby('Database'):
+        labels = group[['Challenge record name', 'Class (-1=normal 1=abnormal)']]
+        labels.to_csv(folder/place/'REFERENCE.csv', index=False, header=False)
 
 # %% ../nbs/00a_simulate.ipynb #998a7136
 def _pascal_names(label, group, n, place, noisy):
@@ -216,7 +228,7 @@ def _simulate_pascal(folder, subjects, seed, seconds):
     pd.DataFrame(timing).to_csv(folder/'set_a_timing.csv', index=False)
 
 # %% ../nbs/00a_simulate.ipynb #cb452b58
-MARKER = '.simulated.json'
+MARKER, LAYOUT = '.simulated.json', 2   # raise it when the writers change: older files are made anew
 WRITERS = {'circor': _simulate_circor, 'physionet2016': _simulate_physionet2016, 'pascal': _simulate_pascal}
 SECONDS = {'circor': 10., 'physionet2016': 12., 'pascal': 6.}       # a recording; the real ones have medians of 21, 21 and 6 s
 
@@ -227,7 +239,7 @@ def _files(folder):
 # %% ../nbs/00a_simulate.ipynb #ead6e0bd
 def made_by_simulation(
     folder,      # a data set's raw folder, e.g. `data/raw/circor`
-) -> dict:       # the settings it was made with; `{}` when it is missing or empty
+) -> dict:       # the settings it was made with; `{}` when it is missing, incomplete or of an older layout
     "Check that a folder holds simulated files and nothing else; anything else is a `PahclError`."
     folder = Path(folder)
     files = _files(folder) if folder.is_dir() else []
@@ -237,7 +249,7 @@ def made_by_simulation(
     made = json.loads((folder/MARKER).read_text())
     foreign = sorted({*files}-{*made['files'], MARKER})
     if foreign: raise PahclError(f'{folder} holds files that were not simulated, e.g. {foreign[0]}. {remedy}')
-    return made['settings'] if set(made['files']) <= set(files) else {}
+    return made['settings'] if set(made['files']) <= set(files) and made.get('layout') == LAYOUT else {}
 
 # %% ../nbs/00a_simulate.ipynb #6e3bac51
 def simulate_dataset(
@@ -263,7 +275,7 @@ def _simulate_one(folder, name, settings):
         shutil.rmtree(building, ignore_errors=True)                              # of a run that was killed
         building.mkdir(parents=True)
         WRITERS[name](building, **settings)
-        (building/MARKER).write_text(json.dumps(dict(settings=settings, files=_files(building))))
+        (building/MARKER).write_text(json.dumps(dict(layout=LAYOUT, settings=settings, files=_files(building))))
         shutil.rmtree(folder, ignore_errors=True)                                # checked above: only simulated files
         building.rename(folder)
     return sum(f.endswith('.wav') for f in _files(folder))

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SHARES', 'CYCLE_TABLE', 'RECORDING_TABLE', 'chosen_tasks', 'check_labels', 'known_recordings', 'labelled',
-           'person_classes', 'strata', 'deal', 'split_persons', 'check_leaks', 'heldout_persons', 'class_weights',
-           'place_file', 'locked', 'new_folder', 'count_units', 'describe_task', 'recording_table', 'write_task',
-           'split_dataset', 'prepare_task', 'tell_task', 'prepare', 'plot_split', 'split_lines', 'pahcl_prepare']
+           'person_classes', 'strata', 'deal', 'split_persons', 'check_leaks', 'person_of_id', 'met_persons',
+           'heldout_persons', 'class_weights', 'place_file', 'locked', 'new_folder', 'count_units', 'describe_task',
+           'recording_table', 'write_task', 'with_subject_labels', 'split_dataset', 'prepare_task', 'count_people',
+           'tell_task', 'prepare', 'plot_split', 'split_lines', 'pahcl_prepare']
 
 # %% ../nbs/02_downstream_splits.ipynb #9c562b3b
 import json
@@ -53,7 +54,8 @@ def check_labels(
     if new and not ('signal_quality' in recordings and recordings['signal_quality'].notna().sum() == new):
         logger().warning(f'the raw folder has signal-quality labels of {new} recordings that the processed folder lacks. '
                          'Run pahcl_preprocess again: nothing is cut anew.')
-    lost = sorted(set(zip(raw['dataset'], raw['recording_id'])) - set(zip(recordings['dataset'], recordings['recording_id'])))
+    asked = raw[~raw['withdrawn']] if 'withdrawn' in raw else raw
+    lost = sorted(set(zip(asked['dataset'], asked['recording_id'])) - set(zip(recordings['dataset'], recordings['recording_id'])))
     lost = [r for d, r in lost if d in set(recordings['dataset'])]
     if lost: logger().warning(f'{len(lost)} recordings of the raw folder were not preprocessed: {some(lost)}. Run pahcl_preprocess again to include them.')
 
@@ -65,11 +67,12 @@ def known_recordings(
 ):                                  # (recordings, settings), see `read_processed`
     "The labelled recordings of the processed folder, checked against the raw folder."
     from pahcl.tables import read_processed
-    raw = None
-    if Path(raw_dir).exists() or not Path(processed_dir).exists():
-        from pahcl.download import recordings as raw_recordings
-        raw = raw_recordings(raw_dir, dataset)   # raises `no labels found`
+    from pahcl.download import recordings as raw_recordings
+    there, raw = Path(processed_dir).exists(), None
+    if not there: raw_recordings(raw_dir, dataset)   # raises `no labels found`: the first thing that is missing
     recordings, settings = read_processed(processed_dir)
+    withdrawn = 'withdrawn' in recordings and (recordings['withdrawn'] == 'True').any()
+    if Path(raw_dir).exists(): raw = raw_recordings(raw_dir, dataset, keep_withdrawn=withdrawn)
     if raw is None: logger().info(f'there is no raw folder {raw_dir}: labels are those of {processed_dir}/recordings.csv')
     else: check_labels(recordings, raw)
     return recordings, settings
@@ -163,6 +166,22 @@ def check_leaks(
         for second in names[i+1:]:
             both = sorted(groups[first] & groups[second])
             if both: raise PahclError(f'{len(both)} {what} are both in {first} and in {second}: {some(both)}. {remedy}')
+
+# %% ../nbs/02_downstream_splits.ipynb #b90e3e42
+def person_of_id(
+    *tables,  # `person_id`, and `subject_id`
+) -> dict:    # id of a person, or of one of their subjects → the person
+    "Under which ids the persons of some tables may be known."
+    columns = lambda t: [c for c in ('subject_id', 'person_id') if c in t]
+    return {str(i): str(p) for t in tables for c in columns(t) for i, p in zip(t[c], t['person_id'])}
+
+def met_persons(
+    known: set,  # ids that a checkpoint names, see `pahcl.classifier.persons_seen`
+    table,       # as in `person_of_id`
+) -> set:        # persons of the table
+    "Who of a table has been met."
+    person = person_of_id(table)
+    return {person[i] for i in known & person.keys()}
 
 # %% ../nbs/02_downstream_splits.ipynb #e160a868
 def heldout_persons(
@@ -267,14 +286,14 @@ def describe_task(
 
 # %% ../nbs/02_downstream_splits.ipynb #ffd40e7d
 CYCLE_TABLE = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length',
-               'duration_s']
+               'duration_s', 'subject_label']
 RECORDING_TABLE = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles']
 
 def recording_table(
     recordings,  # with `split`, `label` and `cycles_kept`
 ):               # DataFrame: what stands in the task's `recordings.csv`
     "The recordings of a task."
-    more = [c for c in ('murmur_locations', 'signal_quality') if c in recordings and recordings[c].notna().any()]
+    more = [c for c in ('subject_label', 'murmur_locations', 'signal_quality') if c in recordings and recordings[c].notna().any()]
     return recordings.rename(columns=dict(cycles_kept='cycles'))[[*RECORDING_TABLE, *more]]
 
 # %% ../nbs/02_downstream_splits.ipynb #cad7b871
@@ -299,6 +318,19 @@ def write_task(
     write_json(folder/'task_config.json', config)
     return copied
 
+# %% ../nbs/02_downstream_splits.ipynb #2f32ed4f
+def with_subject_labels(
+    recordings,  # of a task, with `split` and `label`
+    name='',     # of the task, for the log
+):               # the same with `subject_label`
+    "Give every subject one class, see `pahcl.metrics.rarest_labels`, and say how many had several."
+    from pahcl.metrics import rarest_labels
+    persons = recordings[recordings['split'] == 'train'].groupby('label')['person_id'].nunique()
+    of_subject = rarest_labels(recordings['label'], recordings['subject_id'], persons)
+    mixed = (recordings.groupby('subject_id')['label'].nunique() > 1).sum()
+    if mixed: logger().info(f'{name}: {mixed} of {len(of_subject)} subjects have recordings of several classes; the rarest counts')
+    return recordings.assign(subject_label=recordings['subject_id'].map(of_subject))
+
 # %% ../nbs/02_downstream_splits.ipynb #55337f2f
 def split_dataset(
     tasks: dict,  # name -> entry of `TASKS`, all of one data set
@@ -313,7 +345,7 @@ def split_dataset(
     split = split_persons(heard, columns, seed, next(iter(tasks.values()))['dataset'])
     if len(set(split.values())) < len(SHARES):
         raise PahclError(f'{some(tasks)}: {len(split)} persons are too few for training, validation and test. Preprocess more recordings.')
-    return {name: rows.assign(split=rows['person_id'].map(split)) for name, rows in own.items()}
+    return {name: with_subject_labels(rows.assign(split=rows['person_id'].map(split)), name) for name, rows in own.items()}
 
 # %% ../nbs/02_downstream_splits.ipynb #dd4addc7
 def prepare_task(
@@ -331,14 +363,26 @@ def prepare_task(
     tell_task(config)
     return config
 
+# %% ../nbs/02_downstream_splits.ipynb #c9c5b558
+def count_people(
+    table,    # `subject_id`, and `person_id` where it is known
+) -> str:     # e.g. `16 persons (17 subjects)`
+    "How many persons, and how many subjects where these are more."
+    subjects = table['subject_id'].nunique()
+    persons = table['person_id'].nunique() if 'person_id' in table else subjects
+    return f'{persons} persons'+(f' ({subjects} subjects)' if subjects != persons else '')
+
 # %% ../nbs/02_downstream_splits.ipynb #97c9a396
 def tell_task(
     config: dict,  # of `describe_task`
 ):
     "Log a task's sizes, and warn of classes that are too rare to be everywhere."
     name, counts = config['task_name'], config['counts']
-    persons = {s: len(config['split_persons'][s]) for s in SHARES}
-    logger().info(f'{name}: {sum(persons.values())} persons, '+', '.join(f'{s} {persons[s]} ({config["split_sizes"][s]} cycles)' for s in SHARES))
+    persons, subjects = ({s: len(config[f'split_{who}'][s]) for s in SHARES} for who in ('persons', 'subjects'))
+    more = lambda own: f'{own} subjects, ' if subjects != persons else ''
+    whole = f' ({sum(subjects.values())} subjects)' if subjects != persons else ''
+    logger().info(f'{name}: {sum(persons.values())} persons{whole}, '+
+                  ', '.join(f'{s} {persons[s]} ({more(subjects[s])}{config["split_sizes"][s]} cycles)' for s in SHARES))
     for c in config['label_map']:
         lacking, have = [s for s in SHARES if not counts[s][c]['cycles']], sum(counts[s][c]['persons'] for s in SHARES)
         if lacking: logger().warning(f'{name}: {have} persons have the class {c}; it is not in {" and ".join(lacking)}, where it cannot be scored')

@@ -17,14 +17,14 @@ HELDOUT = 'whether persons of the validation and test splits'
 # %% ../nbs/05c_starting_model.ipynb #e3a2633f
 def check_pretraining(
     saved: dict,          # the pretraining checkpoint's content
-    heldout: set,         # persons in the task's validation and test splits
+    heldout: dict,        # of `pahcl.splits.person_of_id`, of the task's validation and test cycles
     source='checkpoint',  # its file
 ) -> str:                 # a warning, or ''
     "Raise `PahclError`, naming them, where pretraining has seen persons that are held out here."
     from pahcl.classifier import persons_seen
     known = persons_seen(saved)
     if known is None: return f'WARNING: {source} does not say whom it was trained on; {HELDOUT} are among them cannot be checked.'
-    seen = sorted(known & {str(p) for p in heldout})
+    seen = sorted({heldout[i] for i in known & heldout.keys()})
     if not seen: return ''
     told = f'{source} was trained on {len(seen)} persons of the validation and test splits: {some(seen, 5, " …")}'
     advice = 'Pretrain again with this --downstream-dir, or prepare with the seed that was used then.'
@@ -79,7 +79,7 @@ def load_whole(
 def starting_model(
     config,            # a `FinetuneConfig`
     num_classes: int,
-    heldout: set,      # persons of validation and test
+    heldout: dict,     # as in `check_pretraining`
 ):                     # (a `pahcl.classifier.Classifier`, what was loaded or {}, lines for the log, persons that it has seen)
     "The model that training starts from: pretrained, or random from the seed."
     import torch

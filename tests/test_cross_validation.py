@@ -53,15 +53,15 @@ def test_everybody_is_tested_once_and_by_strangers(trained, capsys):
     assert pahcl_evaluate(['--checkpoint', str(best), '--task', 'physionet2016', '--data-dir', str(data), '--cross-validate', '3']) == 0
     folder = best.parent/'cross_validation_physionet2016_3'
     told, known = pd.read_csv(folder/'predictions_subject.csv'), pd.read_csv(data/'physionet2016'/'cycles.csv')
-    assert sorted(told['person_id']) == sorted(known['person_id'].unique())
+    assert sorted(told['subject_id']) == sorted(known['subject_id'].unique())
     from pahcl.classifier import load_model
     for k in range(3):
         learnt = set(load_model(folder/'folds'/f'physionet2016_fold_{k}'/'best_model.pt')[1]['training_persons'])
-        assert read_json(folder/'folds'/f'physionet2016_fold_{k}'/'final_metrics.json')['training_subjects'] == len(learnt) == 4
+        assert read_json(folder/'folds'/f'physionet2016_fold_{k}'/'final_metrics.json')['training_subjects'] == 2*len(learnt) == 8    # two recordings each
         assert not learnt & set(told.loc[told['fold'] == f'fold {k}', 'person_id'])
     kept = json.loads((folder/'metrics.json').read_text())
     assert not list(folder.glob('data_*')) and len(kept['folds']) == 3
-    assert set(kept['shortcuts']) == {'heart rate', 'folder letter'} and kept['shortcuts']['heart rate']['train_subjects'] == 4
+    assert set(kept['shortcuts']) == {'heart rate', 'folder letter'} and kept['shortcuts']['heart rate']['train_subjects'] == 8
     assert kept['levels']['subject']['auroc'] == pytest.approx(auroc(told['label'] == 1, told['probability_abnormal']), abs=1e-5)
     before = (folder/'folds'/'physionet2016_fold_0'/'best_model.pt').stat().st_mtime_ns
     cross_validate(best, 'physionet2016', 3, data, draws=10)   # finished runs are not repeated
@@ -125,7 +125,7 @@ def test_a_device_is_tested_by_models_that_never_heard_it(trained, capsys):
     folder = best.parent/'cross_validation_physionet2016_device'
     told = pd.read_csv(folder/'predictions_subject.csv')
     letters = sorted(known['recording_id'].str[0].unique())
-    assert [p['fold'] for p in results['folds']] == [f'folder {l}' for l in letters] and sorted(told['person_id']) == sorted(known['person_id'].unique())
+    assert [p['fold'] for p in results['folds']] == [f'folder {l}' for l in letters] and sorted(told['subject_id']) == sorted(known['subject_id'])
     for letter in letters:
         learnt = persons_of_fold(folder, f'folder {letter}')
         of = known.set_index('person_id')['recording_id'].str[0]
@@ -170,7 +170,7 @@ def test_what_cannot_be_cross_validated_is_said(trained, monkeypatch, capsys):
     for flags, why in [(['2'], 'give 3 or more'), (['folder'], "is 'folder'"), (['3', '--threshold', 'best'], '--threshold is best'), (['3', '--threshold', 'cost'], 'have a cost')]:
         assert run('--cross-validate', *flags) == 2 and why in capsys.readouterr().err
     assert run('--cross-validate', '3', '--subject-rule', 'any_present') == 1 and 'any_present' in capsys.readouterr().err
-    monkeypatch.setattr('pahcl.cross_validation.fold_splits', lambda *args: {'fold 0': {'a0001': 'val', 'a0002': 'test'}})
+    monkeypatch.setattr('pahcl.cross_validation.fold_splits', lambda *args: {'fold 0': {'2016-a-C1': 'val', '2016-a-C4': 'test'}})
     assert run('--cross-validate', '3', '--subject-rule', 'learned') == 1 and 'the validation persons of fold 0 are all of class' in capsys.readouterr().err
     everybody = set(pd.read_csv(trained/'downstream'/'physionet2016'/'cycles.csv')['person_id'].astype(str))
     monkeypatch.undo()

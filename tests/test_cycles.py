@@ -240,3 +240,15 @@ def test_console_script(made, tmp_path, capsys):
     text = capsys.readouterr().out
     assert f'{stats["datasets"]["pascal"]["found"]} found' in text and 'murmur' in text
     assert pahcl_preprocess(['--raw-dir', str(tmp_path/'nowhere')]) == 1 and 'no labels found' in capsys.readouterr().err
+
+def test_withdrawn_recordings_are_cut_when_asked_for_and_stay(raw, tmp_path):
+    folder = raw/'physionet2016'
+    records = recordings(raw, 'physionet2016').recording_id.tolist()
+    (folder/'annotations').mkdir(exist_ok=True)
+    (folder/'annotations/Recordings need to be removed in training-e.txt').write_text(records[0])
+    assert not preprocess(raw, tmp_path, 'physionet2016', num_workers=1)['recordings'].keys() & {f'subject_{records[0]}/rec_{records[0]}'}
+    assert pahcl_preprocess(['--raw-dir', str(raw), '--output-dir', str(tmp_path), '--dataset', 'physionet2016', '--num-workers', '1', '--keep-withdrawn']) == 0
+    simulate_dataset(raw, 'pascal', subjects=9, seconds=1)
+    kept = preprocess(raw, tmp_path, 'pascal', num_workers=1)                                    # another data set: what was cut before stays
+    assert {r['recording_id'] for r in pd.read_csv(tmp_path/'recordings.csv').to_dict('records') if r['withdrawn']} == {records[0]}
+    assert f'subject_{records[0]}/rec_{records[0]}' in kept['recordings']

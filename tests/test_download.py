@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import threading
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.sparse.csgraph import connected_components
 
 from pahcl.basics import PahclError, logger
-from pahcl.download import COLUMNS, SOURCES, download, pahcl_download, parse_sums, pascal_name, persons, read_annotation, recordings
+from pahcl.download import COLUMNS, SOURCES, download, pahcl_download, parse_sums, pascal_name, persons, read_annotation, recordings, sittings
 from pahcl.simulate import simulate_dataset
 
 RAW = os.environ.get('PAHCL_RAW_DIR')
@@ -199,15 +200,94 @@ def test_2016_signal_quality_and_what_contradicts_it(raw, logged):
 
 def test_2016_signal_quality_is_fetched():
     import re
-    for name in ('training-a/REFERENCE-SQI.csv', 'annotations/updated/training-f/REFERENCE_withSQI.csv', 'annotations/Online_Appendix_training_set.csv'):
+    for name in ('training-a/REFERENCE-SQI.csv', 'annotations/updated/training-f/REFERENCE_withSQI.csv', 'annotations/Online Appendix_training set.csv',
+                 'annotations/Recordings need to be removed in training-e.txt'):
         assert re.fullmatch(SOURCES['physionet2016'].wanted, name)
     assert not re.fullmatch(SOURCES['physionet2016'].wanted, 'annotations/updated/README.txt') and not re.fullmatch(SOURCES['physionet2016'].wanted, 'validation/REFERENCE-SQI.csv')
 
 
-def test_without_the_appendix_a_record_stands_for_its_subject(raw):
+def test_without_the_appendix_a_record_stands_for_its_person(raw, logged):
     next((raw/'physionet2016/annotations').glob('Online*')).unlink()
     table = recordings(raw, 'physionet2016')
-    assert (table.subject_id == table.recording_id).all()
+    assert (table.subject_id == table.recording_id).all() and (table.person_id == table.recording_id).all()
+    assert [m[:m.index('. The')] for m in logged] == ['physionet2016: it is not known whose recordings these are: 6 of training-a, 6 of training-b, 6 of training-e']
+
+
+APPENDIX = '''\
+Challenge record name,Database,Original record name,Diagnosis,Class (-1=normal 1=abnormal),"Age, years",Subject ID,# Raw record,Transducer site on body,"Noise (2=None
+3=Weak)"
+a0001,training-a,"C45S1",MVP,1,,,,Left of parasternum   ,
+a0002,training-a,C45S2b ,MVP,1,,,,"at rest, sitting",
+a0003,training-a,D45S2,MVP,1,,,,,
+b0001,training-b,S98f2_data,Normal,-1,,98,,,2
+b0002,training-b,S98f1_data,Normal,-1,,98.0,,,2
+b0003,training-b,S98f3_data,Normal,-1,,unknown,,,2
+c0001,training-c,id17,MR,1,70,,,,
+d0001,training-d,42432,Normal: MARS500,-1,,,,,
+d0002,training-d,42374,Normal: MARS500 ,-1,,,,,
+d0003,training-d,C20PSPE,Pathologic,1,,,,,
+e00001,training-e,e01430,Normal,-1,25,,198,,
+e00002,training-e,e01668,CAD,1,25,,198,,
+e00003,training-e,e01669,Normal,-1,25,,198,,
+e00004,training-e,e01670,CAD,,25,,198,,
+e00005,training-e,e01671,CAD,1,25,,,,
+'''
+PERSONS = dict(a0001='2016-a-C45', a0002='2016-a-C45', b0001='2016-b-98', b0002='2016-b-98', c0001='c0001', c0002='c0002', d0001='2016-d-MARS500',
+               d0002='2016-d-MARS500', d0003='d0003', e00001='2016-e-normal-198', e00002='2016-e-abnormal-198', e00003='2016-e-normal-198', f0001='f0001')
+
+
+def made_2016(raw, records):
+    "a raw folder with these records and `APPENDIX`"
+    folder, quiet = raw/'physionet2016', np.zeros(2000)
+    for r in records:
+        place = folder/f'training-{r[0]}'
+        place.mkdir(parents=True, exist_ok=True)
+        soundfile.write(place/f'{r}.wav', quiet, 2000)
+        with open(place/'REFERENCE.csv', 'a') as f: f.write(f'{r},-1\n')
+    (folder/'annotations').mkdir()
+    (folder/'annotations/Online Appendix_training set.csv').write_text(APPENDIX, encoding='utf-8-sig')
+    return folder
+
+
+def test_2016_persons_are_those_of_the_appendix(tmp_path, logged):
+    "records it lacks or names strangely stand for their persons, and are counted; spaces, quotes, a line break in a heading and 98.0 do no harm"
+    strange = ['a0003', 'b0003', 'e00004', 'e00005', 'a0009', 'd0009']
+    folder = made_2016(tmp_path, [*PERSONS, *strange])
+    table = recordings(tmp_path, 'physionet2016').set_index('recording_id')
+    assert table.person_id.to_dict() == PERSONS | {r: r for r in strange} and (table.subject_id == table.index).all()
+    assert [m[:m.index('. The')] for m in logged] == ['physionet2016: it is not known whose recordings these are: 2 of training-a, 1 of training-b, 1 of training-d, 2 of training-e']
+    path = folder/'annotations/Online Appendix_training set.csv'
+    path.write_text(APPENDIX.replace('# Raw record', 'Raw record'))
+    with pytest.raises(PahclError, match="Online Appendix_training set.csv has no column '# Raw record'"): recordings(tmp_path, 'physionet2016')
+
+
+def test_withdrawn_recordings_are_left_out_unless_they_are_asked_for(tmp_path, logged):
+    folder = made_2016(tmp_path, PERSONS)
+    (folder/'annotations/Recordings need to be removed in training-e.txt').write_bytes(b'e00002\r\ne00077\r\n\r\n')
+    table = recordings(tmp_path, 'physionet2016')
+    assert set(table.recording_id) == set(PERSONS)-{'e00002'}
+    assert len(logged) == 1 and logged[0].startswith('physionet2016: 1 recordings are left out, as the publisher withdrew them; pahcl_preprocess --keep-withdrawn keeps them')
+    assert set(recordings(tmp_path, 'physionet2016', keep_withdrawn=True).recording_id) == set(PERSONS) and len(logged) == 1
+
+
+@given(st.lists(st.integers(0, 3000), max_size=30))
+@settings(deadline=None)
+def test_sittings_are_chains_of_at_most_15_minutes(minutes):
+    "the same by cutting the sorted times where more than 15 minutes lie between"
+    stamp = lambda m: (datetime(2011, 2, 27, 22)+timedelta(minutes=m)).strftime('%Y%m%d%H%M')
+    expected = {}
+    for m in sorted(set(minutes)): expected[stamp(m)] = stamp(m) if not expected or m-before > 15 else expected[stamp(before)]; before = m
+    assert sittings([stamp(m) for m in minutes]) == expected
+
+
+def test_set_a_files_of_one_sitting_are_one_person(raw):
+    folder = raw/'pascal/set_a'
+    for wav in folder.glob('*.wav'): wav.unlink()
+    for name in ('murmur__201108222221', 'murmur__201108222235', 'normal__201108222236', 'murmur__201108222252', 'extrahls__201104021355', 'murmur__201104021355'):
+        soundfile.write(folder/f'{name}.wav', np.zeros(4000), 4000)
+    table = recordings(raw, 'pascal').query('source == "set_a"').set_index('recording_id')
+    assert table.groupby('person_id').size().to_dict() == {'pascal-a201108222221': 3, 'pascal-a201108222252': 1, 'pascal-a201104021355': 2}
+    assert table.subject_id['normal__201108222236'] == 'pascal-a201108222236' and table.subject_id.nunique() == 5
 
 
 @pytest.fixture
@@ -226,7 +306,8 @@ def test_2016_missing_and_unlabelled(raw, logged):
     (place/'a0001.wav').rename(place/'a0999.wav')
     table = recordings(raw, 'physionet2016').set_index('recording_id')
     assert 'a0001' not in table.index and pd.isna(table.label['a0999'])
-    assert logged[0] == f'1 recordings that REFERENCE.csv lists are not in {raw/"physionet2016"} and are left out' and logged[-1] == 'physionet2016: 1 recordings are there that no table labels'
+    assert logged[0] == f'1 recordings that REFERENCE.csv lists are not in {raw/"physionet2016"} and are left out' and logged[1] == 'physionet2016: 1 recordings are there that no table labels'
+    assert logged[2].startswith('physionet2016: it is not known whose recordings these are: 1 of training-a. ') and len(logged) == 3
 
 
 def test_pascal_labels_come_from_the_files_names(raw):
@@ -302,7 +383,29 @@ def test_real_data():
         states = read_annotation(row.annotation_path, row.seconds)
         assert states.end_s.max() <= row.seconds+1e-9 and (states.start_s.values[1:] >= states.end_s.values[:-1]-1e-9).all()
     circor = table[table.dataset == 'circor'].drop_duplicates('subject_id')
-    if len(circor) == 399:                                                              # the part described in shared/data/README.md
-        assert circor.murmur.value_counts().to_dict() == dict(Present=73, Absent=298, Unknown=28) and circor.outcome.value_counts().to_dict() == dict(Normal=212, Abnormal=187)
-        assert table.groupby('source').size().to_dict() == {'': 1353, 'training-a': 245, 'training-b': 300, 'training-e': 364, 'set_a': 74, 'set_b': 280}
+    if len(circor) == 497:                                                              # a known part of the data
+        assert circor.murmur.value_counts().to_dict() == dict(Present=124, Absent=325, Unknown=48) and circor.outcome.value_counts().to_dict() == dict(Normal=246, Abnormal=251)
+        assert table.groupby('source').size().to_dict() == {'': 1665, 'training-a': 245, 'training-b': 300, 'training-e': 350, 'set_a': 74, 'set_b': 280}
+        assert table.groupby('source').person_id.nunique().to_dict() == {'': 469, 'training-a': 59, 'training-b': 64, 'training-e': 198, 'set_a': 60, 'set_b': 98}
         assert table[table.dataset == 'pascal'].raw_label.value_counts().to_dict() == dict(normal=212, murmur=80, extrastole=27, artifact=24, extrahls=11)
+
+
+@pytest.mark.skipif(not RAW, reason='PAHCL_RAW_DIR names no real data')
+def test_real_persons_of_2016():
+    "the publisher's appendix, read in another way; withdrawn recordings; nobody's recordings are in two splits, and the shares hold"
+    import csv
+    from pahcl.splits import SHARES, TASKS, split_dataset
+    folder = Path(RAW)/'physionet2016'/'annotations'
+    if not (appendix := folder/'Online Appendix_training set.csv').exists(): pytest.skip('no appendix there')
+    with open(appendix, newline='', encoding='utf-8-sig') as f: rows = {r[0]: [c.strip() for c in r] for r in csv.reader(f)}
+    name = dict(a=lambda r: r[2].split('S')[0], b=lambda r: r[14], e=lambda r: f'{dict([("-1", "normal"), ("1", "abnormal")])[r[4]]}-{r[15]}')
+    table = recordings(RAW, 'physionet2016')
+    assert (table.subject_id == table.recording_id).all()
+    for r in table.itertuples(): assert r.person_id == f'2016-{r.recording_id[0]}-{name[r.recording_id[0]](rows[r.recording_id])}'
+    gone = set((folder/'Recordings need to be removed in training-e.txt').read_text().split())
+    more = recordings(RAW, 'physionet2016', keep_withdrawn=True)
+    assert not gone & set(table.recording_id) and set(more.recording_id[more.withdrawn]) == set(more.recording_id)-set(table.recording_id) <= gone
+    own = split_dataset(dict(physionet2016=TASKS['physionet2016']), table.assign(cycles_kept=1), 42)['physionet2016']
+    assert own.groupby('person_id').split.nunique().max() == 1
+    persons = own.drop_duplicates('person_id').split.value_counts()
+    assert all(abs(persons[s]-SHARES[s]*persons.sum()) <= 3 for s in SHARES)

@@ -141,6 +141,10 @@ def test_checkpoints_that_do_not_fit(work, pretrained, tmp_path, capsys):
     person = pd.read_csv(work/'downstream'/'pascal'/'recordings.csv', dtype=str).set_index('subject_id')['person_id'][[held]].iloc[0]
     save_checkpoint(tmp_path/'leak.pt', saved | dict(pretrain_persons=[person]))
     refused(capsys, *given, '--pretrained', tmp_path/'leak.pt', told=f'trained on 1 persons of the validation and test splits: {person}')
+    known = pd.read_csv(work/'downstream'/'physionet2016'/'recordings.csv', dtype=str).query('split == "val" and cycles != "0"')
+    record, whose = known[['subject_id', 'person_id']].iloc[0]                           # older versions took a record for a person
+    save_checkpoint(tmp_path/'older.pt', saved | dict(pretrain_persons=[record]))
+    refused(capsys, '--task', 'physionet2016', *given[2:], '--pretrained', tmp_path/'older.pt', told=f'trained on 1 persons of the validation and test splits: {whose}')
     save_checkpoint(tmp_path/'on_purpose.pt', saved | dict(pretrain_persons=[person], include_heldout_subjects=True))
     tune(work, tmp_path/'out', task='pascal', pretrained=tmp_path/'on_purpose.pt')
     assert 'no estimate for new persons' in (tmp_path/'out'/'pascal_downstream'/'train.log').read_text()

@@ -159,11 +159,17 @@ def test_a_killed_run_is_begun_again(tmp_path):
     assert not leftover.exists() and made_by_simulation(tmp_path/'pascal') == dict(subjects=9, seed=0, seconds=0.6)
     next((tmp_path/'pascal/set_b').glob('*.wav')).unlink()                       # a file is gone: made anew
     assert simulate_dataset(tmp_path, 'pascal', subjects=9, seconds=0.6) == {'pascal': 16}
+    marker = tmp_path/'pascal/.simulated.json'                                   # an older layout: made anew
+    marker.write_text(marker.read_text().replace('"layout": 2, ', ''))
+    wav = next((tmp_path/'pascal/set_b').glob('*.wav'))
+    wav.write_bytes(b'old')
+    assert made_by_simulation(tmp_path/'pascal') == {} and simulate_dataset(tmp_path, 'pascal', subjects=9, seconds=0.6) == {'pascal': 16}
+    assert wav.read_bytes() != b'old'
 
 
 def test_script(tmp_path, capsys):
     assert pahcl_simulate(['--output_dir', str(tmp_path), '--dataset', 'physionet2016', '--subjects', '9', '--seconds', '2']) == 0
-    assert 'physionet2016: 12 simulated recordings' in capsys.readouterr().out
+    assert 'physionet2016: 18 simulated recordings' in capsys.readouterr().out
     assert pahcl_simulate(['--output-dir', str(tmp_path), '--subjects', '3']) == 1
     assert 'at least 9 are needed' in capsys.readouterr().err
 
@@ -174,3 +180,10 @@ def test_set_a_timing_points_into_the_sounds(raw):
         info = soundfile.info(raw/'pascal'/name)
         assert info.samplerate == 44100 and rows.location.between(0, info.frames).all() and rows.location.is_monotonic_increasing
         assert (rows.sound.values[1:] != rows.sound.values[:-1]).all()
+
+
+def test_2016_has_several_recordings_of_a_person(raw):
+    table = recordings(raw, 'physionet2016')
+    assert (table.groupby('person_id').size() == 2).all() and (table.subject_id == table.recording_id).all()
+    assert table.person_id.str.fullmatch(r'2016-(a-C\d+|b-\d+|e-(normal|abnormal)-\d+)').all()
+    assert {'2016-e-normal-1', '2016-e-abnormal-1'} <= set(table.person_id)            # a number of a raw recording occurs in both classes

@@ -134,8 +134,8 @@ def test_folder(house):
         assert (folder/'train.csv').read_text().split('\n')[0] == f'# class_weights: {json.dumps(config["class_weights"])}'
         assert (folder/'val.csv').read_text().split('\n')[0] == (folder/'test.csv').read_text().split('\n')[0] == (folder/'train.csv').read_text().split('\n')[1] == ','.join(COLUMNS)
         cycles, recordings = read_table(folder/'cycles.csv'), read_table(folder/'recordings.csv')
-        assert list(cycles) == ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length', 'duration_s']
-        assert list(recordings) == ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles'] and set(recordings['cycles']) == {'2'}
+        assert list(cycles) == ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length', 'duration_s', 'subject_label']
+        assert list(recordings) == ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles', 'subject_label'] and set(recordings['cycles']) == {'2'}
         written = pd.concat([house.table(task, s).assign(of=s) for s in SHARES])
         assert (written['of'] == written['split']).all() and written['file_path'].tolist() == cycles.set_index('split').loc[list(SHARES)]['file_path'].tolist()
         assert sorted(written['file_path']) == sorted(str(p.relative_to(folder)) for s in SHARES for p in (folder/s).rglob('*.npy'))
@@ -148,6 +148,42 @@ def test_folder(house):
         for p in written['file_path']: assert (folder/p).stat().st_ino == (house.processed/p.split('/', 1)[1]).stat().st_ino
     assert configs['circor_murmur']['split_persons'] == configs['circor_outcome']['split_persons']
     assert not (house.out/'.preparing').exists()
+
+def test_of_several_labels_the_rarest_in_training_counts(house, said):
+    "a person with recordings of every class, in whatever split; Cycles, levels, bags and floors agree"
+    from pahcl.bags import bag_table
+    from pahcl.floors import training_subjects
+    from pahcl.loader import Cycles
+    from pahcl.metrics import at_levels
+    table = made_recordings(['pascal'], persons=30)                                       # 10 of each class
+    table['label'] = table['label'].where(table['label'] != 'extrasystole', 'normal')     # 20 normal, 10 murmur
+    more = table.iloc[[0, 4, 8, 12, 16, 20, 24, 28]].assign(label='extrasystole')                # and 8 persons have an extrasystole as well
+    more = more.assign(recording_id=more['recording_id']+'_2', folder=more['folder']+'_2')
+    house.make(pd.concat([table, more], ignore_index=True))
+    config = house.prepare('pascal')['pascal']
+    assert 'pascal: 8 of 30 subjects have recordings of several classes; the rarest counts' in said
+    folder, third = house.out/'pascal', set(more['subject_id'])
+    number = config['label_map']
+    known = read_table(folder/'recordings.csv')
+    first = table.set_index('subject_id')['label'].map(number)
+    expected = {s: number['extrasystole'] if s in third else first[s] for s in first.index}
+    assert dict(zip(known['subject_id'], known['subject_label'].astype(int))) == expected
+    for split in SHARES:
+        cycles = Cycles.from_task(folder, split)
+        rows = at_levels(cycles.table, np.full((len(cycles), 3), 1/3))['subject'][0]
+        assert rows['label'].tolist() == [expected[s] for s in rows['subject_id']] and rows['mixed_labels'].tolist() == [s in third for s in rows['subject_id']]
+        assert bag_table(cycles.table)['label'].tolist() == rows['label'].tolist()
+    train = training_subjects(folder)
+    assert train.to_dict() == {s: expected[s] for s in set(known.loc[known['split'] == 'train', 'subject_id'])}
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), min_size=1, max_size=40))
+def test_rarest_labels(rows):
+    "against counting by hand"
+    from pahcl.metrics import rarest_labels
+    labels, groups = zip(*rows)
+    have = {g: {c for c, h in rows if h == g} for g in groups}
+    count = Counter(c for own in have.values() for c in own)
+    assert rarest_labels(labels, groups).to_dict() == {g: min(own, key=lambda c: (count[c], -c)) for g, own in have.items()}
 
 def test_no_person_in_two_splits_and_heldout(house):
     house.make()
@@ -234,7 +270,7 @@ def test_missing_processed_missing_labels(house, capsys):
 
 def raw_says(monkeypatch, table):
     import pahcl.download
-    monkeypatch.setattr(pahcl.download, 'recordings', lambda raw_dir, dataset='all': table)
+    monkeypatch.setattr(pahcl.download, 'recordings', lambda raw_dir, dataset='all', keep_withdrawn=False: table)
 
 def test_raw_folder_is_asked(house, monkeypatch, said):
     table = made_recordings(persons=20)
@@ -247,6 +283,18 @@ def test_raw_folder_is_asked(house, monkeypatch, said):
     for column, value in [('murmur', 'Absent'), ('person_id', '1000')]:
         raw_says(monkeypatch, table.assign(**{column: table[column].where(table['subject_id'] != '1002', value)}))
         with pytest.raises(PahclError, match=f'{column} of 2 recordings is not what the raw folder says now, e.g. 1002_AV'): house.prepare()
+
+def test_withdrawn_recordings_are_compared_but_not_missed(house, monkeypatch, said):
+    table = made_recordings(['physionet2016'], persons=20).assign(withdrawn=False)
+    house.raw.mkdir()
+    table.loc[0, 'withdrawn'] = True
+    raw_says(monkeypatch, table)
+    house.make(table.drop(index=[0]))
+    house.prepare()
+    assert 'not preprocessed' not in '\n'.join(said)
+    pd.concat([read_processed(house.processed)[0], table.iloc[:1].assign(cycles_kept=0)]).to_csv(house.processed/'recordings.csv', index=False)
+    raw_says(monkeypatch, table.assign(person_id=table['person_id'].mask(table['withdrawn'], '2016-a-C1')))
+    with pytest.raises(PahclError, match='person_id of 1 recordings is not what the raw folder says now, e.g. a0001'): house.prepare()
 
 def test_data_set_not_there(house, said):
     house.make(made_recordings(['circor'], persons=20))
