@@ -18,7 +18,7 @@ from .resampling import interval
 # %% ../nbs/06f_uncertainty.ipynb #db3d6895
 def weighted_matrices(
     y_true, y_pred,    # true and decided classes [n]
-    index,             # the person of each row [n], see `persons_and_strata`
+    index,             # the person of each row [n], see `pahcl.resampling.number_persons`
     weights,           # [draws, persons]
     num_classes: int,
 ):                     # [draws, classes, classes]
