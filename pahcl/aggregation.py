@@ -10,17 +10,19 @@ __all__ = ['RULES', 'QUANTILES', 'rules_of', 'log_odds', 'subject_features', 'ba
 import numpy as np
 import pandas as pd
 
-from .metrics import at_levels, classification_metrics, group_labels
+from .metrics import MURMUR_RULES, at_levels, classification_metrics, group_labels
 
 # %% ../nbs/06h_aggregation.ipynb #2d9ef604
 # cycles to recordings, recordings to subjects; see `pahcl.metrics.aggregate`
-RULES = dict(mean=('mean', 'mean'), logmean=('logmean', 'logmean'), trimmed=('trimmed', 'mean'), any_present=('mean', 'any_present'))
+RULES = dict(mean=('mean', 'mean'), logmean=('logmean', 'logmean'), trimmed=('trimmed', 'mean'),
+             **{rule: ('mean', rule) for rule in MURMUR_RULES})
 
 def rules_of(
     label_map: dict,   # the task's
 ) -> dict:             # name -> (cycles to recordings, recordings to subjects)
-    "The rules a task can use: `any_present` speaks of murmurs only."
-    return {k: v for k, v in RULES.items() if k != 'any_present' or label_map == dict(Present=0, Absent=1, Unknown=2)}
+    "The rules a task can use; some speak of murmurs only."
+    murmur = label_map == dict(Present=0, Absent=1, Unknown=2)
+    return {k: v for k, v in RULES.items() if murmur or k not in MURMUR_RULES}
 
 # %% ../nbs/06h_aggregation.ipynb #0f3198a2
 def log_odds(

@@ -108,7 +108,7 @@ class FinetuningSection(TrainingSection):
     aggregation: Literal['cycle', 'mean', 'attention'] = 'cycle'   # each cycle has the label, or a bag of cycles has it: by the mean of their logits, or by attention
     bag_level: Literal['recording', 'subject'] = 'subject'         # what a bag is
     cycles_per_bag: int = Field(16, ge=0)                          # cycles of a bag in an epoch, drawn afresh from all its recordings; 0: all
-    use_murmur_locations: bool = False                             # circor_murmur: recordings of a Present subject where no murmur is heard are left out of training
+    use_murmur_locations: bool = False                             # circor_murmur, where it is on: recordings of a Present subject where no murmur is heard are left out of training
 
 # %% ../nbs/00b_config.ipynb #c2ad6441
 class DownstreamSection(Section):

@@ -266,7 +266,7 @@ def pahcl_ensemble(
     split: str = 'test',                # train, val or test
     output_dir: str = None,             # where the files go (default: ensemble_<task>_<split> in the folder that holds all members)
     batch_size: int = 64,               # cycles at once
-    subject_rule: str = 'mean',         # recordings to subjects: mean, logmean or any_present (murmur)
+    subject_rule: str = 'mean',         # recordings to subjects: mean, logmean, trimmed, any_present or two_loudest (murmur)
     weighted: bool = False,             # weigh the members by what the validation subjects say; otherwise all count alike
     raw_dir: str = 'data/raw',          # folder of the raw data, for the floor of demographics; may be absent
 ):

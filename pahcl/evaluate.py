@@ -213,7 +213,7 @@ def choose_way(
     if val is None:
         if subject_rule in CHOSEN:
             raise PahclError(f'--subject-rule {subject_rule} needs a validation split beside the one that is reported. '
-                             'Give mean, logmean, trimmed or any_present.')
+                             'Give mean, logmean, trimmed, any_present or two_loudest.')
         return (told[1], rule, None if subject_rule == 'model' else subject_rule), None, {}
     from pahcl.aggregation import compare_rules
     rows, best, ways, own = compare_rules(val, told, config['label_map'], primary)
@@ -331,7 +331,7 @@ def pahcl_evaluate(
     output_dir: str = None,             # where the files go (default: evaluation_<task>_<split> beside the checkpoint)
     batch_size: int = 64,               # cycles at once
     rule: str = 'mean',                 # cycles to recordings: mean, logmean or trimmed
-    subject_rule: str = None,           # recordings to subjects: mean, logmean, trimmed, any_present (murmur), learned or choose (on val); default: as --rule
+    subject_rule: str = None,           # recordings to subjects: mean, logmean, trimmed, any_present or two_loudest (murmur), learned or choose (on val); default: as --rule
     threshold: str = 'argmax',          # decisions: argmax (most probable class), youden, f1, cost or sensitivity=0.9, chosen on val
     raw_dir: str = 'data/raw',          # folder of the raw data, for the floor of demographics; may be absent
     robustness: bool = False,           # also under noise, at other sample rates and by device: robustness.csv, .md, .tex, .html, .png

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from .basics import some, write_json, write_text
-from .scoring import COMPARED, INTERVALS, all_floors, class_names
+from .scoring import COMPARED, INTERVALS, all_floors, class_areas, class_names
 
 # %% ../nbs/06t_evaluation_report.ipynb #82da7f77
 WHO = ('fold', 'subject_id', 'person_id', 'recording_id', 'location', 'file_path', 'signal_quality')
@@ -56,13 +56,14 @@ def level_column(
 def class_table(
     subject: dict,   # scores of the subjects
     names: list,     # of the classes
+    below=(),        # of `mark_floors`: `auroc Unknown` and the like are marked
 ):                   # DataFrame, a row a class
     "Scores a class; shares have Wilson's interval."
     import pandas as pd
     from pahcl.report import number, share_with_interval
     support, decided = subject['support'], [sum(column) for column in zip(*subject['confusion_matrix'])]
     of = dict(recall=support, precision=decided, specificity=[sum(support)-s for s in support])
-    cell = lambda k, v, c: share_with_interval(v, of[k][c]) if k in of else number(v)
+    cell = lambda k, v, c: share_with_interval(v, of[k][c]) if k in of else number(v)+' ▼'*(f'{k} {names[c]}' in below)
     cells = {k: [cell(k, v, c) for c, v in enumerate(values)] for k, values in subject['per_class'].items()}
     return pd.DataFrame(dict(subjects=support) | cells, index=pd.Index(names, name='class'))
 
@@ -76,7 +77,8 @@ def score_tables(
     columns = {f'{level}s (n = {results["n"][level]:,})': level_column(results, level) for level in ('subject', 'recording', 'cycle')}
     floors = [best_floor(results, k) for k in INTERVALS]
     columns['best floor (subjects)'] = [f'{number(v)} ({name})' if name else '–' for v, name in floors]
-    return pd.DataFrame(columns, index=pd.Index(INTERVALS, name='score')), class_table(results['levels']['subject'], class_names(results['label_map']))
+    classes = class_table(results['levels']['subject'], class_names(results['label_map']), results.get('below_floor', ()))
+    return pd.DataFrame(columns, index=pd.Index(INTERVALS, name='score')), classes
 
 # %% ../nbs/06t_evaluation_report.ipynb #935ac8dd
 def below_text(results: dict) -> str:
@@ -188,8 +190,10 @@ def floor_section(
     import pandas as pd
     from pahcl.report import number
     official, floors = results['official'] or {}, all_floors(results)
-    own = results['levels']['subject'] | dict(official=official.get('value'))
-    shown = ['accuracy', 'f1_macro', 'auroc', 'uar', *(['official'] if official else [])]
+    own = results['levels']['subject']
+    areas = class_areas(own, results['label_map'])
+    own = own | areas | dict(official=official.get('value'))
+    shown = ['accuracy', 'f1_macro', 'auroc', *areas, 'uar', *(['official'] if official else [])]
     table = {official['name'] if n == 'official' else n: [number(s.get(n)) for s in [own, *floors.values()]] for n in shown}
     return pd.DataFrame(table, index=pd.Index(['this model', *floors], name='subjects'))
 
@@ -222,7 +226,7 @@ def extra_sections(
     results: dict,  # of `evaluate`
 ) -> dict:          # heading -> things, for the report
     "Floors, rules and calibration, where they are known."
-    out = {'Floors: what can be had without listening': [floor_section(results)]}
+    out = {'Floors: what can be had without a network': [floor_section(results)]}
     if results.get('rules'): out['From cycles to subjects'] = rule_section(results)
     if results.get('calibration'): out['Calibration, of subjects'] = calibration_section(results['calibration'])
     return out

@@ -169,7 +169,7 @@ img {{ max-width: 100%; height: auto; background: #fff }} figcaption {{ font-siz
 
 # %% ../nbs/06b_report.ipynb #8366da3a
 WORDS = {
-    '▼': 'this score does not exceed a floor: something that never listened does as well, so the score is no evidence that the model hears illness',
+    '▼': 'this score does not exceed a floor: something that needs no network does as well, so the score is no evidence that what the model has learnt is of use',
     '–': 'not defined here (the notes say why), or not set',
     '[': 'square brackets hold the 95 % interval: how far the score moves when other persons like these are drawn (of a class\'s shares: Wilson\'s)',
     'accuracy': 'share of right decisions; a rare illness hardly counts in it',
@@ -193,8 +193,11 @@ WORDS = {
     'heart rate': 'floor: a logistic regression that knows only how long cycles and systoles are',
     'folder letter': 'floor: a logistic regression that knows only which hospital\'s folder a recording lies in',
     'demographics': 'floor: a logistic regression that knows only age, sex, height, weight and pregnancy',
+    'segmentation': 'floor: a logistic regression that knows only how sure the segmenter was, how good the recordings are and how many',
+    'log-mel statistics': 'floor: a logistic regression on mean and deviation of 32 mel bands in S1, systole, S2 and diastole; nothing in them was learnt',
     'logmean': 'mean of the logarithms of the probabilities: one sure denial weighs much', 'trimmed': 'mean without the most extreme cycles',
     'learned': 'a small model of what is said of a subject\'s cycles, fitted on the validation split', 'model': 'the own answer of a model of bags', 'any_present': 'a subject has a murmur when any recording has',
+    'two_loudest': 'mean of the two recordings of a subject in which a murmur is likeliest',
     'knn': 'vote of the nearest training cycles', 'linear': 'logistic regression on the features as they are',
     'mahalanobis': 'distance from the normal mean in standard deviations', 'cosine': 'angle to the normal mean',
     'neighbours': 'mean distance to the nearest normal cycles'}

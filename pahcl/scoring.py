@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERVALS', 'COMPARED', 'class_names', 'persons_of', 'few_persons', 'decided_levels', 'unsure_answers',
            'official_scores_of', 'score_level', 'floor_scores', 'official_result', 'set_scores', 'score_levels',
-           'score_predictions', 'all_floors', 'mark_floors']
+           'score_predictions', 'class_areas', 'all_floors', 'mark_floors']
 
 # %% ../nbs/06m_scoring.ipynb #aad1bd2a
 def class_names(
@@ -172,7 +172,7 @@ def score_predictions(
     label_map: dict,   # the task's
     task='',           # its name: decides the official score
     rule='mean',       # cycles to recordings, see `pahcl.metrics.aggregate`
-    subject_rule=None, # recordings to subjects; None: the same. 'any_present' is the clinical rule for murmurs
+    subject_rule=None, # recordings to subjects; None: the same. for murmurs also 'any_present' and 'two_loudest'
     draws=2000,        # of the bootstrap
     seed=0,
     thresholds=None,   # see `decided_levels`
@@ -184,12 +184,20 @@ def score_predictions(
     return score_levels(levels, label_map, task, draws, seed) | ways, levels
 
 # %% ../nbs/06m_scoring.ipynb #526c46e4
+def class_areas(
+    scores: dict,      # of `pahcl.metrics.classification_metrics`
+    label_map: dict,   # the task's
+) -> dict:             # e.g. `auroc Unknown` -> value; nothing with two classes, where both are the AUROC itself
+    "AUROC of each class against the rest, so that each can have its floor."
+    areas = (scores.get('per_class') or {}).get('auroc') or []
+    return {f'auroc {n}': a for n, a in zip(class_names(label_map), areas)} if len(label_map) > 2 else {}
+
 def all_floors(
     results: dict,   # of `mark_floors`
 ) -> dict:           # name -> scores, `official` among them
     "Every floor that could be computed."
-    majority = results['floors']['subject']
-    floors = {f'all {majority["class_name"]}': majority, **{n: s for n, s in results.get('shortcuts', {}).items() if 'reason' not in s}}
+    majority, known = results['floors']['subject'], {n: s for n, s in results.get('shortcuts', {}).items() if 'reason' not in s}
+    floors = {f'all {majority["class_name"]}': majority} | {n: s | class_areas(s, results['label_map']) for n, s in known.items()}
     for name, value in (results['official'] or {}).get('floors', {}).items(): floors[name] = floors.get(name, {}) | dict(official=value)
     return floors
 
@@ -201,4 +209,6 @@ def mark_floors(
     "Compare the subjects' scores, and the official one, with every floor."
     from pahcl.floors import below_floors
     results = results | dict(shortcuts=shortcuts or {})
-    return results | dict(below_floor=below_floors(results['levels']['subject'], all_floors(results), COMPARED, results['official']))
+    own = results['levels']['subject']
+    areas = class_areas(own, results['label_map'])
+    return results | dict(below_floor=below_floors(own | areas, all_floors(results), [*COMPARED, *areas], results['official']))

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .basics import PahclError, existing, generator, progress, read_json, write_json
+from .beats import BOUNDS
 
 # %% ../nbs/01e_cycle_tables.ipynb #8324bebc
 MADE_LABELS = dict(circor=dict(murmur=['Present', 'Absent', 'Unknown'], outcome=['Normal', 'Abnormal']),
@@ -31,6 +32,7 @@ def made_recordings(
             person = dict(circor=f'{1000+i}', physionet2016=f'a{i+1:04d}', pascal=f'pascal-b{i}')[name]
             places = [(person, 'AV'), (person, 'MV')] if name == 'circor' else [(person, None)]
             if name == 'circor' and i == persons-1: places.append((f'{9000+i}', 'AV'))
+            if labels.get('murmur') == 'Present': labels['murmur_locations'] = 'AV+MV'
             for subject, place in places:
                 recording = f'{subject}_{place}' if place else subject
                 files = dict(path=f'{name}/{recording}.wav', folder=f'subject_{subject}/rec_{place or recording}', fallback=False)
@@ -76,9 +78,10 @@ def made_processed(
             file = f'cycle_{c:03d}.npy' if c < cycles else ''
             if file: np.save(folder/place/file, sound)
             rows.append([c, file, *np.round(c*1.2+edges, 4), valid, 0.9, 0.8, bool(file), '' if file else 'quality'])
-        columns = ['cycle', 'file', 'onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s', 'valid_length', 'confidence', 'quality', 'kept', 'reason']
+        columns = ['cycle', 'file', *BOUNDS, 'valid_length', 'confidence', 'quality', 'kept', 'reason']
         pd.DataFrame(rows, columns=columns).to_csv(folder/place/'cycles.csv', index=False)
-    recordings.assign(cycles_found=cycles+1, cycles_kept=cycles).to_csv(folder/'recordings.csv', index=False)
+    how = dict(seconds=1.2*(cycles+1), cycles_found=cycles+1, cycles_kept=cycles, quality=0.7, confidence=0.9)
+    recordings.assign(**how).to_csv(folder/'recordings.csv', index=False)
     settings = dict(sample_rate=5000, target_length=length, length_mode=length_mode, states='detected', band_hz=[25, 400])
     write_json(folder/'processing_stats.json', dict(settings=settings))
     return folder
@@ -133,7 +136,7 @@ def sample_boundaries(
     return samples.astype(np.int32)
 
 # %% ../nbs/01e_cycle_tables.ipynb #25288cb0
-CYCLE_COLUMNS = ['file', 'onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s', 'valid_length']
+CYCLE_COLUMNS = ['file', *BOUNDS, 'valid_length', 'confidence', 'quality']
 
 def read_cycles(
     path,       # a recording's cycles.csv
@@ -150,7 +153,7 @@ def kept_cycles(
     processed_dir,   # output of pahcl_preprocess
     recordings,      # rows of its recordings.csv, see `read_processed`
     settings: dict,  # of `read_processed`
-):                   # DataFrame, a row a cycle: the columns of `recordings`, `file`, `s1_end, s2_start, s2_end, valid_length` in samples, and `duration_s`, the whole cycle
+):                   # DataFrame, a row a cycle: the columns of `recordings`, `file`, `s1_end, s2_start, s2_end, valid_length` in samples, `confidence` and `quality` of the beat, and `duration_s`, the whole cycle
     "All cycles that were kept, in the order of the recordings."
     rows, owner = [], []
     for i, (folder, kept) in enumerate(zip(progress(recordings['folder'], 'read cycles'), recordings['cycles_kept'])):
@@ -161,7 +164,8 @@ def kept_cycles(
         owner += [i]*kept
     cycles = pd.DataFrame(rows, columns=CYCLE_COLUMNS)
     cycles[CYCLE_COLUMNS[1:]] = cycles[CYCLE_COLUMNS[1:]].apply(pd.to_numeric, errors='coerce')
-    table = pd.concat([recordings.iloc[owner].reset_index(drop=True), cycles], axis=1)
+    own = recordings.drop(columns=[c for c in CYCLE_COLUMNS if c in recordings])   # the confidence and quality of a recording are others than those of its beats
+    table = pd.concat([own.iloc[owner].reset_index(drop=True), cycles], axis=1)
     table[['s1_end', 's2_start', 's2_end', 'valid_length']] = sample_boundaries(table, settings)
     table['duration_s'] = (table['offset_s']-table['onset_s']).round(4)   # a stored cycle may be cut or stretched: the heart rate is in this
-    return table.drop(columns=CYCLE_COLUMNS[1:-1])
+    return table.drop(columns=BOUNDS)

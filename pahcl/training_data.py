@@ -58,13 +58,13 @@ def murmur_table(
 ):            # DataFrame: the task's `recordings.csv` with `murmur_locations`
     "Where murmurs were heard; a task that was prepared before this column existed has it from the processed folder."
     from pahcl.tables import read_table
-    name, again = config.task.name, 'Prepare the task again with pahcl_prepare.'
+    name, again = config.task.name, 'Prepare the task again with pahcl_prepare'
     if name != 'circor_murmur':
         raise PahclError(f'training.use_murmur_locations is on, but the task is {name}: only circor_murmur says where a murmur was heard. Leave the key out.')
     path, processed = Path(config.data.base_dir)/name/'recordings.csv', Path(config.data.processed_dir)/'recordings.csv'
-    recordings = read_table(path, ['recording_id', 'location', 'label'], 'table of the recordings', again)
+    recordings = read_table(path, ['recording_id', 'location', 'label'], 'table of the recordings', f'{again}.')
     if 'murmur_locations' in recordings: return recordings
-    remedy = f'{path} has no column murmur_locations either. {again}'
+    remedy = f'{path} has no column murmur_locations either. {again}, or train on all places: training.use_murmur_locations: false.'
     known = read_table(processed, ['dataset', 'recording_id', 'murmur_locations'], 'table of the processed recordings', remedy)
     return recordings.merge(known.loc[known['dataset'] == 'circor', ['recording_id', 'murmur_locations']], on='recording_id', how='left')
 
@@ -72,16 +72,16 @@ def murmur_table(
 def heard_only(
     config, cycles,   # a `FinetuneConfig`, the training `Cycles`
 ):                    # (training cycles, lines for the log)
-    "Leave out recordings where the label cannot be heard, where `use_murmur_locations` asks for it."
+    "Leave out recordings where the label cannot be heard, unless `use_murmur_locations` is false."
     if not config.training.use_murmur_locations: return cycles, []
     recordings = murmur_table(config)
     if config.training.aggregation != 'cycle' and config.training.bag_level == 'subject':
-        return cycles, ['WARNING: use_murmur_locations leaves nothing out where a bag is a whole subject: the label is true of the bag.']
-    silent = set(recordings.loc[silent_places(recordings), 'recording_id'])
-    kept = ~cycles.table['recording_id'].isin(silent).to_numpy()
-    out = cycles.table[~kept]
-    whose = f'{out["recording_id"].nunique()} recordings ({len(out)} cycles) of {out["subject_id"].nunique()} Present subjects'
-    return cycles.subset(kept), [f'use_murmur_locations: {whose}, from places where no murmur was heard, are left out of training']
+        return cycles, ['use_murmur_locations: nothing is left out where a bag is a whole subject: the label is true of the bag.']
+    silent, ill = recordings.loc[silent_places(recordings), 'recording_id'], recordings.loc[recordings['label'].astype(int) == 0, 'recording_id']
+    kept, present = ~cycles.table['recording_id'].isin(silent).to_numpy(), cycles.table['recording_id'].isin(ill)
+    count = lambda rows: f'{cycles.table.loc[rows, "recording_id"].nunique()} recordings ({rows.sum():,} cycles)'
+    whose = f'{count(~kept)} of {count(present)} of Present subjects are from places where no murmur was heard'
+    return cycles.subset(kept), [f'use_murmur_locations: {whose} and are left out of training']
 
 # %% ../nbs/05b_training_data.ipynb #064a44d7
 def task_data(
@@ -99,7 +99,7 @@ def task_data(
     return data, task, told
 
 # %% ../nbs/05b_training_data.ipynb #f977bdee
-KEPT = 12   # files of cached features a task: four encoders' three splits
+KEPT = 15   # files of cached features a task: four encoders' three splits, and the log-mel statistics of the three
 
 # %% ../nbs/05b_training_data.ipynb #9006e809
 def keep_features(

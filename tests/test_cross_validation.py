@@ -61,7 +61,8 @@ def test_everybody_is_tested_once_and_by_strangers(trained, capsys):
         assert not learnt & set(told.loc[told['fold'] == f'fold {k}', 'person_id'])
     kept = json.loads((folder/'metrics.json').read_text())
     assert not list(folder.glob('data_*')) and len(kept['folds']) == 3
-    assert set(kept['shortcuts']) == {'heart rate', 'folder letter'} and kept['shortcuts']['heart rate']['train_subjects'] == 8
+    assert set(kept['shortcuts']) == {'heart rate', 'folder letter', 'segmentation', 'log-mel statistics'}
+    assert all(f['train_subjects'] == 8 and 0 <= f['auroc'] <= 1 for f in kept['shortcuts'].values())
     assert kept['levels']['subject']['auroc'] == pytest.approx(auroc(told['label'] == 1, told['probability_abnormal']), abs=1e-5)
     before = (folder/'folds'/'physionet2016_fold_0'/'best_model.pt').stat().st_mtime_ns
     cross_validate(best, 'physionet2016', 3, data, draws=10)   # finished runs are not repeated

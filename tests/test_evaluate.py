@@ -36,6 +36,8 @@ def house(tmp_path, monkeypatch):
         module = types.ModuleType(f'pahcl.{name}')
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, f'pahcl.{name}', module)
+    def no_sounds(folder): raise PahclError('the house has no sounds.')
+    monkeypatch.setattr('pahcl.spectrum_floor.spectrum_features', no_sounds)
     def task(name='circor_murmur', label_map=MURMUR, **extra):
         folder = tmp_path/'downstream'/name
         folder.mkdir(parents=True)

@@ -360,18 +360,18 @@ def test_silent_places_are_not_trained_as_present(work, tmp_path):
     recordings = pd.read_csv(folder/'recordings.csv', dtype=str)
     ill = recordings[(recordings['label'] == '0') & (recordings['split'] == 'train')]
     silent = [r.recording_id for r in ill.itertuples() if isinstance(r.murmur_locations, str) and r.location not in r.murmur_locations.split('+')]
-    given = {'task': 'circor_murmur', 'pretrained': 'none', 'encoder_type': 'cnn_mamba_small', 'training.use_murmur_locations': True, 'training.cycles_per_recording': 1}
+    given = {'task': 'circor_murmur', 'pretrained': 'none', 'encoder_type': 'cnn_mamba_small', 'training.cycles_per_recording': 1}
     heard, everything = tune(work, 'murmurs', **given), tune(work, 'murmurs', **given | {'training.use_murmur_locations': False, 'experiment_name': 'all'})
     cycles = pd.read_csv(folder/'cycles.csv', dtype=str)
     lost = cycles['recording_id'].isin(silent).sum()
     assert everything['training_cycles']-heard['training_cycles'] == lost and everything['levels']['cycle']['n'] == heard['levels']['cycle']['n']
     log = (work/'murmurs'/'circor_murmur_downstream'/'train.log').read_text()
-    assert f'use_murmur_locations: {len(silent)} recordings ({lost} cycles)' in log
+    assert f'use_murmur_locations: {len(silent)} recordings ({lost:,} cycles) of {len(ill)} recordings' in log
     shutil.copytree(folder, tmp_path/'circor_murmur')
     recordings.drop(columns='murmur_locations').to_csv(tmp_path/'circor_murmur'/'recordings.csv', index=False)
     older = dict(given, data_dir=tmp_path)
     assert tune(work, 'murmurs', **older, experiment_name='older', **{'data.processed_dir': str(work/'processed')})['history'] == heard['history']
-    with pytest.raises(PahclError, match='Prepare the task again'): tune(work, 'murmurs', **older, experiment_name='lost', **{'data.processed_dir': str(tmp_path)})
-    with pytest.raises(PahclError, match='only circor_murmur'): tune(work, 'murmurs', **given | dict(task='pascal'))
+    with pytest.raises(PahclError, match='Prepare the task again with pahcl_prepare, or train on all places'): tune(work, 'murmurs', **older, experiment_name='lost', **{'data.processed_dir': str(tmp_path)})
+    with pytest.raises(PahclError, match='only circor_murmur'): tune(work, 'murmurs', **given | {'task': 'pascal', 'training.use_murmur_locations': True})
     tune(work, 'murmurs', **given, **{'training.aggregation': 'mean', 'experiment.name': 'bags'})
     assert 'the label is true of the bag' in (work/'murmurs'/'circor_murmur_bags'/'train.log').read_text()

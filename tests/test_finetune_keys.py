@@ -39,7 +39,7 @@ CASES = {
     'training.grad_clip_norm': (1e-3, 'weights'), 'training.accumulation_steps': (2, 'weights'), 'training.cycles_per_recording': (1, 'losses'), 'training.num_workers': (2, 'threads'), 'training.use_amp': (False, 'precision'),
     'training.log_interval': (1, 'log'), 'training.save_interval': (1, 'files'), 'training.save_steps': (1, 'saved'),
     'training.aggregation': ('mean', 'losses'), 'training.bag_level': ('recording', 'losses', {'task': 'circor_murmur', **BAGS}), 'training.cycles_per_bag': (1, 'losses', BAGS),
-    'training.use_murmur_locations': (True, 'log', {'task': 'circor_murmur'}),
+    'training.use_murmur_locations': (False, 'log', {'task': 'circor_murmur'}),
     'pretrain.checkpoint_path': ('packaged', 'log', {'model.encoder_type': None, 'model.cnn_channels': None, 'model.cnn_kernel_sizes': None, 'model.cnn_strides': None, 'training.cycles_per_recording': 1, 'training.num_epochs': 1}),
     'pretrain.load_encoder_only': (False, 'losses', 'own checkpoint'), 'pretrain.freeze_encoder': (True, 'rates'),
     'evaluation.primary_metric': ('accuracy', 'log'), 'evaluation.metrics': (['accuracy', 'mcc'], 'metrics'), 'evaluation.level': ('cycle', 'scores'), 'evaluation.save_confusion_matrix': (False, 'files'),

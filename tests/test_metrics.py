@@ -127,6 +127,20 @@ def test_aggregate(case, random):
     for i, g in enumerate(ids): same(aggregate(p, groups)[0][i], p[[h == g for h in groups]].mean(0))
 
 
+@settings(max_examples=40, deadline=None)
+@given(answers(classes=3), st.randoms())
+def test_the_two_loudest_places_speak(case, random):
+    "In any order of the recordings; of two it is their mean, and a third that is less suspicious changes nothing."
+    _, p, _ = case
+    order = random.sample(range(len(p)), len(p))
+    said = aggregate(p, ['a']*len(p), 'two_loudest')[0]
+    same(said, aggregate(p[order], ['a']*len(p), 'two_loudest')[0])
+    assert said[0, 0] == pytest.approx(np.sort(p[:, 0])[-2:].mean())
+    same(said, aggregate(np.vstack([p, [[0, .5, .5]]]), ['a']*(len(p)+1), 'two_loudest')[0] if len(p) > 1 else said)
+    same(aggregate(p[:2], ['a']*len(p[:2]), 'two_loudest')[0][0], p[:2].mean(0))
+    with pytest.raises(PahclError, match='needs the murmur classes'): aggregate(p[:, :2], ['a']*len(p), 'two_loudest')
+
+
 def test_levels_weigh_recordings_alike_and_survive_any_order():
     table, p = made_cycles(1, subjects=9)
     keep = np.random.default_rng(0).permutation(len(table))[:150]

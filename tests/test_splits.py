@@ -134,8 +134,10 @@ def test_folder(house):
         assert (folder/'train.csv').read_text().split('\n')[0] == f'# class_weights: {json.dumps(config["class_weights"])}'
         assert (folder/'val.csv').read_text().split('\n')[0] == (folder/'test.csv').read_text().split('\n')[0] == (folder/'train.csv').read_text().split('\n')[1] == ','.join(COLUMNS)
         cycles, recordings = read_table(folder/'cycles.csv'), read_table(folder/'recordings.csv')
-        assert list(cycles) == ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length', 'duration_s', 'subject_label']
-        assert list(recordings) == ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles', 'subject_label'] and set(recordings['cycles']) == {'2'}
+        assert list(cycles) == ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length', 'duration_s', 'confidence', 'quality', 'subject_label']
+        known = ['subject_label']+(['murmur_locations'] if config['dataset'] == 'circor' else [])+['seconds', 'cycles_found', 'quality', 'confidence']
+        assert list(recordings) == ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label', 'split', 'cycles', *known]
+        assert set(recordings['cycles']) == {'2'} and set(recordings['quality']) == {'0.7'} and set(cycles['quality']) == {'0.8'}
         written = pd.concat([house.table(task, s).assign(of=s) for s in SHARES])
         assert (written['of'] == written['split']).all() and written['file_path'].tolist() == cycles.set_index('split').loc[list(SHARES)]['file_path'].tolist()
         assert sorted(written['file_path']) == sorted(str(p.relative_to(folder)) for s in SHARES for p in (folder/s).rglob('*.npy'))

@@ -181,9 +181,10 @@ def task_on_disk(folder, persons=60):
 def test_the_folder_letter_is_found_out(tmp_path):
     task, levels = task_on_disk(tmp_path)
     floors = shortcut_floors(task, tmp_path, levels, official=OFFICIAL['physionet2016'])
-    assert set(floors) == {'heart rate', 'folder letter'} and floors['folder letter']['auroc'] == floors['folder letter']['official'] == 1
+    assert set(floors) == {'heart rate', 'folder letter', 'segmentation', 'log-mel statistics'} and floors['folder letter']['auroc'] == floors['folder letter']['official'] == 1
     assert abs(floors['heart rate']['auroc']-.5) < .25
     assert below_floors(dict(auroc=.95), floors, ['auroc']) == dict(auroc=['folder letter'])
+    assert 'no column confidence, quality. Make it again' in floors['segmentation']['reason'] and 'task_config.json' in floors['log-mel statistics']['reason']
     assert 'hides the rate' in shortcut_floors(task | dict(length_mode='phase'), tmp_path, levels)['heart rate']['reason']
     assert '--raw-dir' in shortcut_floors(task | dict(dataset='circor'), tmp_path, levels)['demographics']['reason']
 
