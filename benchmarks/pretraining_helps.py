@@ -17,14 +17,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from pahcl.basics import generator, write_text
 from pahcl.classifier import encode
+from pahcl.compare import run_shares
 from pahcl.config import load_config
 from pahcl.evaluate import open_split, predict_split
 from pahcl.finetune import finetune, starting_model, task_data
 from pahcl.loader import cap_rows, few_shot_rows
-from pahcl.metrics import OFFICIAL, at_levels, bootstrap_draws, classification_metrics, percentile_interval
+from pahcl.metrics import OFFICIAL, at_levels, classification_metrics
 from pahcl.pretrain import pretrain
+from pahcl.resampling import interval, number_persons, resampling_weights
 from pahcl.splits import person_of_id
 from pahcl.tables import read_table
+from pahcl.uncertainty import bootstrap_scores
 
 TASKS = ('circor_murmur', 'physionet2016', 'pascal')
 # Both starts learn under the same conditions. `logistic`: a logistic regression on standardised features of the frozen encoder, which always converges; `linear`: the package's own --linear-eval with
@@ -90,24 +93,27 @@ def scores(task, level, labels, values):
     found, official = classification_metrics(labels, values, values.shape[1], absent='skip'), OFFICIAL[task]
     return dict(accuracy=found['accuracy'], f1_macro=found['f1_macro'], auroc=found['auroc'], official=official['function'](labels, values.argmax(1)) if official['level'] == level else None)
 
-def differences(task, level, parts, seeds, index=slice(None)):
-    "Scores of both starts, and their difference, a row a seed; NaN where undefined."
-    def of(start): return pd.DataFrame([scores(task, level, parts[start, s][0]['label'].to_numpy()[index], parts[start, s][1][index]) for s in seeds], index=seeds)[list(METRICS)].astype(float)
-    pretrained, random = of('pretrained'), of('random')
-    return pretrained, random, pretrained-random
+def values(task, level, part, index, weights):
+    "Scores of one part with each row of weights, the official one at its own level; NaN where undefined."
+    rows, p = part
+    official = OFFICIAL[task]['name'] if OFFICIAL[task]['level'] == level else ''
+    return bootstrap_scores(rows['label'].to_numpy(), p, p.argmax(1), index, weights, official)
 
 def paired(task, parts, draws=500):
     "Pretrained minus random start of one task and setting, a dict a metric; `parts` is {(start, seed): (table, probabilities)} of cycles."
     seeds, out, cycles = sorted({seed for _, seed in parts}), [], {k: at_levels(*v) for k, v in parts.items()}
     for level, metrics in level_metrics(task).items():
-        units = {k: v[level] for k, v in cycles.items()}
-        rows = units['random', seeds[0]][0]
-        pretrained, random, difference = differences(task, level, units, seeds)
-        generate, drawn = generator(0, 'seeds'), []
-        for index in bootstrap_draws(rows['person_id'], draws):  # persons and seeds are drawn together; both starts and all seeds see the same persons
-            some = [seeds[i] for i in generate.integers(len(seeds), size=len(seeds))]
-            drawn.append(differences(task, level, units, seeds, index)[2].loc[some].mean(skipna=False))
-        for m in metrics: out.append(summary(m, level, len(rows), pretrained[m], random[m], difference[m], percentile_interval([d[m] for d in drawn])) | dict(name=OFFICIAL[task]['name'] if m == 'official' else m))
+        rows = cycles['random', seeds[0]][level][0]
+        index, persons = number_persons(rows['person_id'])
+        weights = resampling_weights(persons, draws)   # both starts and all seeds see the same persons
+        found = {k: values(task, level, v[level], index, weights) for k, v in cycles.items()}
+        shares = run_shares(len(seeds), weights, seed=0)   # seeds are drawn together with persons
+        for m in metrics:
+            pretrained, random = (np.stack([found[start, s][m] for s in seeds]) for start in ('pretrained', 'random'))
+            gap = pretrained-random
+            each = [pd.Series(v[:, 0], seeds) for v in (pretrained, random, gap)]
+            within = interval((gap.T*shares).sum(1), persons)
+            out.append(summary(m, level, len(rows), *each, within) | dict(name=OFFICIAL[task]['name'] if m == 'official' else m))
     return out
 
 def level_metrics(task):
