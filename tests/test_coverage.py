@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-spec = importlib.util.spec_from_file_location('coverage_benchmark', Path(__file__).parents[1]/'benchmarks'/'coverage.py')
+spec = importlib.util.spec_from_file_location('coverage_benchmark', Path(__file__).parents[1]/'benchmarks'/'interval_coverage.py')
 C = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(C)
 

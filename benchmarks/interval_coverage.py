@@ -1,6 +1,6 @@
 """How often do the 95 % intervals hold the truth? Simulated test splits, scored as an evaluation scores them.
 
-python benchmarks/coverage.py [--repeats 2000] [--only murmur] [--output nbs/measured/coverage.csv]
+python benchmarks/interval_coverage.py [--repeats 2000] [--only murmur] [--output nbs/measured/coverage.csv]
 
 A made person has a class, some recordings, and for each an answer whose error is partly the person's own. The truth of a score is its value on 200,000 such persons.
 Writes a row a data set, number of persons, level and score: truth, mean of the estimates, and how many of `repeats` intervals held the truth; and coverage_few.csv, the same by
