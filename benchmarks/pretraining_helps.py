@@ -31,11 +31,11 @@ from pahcl.uncertainty import bootstrap_scores
 
 TASKS = ('circor_murmur', 'physionet2016', 'pascal')
 # Both starts learn under the same conditions. `logistic`: a logistic regression on standardised features of the frozen encoder, which always converges; `linear`: the package's own --linear-eval with
-# a linear head (a frozen encoder's features are computed once, so 100 epochs cost seconds); each also from 10 % of the training persons; `few_shot`: the whole network is fine-tuned on these.
+# a linear head (a frozen encoder's features are computed once, so 100 epochs cost seconds); each also from 10 % of the training persons; `logistic_phases`: on the means of the four heart states in place of one mean; `few_shot`: the whole network is fine-tuned on these.
 COMMON = {'encoder_type': 'cnn_mamba_small', 'training.save_interval': 1000, 'training.log_interval': 1000, 'training.num_workers': 0, 'evaluation.save_confusion_matrix': False}
 LINEAR = {'linear_eval': True, 'classifier.hidden_dim': 0, 'classifier.dropout': 0., 'epochs': 100, 'lr': 1e-2, 'training.early_stopping_patience': 30}
 SHOTS = {'few_shot': True, 'shot_ratio': 0.1}
-SETTINGS = dict(logistic={}, logistic_few_shot=SHOTS, few_shot=SHOTS | {'epochs': 15, 'lr': 1e-3, 'training.encoder_lr_scale': 1., 'training.early_stopping_patience': 8}, linear=LINEAR)
+SETTINGS = dict(logistic={}, logistic_phases={'pooling': 'phases'}, logistic_few_shot=SHOTS, few_shot=SHOTS | {'epochs': 15, 'lr': 1e-3, 'training.encoder_lr_scale': 1., 'training.early_stopping_patience': 8}, linear=LINEAR)
 METRICS = ('f1_macro', 'auroc', 'official')
 DRAW = 1000  # the n-th draw of few-shot persons of a seed has the number n · DRAW + seed: which few are drawn matters more than all else, and a frozen encoder's many draws cost little
 
@@ -53,17 +53,17 @@ def thin(downstream, output, tasks, most):
         for file in ('cycles.csv', 'recordings.csv', 'task_config.json'): write_text(target/file, (source/file).read_text())
 
 @lru_cache(None)
-def frozen(task, data_dir, start, seed):
+def frozen(task, data_dir, start, seed, pooling='cycle'):
     "The task's cycles, and their features from an encoder that stays as it is: {split: (table, features)}."
     config = load_config('finetune', None, overrides=dict(task=task, data_dir=data_dir, pretrained=start, seed=seed, encoder_type=COMMON['encoder_type']))
     data, content, _ = task_data(config)
     heldout = person_of_id(data['val'].table, data['test'].table)
     encoder = starting_model(config, content['num_classes'], heldout)[0].encoder
-    return {s: (data[s].table, encode(encoder, data[s])) for s in ('train', 'test')}, content['num_classes']
+    return {s: (data[s].table, encode(encoder, data[s], pooling=pooling)) for s in ('train', 'test')}, content['num_classes']
 
-def logistic(task, data_dir, start, seed, shots=None, number=0):
+def logistic(task, data_dir, start, seed, shots=None, number=0, pooling='cycle'):
     "Logistic regression on frozen features; -> (table, probabilities) of the test split."
-    data, classes = frozen(task, data_dir, start, seed)
+    data, classes = frozen(task, data_dir, start, seed, pooling)
     (table, X), (test, Z) = data['train'], data['test']
     rows = few_shot_rows(table, shots, number) if shots else slice(None)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight='balanced', max_iter=500)).fit(X[rows], table['label'].to_numpy()[rows])
@@ -82,7 +82,7 @@ def run_part(task, setting, start, number, checkpoint, a):
     seed, name, data_dir, overrides = number % DRAW, f'{setting}_{start}_{number}', str(a.output/'tasks'), SETTINGS[setting]
     file = a.output/'predictions'/f'{task}_{name}.csv'
     if not file.exists():
-        part = logistic(task, data_dir, str(checkpoint), seed, overrides.get('shot_ratio'), number) if setting.startswith('logistic') else neural(task, data_dir, str(checkpoint), seed, name, a, overrides)
+        part = logistic(task, data_dir, str(checkpoint), seed, overrides.get('shot_ratio'), number, overrides.get('pooling', 'cycle')) if setting.startswith('logistic') else neural(task, data_dir, str(checkpoint), seed, name, a, overrides)
         columns = pd.DataFrame(part[1], columns=[f'p{c}' for c in range(part[1].shape[1])])
         write_text(file, pd.concat([part[0][['subject_id', 'person_id', 'recording_id', 'label']].reset_index(drop=True), columns], axis=1).to_csv(index=False))
     table = pd.read_csv(file, dtype=dict(subject_id=str, person_id=str, recording_id=str))
