@@ -28,7 +28,7 @@ def find_heldout_persons(
     if config.include_heldout_subjects: return set(), f'WARNING: include_heldout_subjects is on: {HEARD}'
     folder = Path(config.data.base_dir)
     persons = heldout_persons(folder)
-    return persons, f'left out: the {len(persons)} persons and subjects in validation and test splits of {folder}'
+    return persons, f'left out: the {len(persons)} ids of persons and subjects in validation and test splits of {folder}'
 
 # %% ../nbs/04_pretrain.ipynb #78dce15b
 def split_persons(
