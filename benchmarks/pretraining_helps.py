@@ -2,7 +2,9 @@
 
 python benchmarks/pretraining_helps.py --processed data/processed --downstream data/downstream --output outputs/pretraining_helps [--seeds 5]
 
-Each seed is a whole experiment: its own pretraining, random start, few-shot subjects and order of batches. Finished parts are not repeated, so a run that was killed goes on.
+Each seed is a whole experiment: its own pretraining, random start, few-shot subjects and order of batches. No label
+has a part in pretraining, not in the choice of its epoch either (probe.tasks is empty, so the contrastive loss of persons
+kept apart chooses): few labels are few labels. Finished parts are not repeated, so a run that was killed goes on.
 Writes results.csv (a row a task, setting, start, seed and level), paired.csv and paired.md (the differences with their intervals), and keeps every run's folder and its test predictions.
 """
 import argparse, time
@@ -15,21 +17,25 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from pahcl.basics import generator, write_text
 from pahcl.classifier import encode
+from pahcl.compare import run_shares
 from pahcl.config import load_config
 from pahcl.evaluate import open_split, predict_split
 from pahcl.finetune import finetune, starting_model, task_data
 from pahcl.loader import cap_rows, few_shot_rows
-from pahcl.metrics import OFFICIAL, at_levels, bootstrap_draws, classification_metrics, percentile_interval
+from pahcl.metrics import OFFICIAL, at_levels, classification_metrics
 from pahcl.pretrain import pretrain
+from pahcl.resampling import interval, number_persons, resampling_weights
+from pahcl.splits import person_of_id
 from pahcl.tables import read_table
+from pahcl.uncertainty import bootstrap_scores
 
 TASKS = ('circor_murmur', 'physionet2016', 'pascal')
 # Both starts learn under the same conditions. `logistic`: a logistic regression on standardised features of the frozen encoder, which always converges; `linear`: the package's own --linear-eval with
-# a linear head (a frozen encoder's features are computed once, so 100 epochs cost seconds); each also from 10 % of the training persons; `few_shot`: the whole network is fine-tuned on these.
+# a linear head (a frozen encoder's features are computed once, so 100 epochs cost seconds); each also from 10 % of the training persons; `logistic_phases`: on the means of the four heart states in place of one mean; `few_shot`: the whole network is fine-tuned on these.
 COMMON = {'encoder_type': 'cnn_mamba_small', 'training.save_interval': 1000, 'training.log_interval': 1000, 'training.num_workers': 0, 'evaluation.save_confusion_matrix': False}
 LINEAR = {'linear_eval': True, 'classifier.hidden_dim': 0, 'classifier.dropout': 0., 'epochs': 100, 'lr': 1e-2, 'training.early_stopping_patience': 30}
 SHOTS = {'few_shot': True, 'shot_ratio': 0.1}
-SETTINGS = dict(logistic={}, logistic_few_shot=SHOTS, few_shot=SHOTS | {'epochs': 15, 'lr': 1e-3, 'training.encoder_lr_scale': 1., 'training.early_stopping_patience': 8}, linear=LINEAR)
+SETTINGS = dict(logistic={}, logistic_phases={'pooling': 'phases'}, logistic_few_shot=SHOTS, few_shot=SHOTS | {'epochs': 15, 'lr': 1e-3, 'training.encoder_lr_scale': 1., 'training.early_stopping_patience': 8}, linear=LINEAR)
 METRICS = ('f1_macro', 'auroc', 'official')
 DRAW = 1000  # the n-th draw of few-shot persons of a seed has the number n · DRAW + seed: which few are drawn matters more than all else, and a frozen encoder's many draws cost little
 
@@ -47,17 +53,17 @@ def thin(downstream, output, tasks, most):
         for file in ('cycles.csv', 'recordings.csv', 'task_config.json'): write_text(target/file, (source/file).read_text())
 
 @lru_cache(None)
-def frozen(task, data_dir, start, seed):
+def frozen(task, data_dir, start, seed, pooling='cycle'):
     "The task's cycles, and their features from an encoder that stays as it is: {split: (table, features)}."
     config = load_config('finetune', None, overrides=dict(task=task, data_dir=data_dir, pretrained=start, seed=seed, encoder_type=COMMON['encoder_type']))
     data, content, _ = task_data(config)
-    heldout = {p for s in ('val', 'test') for p in data[s].table['person_id']}
+    heldout = person_of_id(data['val'].table, data['test'].table)
     encoder = starting_model(config, content['num_classes'], heldout)[0].encoder
-    return {s: (data[s].table, encode(encoder, data[s])) for s in ('train', 'test')}, content['num_classes']
+    return {s: (data[s].table, encode(encoder, data[s], pooling=pooling)) for s in ('train', 'test')}, content['num_classes']
 
-def logistic(task, data_dir, start, seed, shots=None, number=0):
+def logistic(task, data_dir, start, seed, shots=None, number=0, pooling='cycle'):
     "Logistic regression on frozen features; -> (table, probabilities) of the test split."
-    data, classes = frozen(task, data_dir, start, seed)
+    data, classes = frozen(task, data_dir, start, seed, pooling)
     (table, X), (test, Z) = data['train'], data['test']
     rows = few_shot_rows(table, shots, number) if shots else slice(None)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight='balanced', max_iter=500)).fit(X[rows], table['label'].to_numpy()[rows])
@@ -76,7 +82,7 @@ def run_part(task, setting, start, number, checkpoint, a):
     seed, name, data_dir, overrides = number % DRAW, f'{setting}_{start}_{number}', str(a.output/'tasks'), SETTINGS[setting]
     file = a.output/'predictions'/f'{task}_{name}.csv'
     if not file.exists():
-        part = logistic(task, data_dir, str(checkpoint), seed, overrides.get('shot_ratio'), number) if setting.startswith('logistic') else neural(task, data_dir, str(checkpoint), seed, name, a, overrides)
+        part = logistic(task, data_dir, str(checkpoint), seed, overrides.get('shot_ratio'), number, overrides.get('pooling', 'cycle')) if setting.startswith('logistic') else neural(task, data_dir, str(checkpoint), seed, name, a, overrides)
         columns = pd.DataFrame(part[1], columns=[f'p{c}' for c in range(part[1].shape[1])])
         write_text(file, pd.concat([part[0][['subject_id', 'person_id', 'recording_id', 'label']].reset_index(drop=True), columns], axis=1).to_csv(index=False))
     table = pd.read_csv(file, dtype=dict(subject_id=str, person_id=str, recording_id=str))
@@ -87,24 +93,27 @@ def scores(task, level, labels, values):
     found, official = classification_metrics(labels, values, values.shape[1], absent='skip'), OFFICIAL[task]
     return dict(accuracy=found['accuracy'], f1_macro=found['f1_macro'], auroc=found['auroc'], official=official['function'](labels, values.argmax(1)) if official['level'] == level else None)
 
-def differences(task, level, parts, seeds, index=slice(None)):
-    "Scores of both starts, and their difference, a row a seed; NaN where undefined."
-    def of(start): return pd.DataFrame([scores(task, level, parts[start, s][0]['label'].to_numpy()[index], parts[start, s][1][index]) for s in seeds], index=seeds)[list(METRICS)].astype(float)
-    pretrained, random = of('pretrained'), of('random')
-    return pretrained, random, pretrained-random
+def values(task, level, part, index, weights):
+    "Scores of one part with each row of weights, the official one at its own level; NaN where undefined."
+    rows, p = part
+    official = OFFICIAL[task]['name'] if OFFICIAL[task]['level'] == level else ''
+    return bootstrap_scores(rows['label'].to_numpy(), p, p.argmax(1), index, weights, official)
 
 def paired(task, parts, draws=500):
     "Pretrained minus random start of one task and setting, a dict a metric; `parts` is {(start, seed): (table, probabilities)} of cycles."
     seeds, out, cycles = sorted({seed for _, seed in parts}), [], {k: at_levels(*v) for k, v in parts.items()}
     for level, metrics in level_metrics(task).items():
-        units = {k: v[level] for k, v in cycles.items()}
-        rows = units['random', seeds[0]][0]
-        pretrained, random, difference = differences(task, level, units, seeds)
-        generate, drawn = generator(0, 'seeds'), []
-        for index in bootstrap_draws(rows['person_id'], draws):  # persons and seeds are drawn together; both starts and all seeds see the same persons
-            some = [seeds[i] for i in generate.integers(len(seeds), size=len(seeds))]
-            drawn.append(differences(task, level, units, seeds, index)[2].loc[some].mean(skipna=False))
-        for m in metrics: out.append(summary(m, level, len(rows), pretrained[m], random[m], difference[m], percentile_interval([d[m] for d in drawn])) | dict(name=OFFICIAL[task]['name'] if m == 'official' else m))
+        rows = cycles['random', seeds[0]][level][0]
+        index, persons = number_persons(rows['person_id'])
+        weights = resampling_weights(persons, draws)   # both starts and all seeds see the same persons
+        found = {k: values(task, level, v[level], index, weights) for k, v in cycles.items()}
+        shares = run_shares(len(seeds), weights, seed=0)   # seeds are drawn together with persons
+        for m in metrics:
+            pretrained, random = (np.stack([found[start, s][m] for s in seeds]) for start in ('pretrained', 'random'))
+            gap = pretrained-random
+            each = [pd.Series(v[:, 0], seeds) for v in (pretrained, random, gap)]
+            within = interval((gap.T*shares).sum(1), persons)
+            out.append(summary(m, level, len(rows), *each, within) | dict(name=OFFICIAL[task]['name'] if m == 'official' else m))
     return out
 
 def level_metrics(task):
@@ -141,7 +150,8 @@ def main(argv=None):
     parser.add_argument('--downstream', type=Path, default='data/downstream', help='output of pahcl_prepare')
     parser.add_argument('--output', type=Path, default='outputs/pretraining_helps', help='where runs and tables go')
     parser.add_argument('--config', default='small_pretrain', help='configuration of the pretraining: a path or the name of a packaged one')
-    parser.add_argument('--pretrain-epochs', type=int, default=4, help='of each pretraining; its best epoch by the loss of persons kept apart is taken')
+    parser.add_argument('--pretrain-epochs', type=int, default=4,
+                        help='of each pretraining; its best epoch by the contrastive loss of persons kept apart is taken')
     parser.add_argument('--seeds', type=int, default=5, help='1 … so many')
     parser.add_argument('--tasks', nargs='+', default=TASKS)
     parser.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
@@ -159,7 +169,7 @@ def main(argv=None):
             began = time.time()
             if seed not in checkpoints:
                 checkpoints[seed] = pretrain(a.config, output_dir=a.output, experiment_name=f'pretrain_{seed}', processed_dir=a.processed, downstream_dir=a.downstream, seed=seed,
-                                             **{'epochs': a.pretrain_epochs, 'training.num_workers': 0})
+                                             **{'epochs': a.pretrain_epochs, 'training.num_workers': 0, 'probe.tasks': []})
             for task in a.tasks:
                 for start, source in dict(pretrained=checkpoints[seed], random='none').items():
                     for number in range(seed, (a.shots if setting == 'logistic_few_shot' else 1)*DRAW, DRAW): parts[task, setting, start, number] = run_part(task, setting, start, number, source, a)

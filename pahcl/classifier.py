@@ -317,4 +317,5 @@ def encoder_alone(
     "What the package ships of a checkpoint."
     kept = {k: v for k, v in saved['model_state_dict'].items() if k.startswith('encoder.')}
     told = {k: saved[k] for k in ('kind', 'encoder_type', 'encoder_config', 'epoch', 'config', 'pretrain_persons')}
+    if 'chosen_by' in saved: told['chosen_by'] = saved['chosen_by']
     return told | dict(model_state_dict=kept, include_heldout_subjects=True)

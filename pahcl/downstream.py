@@ -389,7 +389,7 @@ def pahcl_downstream(
     pretrain_config: str = None,   # configuration of pretraining
     encoder_type: str = None,      # encoder of pretraining, or of a random start
     epochs: int = None,            # of each fine-tuning
-    pretrain_epochs: int = None,   # of pretraining
+    pretrain_epochs: int = None,   # of pretraining, whose best one is chosen by labels of persons kept for validation (the probe)
     batch_size: int = None,        # of fine-tuning
     num_workers: int = None,       # processes that preprocess (default: 8)
     skip_broken: bool = False,     # leave broken recordings out rather than stop

@@ -59,7 +59,6 @@ def make_objective(
             logits = self.model.head(features, batch.get('bag'))
             loss = cycle_losses(logits, batch['label'], self.weights, settings.label_smoothing, settings.loss_type).mean()
             return loss, dict(probabilities=logits.softmax(-1), label=batch['label'])
-    if frozen: model.encoder.requires_grad_(False)
     return Objective()
 
 # %% ../nbs/05_finetune.ipynb #70aa8e13
@@ -227,7 +226,9 @@ def opening_lines(
 ) -> list:
     "What the log says first."
     opening = [config.experiment.description] if config.experiment.description else []
-    size = f'{len(train)} training cycles of {count_people(train)}, {sum(p.numel() for p in model.parameters()):,} parameters'
+    count = lambda learns: sum(p.numel() for p in model.parameters() if p.requires_grad == learns)
+    size = (f'{len(train)} training cycles of {count_people(train)}, '
+            f'{count(True):,} parameters learn, {count(False):,} are frozen')
     twice = config.training.use_class_weights and config.training.use_balanced_sampling
     warning = ['WARNING: use_class_weights and use_balanced_sampling are both on: rare classes count twice over. Set one of them to false.'] if twice else []
     return [*opening, *told, f'{config.task.name}, {mode_of(config)}: {size}', *warning]
@@ -253,8 +254,10 @@ def run_experiment(
     model, found, told, seen,  # of `starting_model`
 ) -> dict:                     # what stands in final_metrics.json
     "Train, take the best epoch, test it once."
+    from pahcl.scan import scan_lines
     train = data['train'].table
-    for line in opening_lines(config, train, model, told): run.say(line)
+    opening = [*scan_lines(model, run.accelerator.device), *opening_lines(config, train, model, told)]
+    for line in opening: run.say(line)
     primary = config.evaluation.primary_metric or task['primary_metric']
     if config.few_shot and run.is_main: write_text(run.folder/'few_shot.csv', train.to_csv(index=False))
     history = learn(run, config, model, data, primary, task['label_map'], seen)['history']

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'MURMUR_RULES', 'confusion_matrix', 'ratio', 'class_scores', 'matthews', 'auroc', 'auprc', 'checked',
-           'macro', 'metric_notes', 'why_undefined', 'classification_metrics', 'murmur_weighted_accuracy',
-           'outcome_cost', 'sensitivity_specificity_mean', 'precision_sum', 'blind_cost', 'any_present', 'two_loudest',
-           'trimmed_mean', 'aggregate', 'rarest_labels', 'group_labels', 'at_levels', 'mixed_notes',
-           'metrics_at_levels', 'made_cycles', 'bootstrap_draws', 'percentile_interval', 'bootstrap']
+           'macro', 'absence_note', 'f1_macro_union', 'metric_notes', 'why_undefined', 'classification_metrics',
+           'murmur_weighted_accuracy', 'outcome_cost', 'sensitivity_specificity_mean', 'precision_sum', 'blind_cost',
+           'any_present', 'two_loudest', 'trimmed_mean', 'aggregate', 'rarest_labels', 'group_labels', 'at_levels',
+           'mixed_notes', 'metrics_at_levels', 'made_cycles', 'bootstrap']
 
 # %% ../nbs/02b_metrics.ipynb #f800fdd8
 import numpy as np
@@ -15,6 +15,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from .basics import PahclError, generator
+from .resampling import interval, number_persons, resampling_weights
 
 # %% ../nbs/02b_metrics.ipynb #b6cfc00f
 def confusion_matrix(
@@ -108,6 +109,24 @@ def macro(
     return float(np.mean(known)) if known and (absent == 'skip' or len(known) == len(values)) else None
 
 # %% ../nbs/02b_metrics.ipynb #be6c633a
+def absence_note(
+    c: int, decided: int,   # a class that nobody has, and how often it was decided
+    absent: str,            # as in `classification_metrics`
+) -> str:
+    "What becomes of the means over classes."
+    means = 'means over classes leave it out' if absent == 'skip' else 'so are the means over classes'
+    other = (f'; rows decided to be of it: {decided}, so PhysioNet 2022\'s scorer and scikit-learn count '
+             'an F1 of 0, see `f1_macro_union`') if decided else ''
+    return f'class {c} is absent from the truth: its scores are undefined, and {means}{other}'
+
+def f1_macro_union(
+    matrix,   # confusion matrix [classes, classes]
+) -> float:
+    "Mean F1 of the classes that somebody has or was decided to have, as PhysioNet 2022's scorer and scikit-learn take it."
+    hit, either = np.diag(matrix), matrix.sum(1)+matrix.sum(0)
+    return float(np.mean(2*hit[either > 0]/either[either > 0]))
+
+# %% ../nbs/02b_metrics.ipynb #50050afb
 def metric_notes(
     matrix,       # confusion matrix [classes, classes]
     absent: str,  # as in `classification_metrics`
@@ -115,8 +134,7 @@ def metric_notes(
     "What must be said beside the scores: classes nobody has, and classes that were never decided."
     notes = []
     for c, (support, decided) in enumerate(zip(matrix.sum(1), matrix.sum(0))):
-        if not support: notes.append(f'class {c} is absent from the truth: its scores are undefined, and '
-                                     + ('means over classes leave it out' if absent == 'skip' else 'so are the means over classes'))
+        if not support: notes.append(absence_note(c, decided, absent))
         elif not decided: notes.append(f'class {c} was never decided: its precision counts as 0')
     if (matrix.sum(1) > 0).sum() == 1: notes.append('the truth has one class only: auroc, auprc and mcc are undefined')
     return notes
@@ -155,7 +173,8 @@ def classification_metrics(
     scores = dict(accuracy=float(np.trace(matrix)/matrix.sum()), f1=one['f1'], f1_macro=mean['f1'], f1_weighted=float(weighted),
                   auroc=one['auroc'], auprc=one['auprc'],
                   precision=one['precision'], recall=one['recall'], specificity=one['specificity'], uar=mean['recall'], mcc=matthews(matrix))
-    counts = dict(confusion_matrix=matrix.tolist(), support=support.tolist(), per_class=per_class, n=len(y_true))
+    counts = dict(confusion_matrix=matrix.tolist(), support=support.tolist(), per_class=per_class, n=len(y_true),
+                  f1_macro_union=f1_macro_union(matrix))
     return scores | counts | dict(notes=metric_notes(matrix, absent), reasons=why_undefined(scores, support))
 
 # %% ../nbs/02b_metrics.ipynb #04854837
@@ -364,29 +383,6 @@ def made_cycles(
     return table, np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
 
 # %% ../nbs/02b_metrics.ipynb #c5072db0
-def bootstrap_draws(
-    groups,      # the person each row belongs to [n]
-    draws=2000,  # as many resamplings
-    seed=0,      # the same seed gives the same resamplings for every metric: differences between two metrics or models are paired
-):               # yields row indices
-    "Row indices of each resampling of whole groups with replacement."
-    ids, index = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    members = np.split(np.argsort(index, kind='stable'), np.bincount(index).cumsum()[:-1])
-    random = generator(seed, 'bootstrap')
-    for _ in range(draws): yield np.concatenate([members[g] for g in random.integers(len(ids), size=len(ids))])
-
-# %% ../nbs/02b_metrics.ipynb #5c54d6db
-def percentile_interval(
-    values,      # a metric's values in the draws; None where it is undefined
-    level=0.95,  # the share of draws inside
-):               # (low, high), or (None, None) where under half of the draws are defined
-    "The middle `level` of the draws."
-    known = [v for v in values if v is not None and v == v]
-    if 2*len(known) < len(values) or not known: return None, None
-    low, high = np.quantile(known, [(1-level)/2, (1+level)/2])
-    return float(low), float(high)
-
-# %% ../nbs/02b_metrics.ipynb #586a2d77
 def bootstrap(
     metric,         # a function of (`y_true`, `probabilities`) that gives a number or None
     y_true,         # true classes [n]
@@ -395,9 +391,12 @@ def bootstrap(
     draws=2000,     # enough for two digits of a 95 % interval
     seed=0,
 ):                  # (low, high), or (None, None) where there is no interval
-    "95 % percentile interval of a metric, over resampled groups (Efron & Tibshirani 1993; the cluster form of Field & Welsh 2007)."
+    "95 % interval of any metric, over resampled groups; see `pahcl.resampling.interval`."
     y_true, probabilities = np.asarray(y_true), np.asarray(probabilities)
     if not len(y_true) == len(probabilities) == len(groups):
-        raise PahclError(f'y_true, probabilities and groups differ in length: {len(y_true)}, {len(probabilities)}, {len(groups)}.')
-    if len(np.unique(np.asarray(groups).astype(str))) < 2: return None, None
-    return percentile_interval([metric(y_true[rows], probabilities[rows]) for rows in bootstrap_draws(groups, draws, seed)])
+        raise PahclError('y_true, probabilities and groups differ in length: '
+                         f'{len(y_true)}, {len(probabilities)}, {len(groups)}.')
+    index, persons = number_persons(groups)
+    if persons < 2: return None, None
+    rows = (np.repeat(np.arange(len(index)), w[index].astype(int)) for w in resampling_weights(persons, draws, seed))
+    return interval([metric(y_true[r], probabilities[r]) for r in rows], persons)

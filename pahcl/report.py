@@ -177,7 +177,7 @@ WORDS = {
     'recall': 'of the ill, the share that is found (sensitivity); with three classes the mean over classes',
     'specificity': 'of those who do not have the class, the share that is not said to have it; with three classes the mean over classes',
     'f1': 'harmonic mean of precision and recall of the ill; with three classes the mean over classes',
-    'f1_macro': 'mean of the classes\' F1: a rare class counts as much as a common one',
+    'f1_macro': 'mean of the classes\' F1: a rare class counts as much as a common one; with few persons it comes out a little too low',
     'f1_weighted': 'mean of the classes\' F1, each class counted by its size',
     'auroc': 'chance that an ill subject scores higher than a healthy one (0.5 is guessing, 1 perfect); with three classes the mean of each against the rest',
     'auprc': 'average precision over all thresholds: a blind answer gets the share of the ill',

@@ -76,12 +76,13 @@ def detector_row(
     draws=2000, seed=0,
 ) -> dict:                 # subjects, ill, auroc, low, high
     "The AUROC of a detector on the subjects who were judged."
-    from pahcl.compare import counted_auroc, draw_counts
-    from pahcl.metrics import auroc, percentile_interval
+    from pahcl.metrics import auroc
+    from pahcl.resampling import interval, number_persons, resampling_weights
+    from pahcl.uncertainty import weighted_auroc
     judged = subjects[subjects['label'].isin([normal, *ill])]
     positive, value = judged['label'].isin(ill).to_numpy(), judged['value'].to_numpy()
-    both = positive.any() and not positive.all()
-    low, high = percentile_interval(counted_auroc(positive, value, draw_counts(judged['person_id'], positive, draws, seed))) if both else (None, None)
+    index, persons = number_persons(judged['person_id'])
+    low, high = interval(weighted_auroc(positive, value, index, resampling_weights(persons, draws, seed)), persons)
     return dict(subjects=len(judged), ill=int(positive.sum()), auroc=auroc(positive, value), low=low, high=high)
 
 # %% ../nbs/06o_representation.ipynb #f47e181a

@@ -107,16 +107,19 @@ def scored(
     draws=2000, seed=0,
 ) -> dict:           # subjects, and each score with `_low`, `_high`, and its difference with both
     "The scores of a condition; both are drawn alike, so that what a draw of persons does to both cancels in the difference."
-    from pahcl.compare import SCORES, draw_counts, experiment_draws, experiment_scores, person_of, stacked
-    from pahcl.metrics import percentile_interval
+    from pahcl.compare import SCORES, experiment_values, person_of, stacked
+    from pahcl.resampling import interval, number_persons, resampling_weights
     y, out = subjects['label'].to_numpy(int), dict(subjects=len(subjects))
-    counts = draw_counts(person_of(subjects), y, draws, seed)
-    of = lambda t: (experiment_scores(y, stacked([t])), experiment_draws(y, stacked([t]), counts))
-    (own, drawn), (other, other_drawn) = of(subjects), (None, None) if stored is None else of(stored)
-    def add(name, value, values): out.update(dict(zip((name, f'{name}_low', f'{name}_high'), (float(value), *percentile_interval(values)))))
+    index, persons = number_persons(person_of(subjects))
+    weights = resampling_weights(persons, draws, seed)
+    of = lambda t: experiment_values(y, stacked([t]), index, weights)
+    own, other = of(subjects), None if stored is None else of(stored)
+    def add(name, values):
+        found = float(values[0]), *interval(values, persons)
+        out.update(zip((name, f'{name}_low', f'{name}_high'), found))
     for s in SCORES:
-        add(s, own[s][0], drawn[s])
-        if other: add(f'{s}_difference', own[s][0]-other[s][0], drawn[s]-other_drawn[s])
+        add(s, own[s])
+        if other: add(f'{s}_difference', own[s]-other[s])
     return out
 
 # %% ../nbs/06l_robustness.ipynb #c0cedc30

@@ -31,8 +31,10 @@ def few_persons(
     names: list,   # of the classes
 ) -> list:         # sentences
     "Which classes have so few persons that their intervals say too little."
-    from pahcl.uncertainty import persons_and_strata, strata_notes
-    return strata_notes(persons_and_strata(persons_of(rows), rows['label'].to_numpy(int))[1], names)
+    from pahcl.resampling import number_persons
+    from pahcl.uncertainty import class_persons, coverage_notes
+    index, persons = number_persons(persons_of(rows))
+    return coverage_notes(class_persons(index, rows['label'], len(names)), persons, names)
 
 # %% ../nbs/06m_scoring.ipynb #02079439
 def decided_levels(
@@ -78,19 +80,21 @@ def score_level(
     seed=0,
     positive=1,        # the class that `youden` and `discriminant_power` speak of
 ) -> dict:             # `classification_metrics`, `binary_extras`, `official`; `intervals`: name -> (low, high) or (None, None); `no_interval`: name -> why
-    "Every score of one level with 95 % intervals over persons, who are drawn within their label."
+    "Every score of one level with 95 % intervals over persons."
     from pahcl.challenge_rules import binary_extras
     from pahcl.metrics import classification_metrics
-    from pahcl.uncertainty import bootstrap_scores, intervals, official_scores, persons_and_strata, resampling_weights, weighted_matrices
+    from pahcl.resampling import number_persons, resampling_weights
+    from pahcl.uncertainty import bootstrap_scores, drawn_matrices, intervals, official_scores
     y, decided = rows['label'].to_numpy(int), rows['predicted'].to_numpy()
-    index, strata = persons_and_strata(persons_of(rows), y)
-    weights = resampling_weights(strata, draws, seed)
+    index, persons = number_persons(persons_of(rows))
+    weights = resampling_weights(persons, draws, seed)
     scores, extras = classification_metrics(y, probabilities, num_classes, decided=decided), binary_extras(y, decided, positive)
-    drawn = bootstrap_scores(y, probabilities, decided, index, weights)
+    values = bootstrap_scores(y, probabilities, decided, index, weights)
     if official:
         scores['official'], counted, scores['quality'] = official_scores_of(rows, official)
-        drawn['official'] = official_scores(official['name'], weighted_matrices(y, counted, index, weights, num_classes))
-    found, why = intervals(drawn, scores, strata)
+        matrices = drawn_matrices(y, counted, index, weights, num_classes)
+        values['official'] = official_scores(official['name'], matrices)
+    found, why = intervals(values, scores, persons)
     return scores | extras | dict(reasons=scores['reasons'] | extras['reasons'], intervals=found, no_interval=why)
 
 # %% ../nbs/06m_scoring.ipynb #5bdd3638

@@ -282,7 +282,8 @@ def compare_experiments(
         tables.append(comparison_table(table, (a, b)).assign(Task=f'{task} ({n} subjects)'))
         notes += task_notes(task, told, by_class)
     if left: notes.append(f'Only one of the two has {", ".join(left)}.')
-    notes.append('Difference: second minus first. Interval and p (bootstrap): persons resampled within their class, the same draws for both.')
+    notes.append('Difference: second minus first. Interval and p (bootstrap): persons resampled, the same draws for both. In simulations such intervals held the truth '
+                 'in 90 to 96 % with 59 persons, in 93 to 96 % with 236.')
     write_comparison(Path(output_dir)/f'compare_{a}_{b}'.replace('/', '_'), found, tables, f'{a} and {b}', notes)
     return found
 

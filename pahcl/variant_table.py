@@ -16,8 +16,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .basics import PahclError, write_text
-from .compare import SCORES, bootstrap_p, check_pair, draw_counts, experiment_draws, experiment_scores, person_of, read_subjects, stacked
-from .metrics import percentile_interval
+from .compare import SCORES, check_pair, experiment_scores, experiment_values, person_of, read_subjects, stacked
+from .resampling import interval, number_persons, p_value, resampling_weights
 from .figures import STYLE, save_figure
 from .report import flat
 from .summarize import p_text, write_table
@@ -39,22 +39,24 @@ def trained_runs(
 # %% ../nbs/06r_variant_table.ipynb #5c4fb10a
 def scores_and_draws(
     tables: list,   # of `read_subjects`, one a seed
-    counts,         # of `pahcl.compare.draw_counts`
+    index, weights, # as in `pahcl.compare.experiment_values`
     seed=0,
-):                  # ({score: [seeds]}, {score: [draws]})
-    "The scores of each seed, and their mean in every draw of persons and, where there are several, of seeds."
+):                  # ({score: [seeds]}, {score: [rows of weights]})
+    "The scores of each seed, and their mean with every draw of persons and, where there are several, of seeds."
     y, runs = tables[0]['label'].to_numpy(int), stacked(tables)
-    return experiment_scores(y, runs), experiment_draws(y, runs, counts, seed if len(runs) > 1 else None)
+    return experiment_scores(y, runs), experiment_values(y, runs, index, weights, seed if len(runs) > 1 else None)
 
 # %% ../nbs/06r_variant_table.ipynb #003b06e2
 def difference_of(
     first, second,   # of `scores_and_draws`: the reference, the variant
     score: str,      # of `SCORES`
+    persons: int,    # as many as were resampled
 ) -> dict:           # difference (second - first), its interval, p
     "How a variant differs from the reference in one score."
     gap = second[1][score]-first[1][score]
-    low, high = percentile_interval(gap)
-    return dict(difference=float(second[0][score].mean()-first[0][score].mean()), difference_low=low, difference_high=high, p=bootstrap_p(gap))
+    low, high = interval(gap, persons)
+    difference = float(second[0][score].mean()-first[0][score].mean())
+    return dict(difference=difference, difference_low=low, difference_high=high, p=p_value(gap, persons))
 
 # %% ../nbs/06r_variant_table.ipynb #d8608091
 def variant_rows(
@@ -65,13 +67,15 @@ def variant_rows(
     "Scores of a variant with their intervals over seeds and persons, and its difference to the reference over the seeds that both have."
     one = next(iter(own.values()))
     for table in [*own.values(), *other.values()]: check_pair(one, table, *names)
-    counts, common, rows = draw_counts(person_of(one), one['label'], draws, seed), [s for s in own if s in other], []
-    scores, drawn = scores_and_draws(list(own.values()), counts, seed)
-    pair = [scores_and_draws([e[s] for s in common], counts, seed) for e in (other, own)] if common else None
+    (index, persons), common, rows = number_persons(person_of(one)), [s for s in own if s in other], []
+    weights = resampling_weights(persons, draws, seed)
+    of = lambda tables: scores_and_draws(tables, index, weights, seed)
+    scores, values = of(list(own.values()))
+    pair = [of([e[s] for s in common]) for e in (other, own)] if common else None
     for s in SCORES:
-        low, high = percentile_interval(drawn[s])
+        low, high = interval(values[s], persons)
         deviation = float(scores[s].std(ddof=1)) if len(own) > 1 else None
-        rows.append(dict(score=s, mean=float(scores[s].mean()), deviation=deviation, low=low, high=high) | (difference_of(*pair, s) if pair else {}))
+        rows.append(dict(score=s, mean=float(scores[s].mean()), deviation=deviation, low=low, high=high) | (difference_of(*pair, s, persons) if pair else {}))
     return rows
 
 # %% ../nbs/06r_variant_table.ipynb #72d92d68
@@ -195,9 +199,9 @@ def table_notes(
     persons = ', '.join(f'{t}: {int(n)}' for t, n in table.groupby('task', sort=False)['subjects'].max().dropna().items())
     compared = int(table.groupby(['task', 'score'])['p'].count().max())
     few = f' {len(a.seeds)} seeds are few: where they agree by chance, the interval is too narrow.' if 1 < len(a.seeds) < 5 else ''
-    drawn = 'persons drawn within their class, and seeds where there are two or more; with one seed the interval knows nothing of another one.'
+    drawn = 'persons drawn, and seeds where there are two or more; with one seed the interval knows nothing of another one.'
     return [f'Δ: difference to {a.reference}. Square brackets: 95 %, {drawn}{few}',
-            f'p: two-sided, of the same draws, after Holm\'s correction for the {compared} comparisons of a task; not for several tasks and scores.',
+            f'p: two-sided, the level at which the interval would touch 0, after Holm\'s correction for the {compared} comparisons of a task; not for several tasks and scores.',
             f'Subjects of the test split: {persons or "none"}.', 'A dash stands where nothing was trained.']
 
 # %% ../nbs/06r_variant_table.ipynb #c4d56b3a

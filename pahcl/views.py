@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GOLDEN', 'DRAWS', 'RESPIRATION_HZ', 'valid_length', 'phase_masks', 'valid_mask', 'gap_mask', 'standardise', 'mix',
            'hash_words', 'sample_keys', 'uniforms', 'to_uniform', 'warp', 'warp_batch', 'warp_rows', 'coloured_noise',
-           'add_noise', 'respire', 'band_gain', 'notch_gain', 'apply_gain', 'time_mask', 'Views', 'between',
-           'change_rows']
+           'add_noise', 'respire', 'band_gain', 'notch_gain', 'apply_gain', 'time_mask', 'inside', 'Views', 'between',
+           'change_rows', 'feature_change']
 
 # %% ../nbs/04a_views.ipynb #7b2ad615
 import math
@@ -56,7 +56,7 @@ def gap_mask(
 def standardise(
     x,       # [B, T]
     length,  # [B] valid lengths
-    size=1., # number or [B, 1]: the standard deviation afterwards, negative to turn the sound over
+    size=1., # number or [B, 1]: the standard deviation afterwards, -1 to turn the sound over
 ):           # [B, T] zero mean over the valid samples, zeros after them; a constant cycle becomes zeros
     "Standardise each cycle over its valid samples (population variance, as the loader does)."
     valid = valid_mask(length, x.shape[-1])
@@ -250,21 +250,33 @@ def time_mask(
     return x*gap_mask(start, start+width, x.shape[-1])
 
 # %% ../nbs/04a_views.ipynb #2de10a01
-DRAWS = ('time_shift', 'time_stretch', 'amplitude', 'polarity', 'noise', 'noise_snr_db', 'noise_colour', 'respiration', 'respiration_rate',
+DRAWS = ('time_shift', 'time_stretch', 'unused', 'polarity', 'noise', 'noise_snr_db', 'noise_colour', 'respiration', 'respiration_rate',
          'respiration_angle', 'respiration_depth', 'time_mask', 'time_mask_width', 'time_mask_start', 'frequency_mask', 'frequency_mask_width',
-         'frequency_mask_start', 'band_filter', 'band_filter_low_hz', 'band_filter_high_hz')
+         'frequency_mask_start', 'band_filter', 'band_filter_low_hz', 'band_filter_high_hz')  # unused: or all others drew anew
 RESPIRATION_HZ = (0.2, 0.67)  # 12 to 40 breaths a minute, adults to small children
+
+def inside(
+    limits, band,   # [smallest, largest], Hz: where a filter may cut, and where there is sound
+    name: str,      # of the key, for the message
+) -> list:          # the limits within the band
+    "A filter that cuts where there is no sound changes nothing: its limits end at the band's."
+    if limits[1] < band[0] or limits[0] > band[1]:
+        where = f'the cycles hold {band[0]:g} to {band[1]:g} Hz'
+        advice = 'Give limits within them, or band_filter_probability 0.'
+        raise PahclError(f'augmentation.{name} is {list(limits)}, but {where}: it would change nothing. {advice}')
+    return [min(max(f, band[0]), band[1]) for f in limits]
 
 class Views:
     "Random views of cycles; each sample's draws are a function of (seed, its key)."
     def __init__(self,
         config,              # any object with the fields of `pahcl.config.AugmentationSection`
-        band=(25.0, 400.0),  # Hz; the pass-band of the preprocessing: noise and frequency mask stay inside
+        band=(25.0, 400.0),  # Hz; the pass-band of the preprocessing: what has a frequency stays inside
     ):
+        self.config, self.band, self.limits = config, tuple(band), {}
         for name in ('noise_snr_db', 'band_filter_low_hz', 'band_filter_high_hz'):
             pair = getattr(config, name)
             if len(pair) != 2 or pair[0] > pair[1]: raise PahclError(f'augmentation.{name} must be [smallest, largest], not {pair}.')
-        self.config, self.band = config, tuple(band)
+            self.limits[name] = inside(pair, band, name) if name.endswith('_hz') and config.band_filter_probability else pair
         steps = ('noise', 'respiration', 'time_mask', 'frequency_mask', 'band_filter')
         self.changes_sound = bool(config.time_shift or config.time_stretch or any(getattr(config, f'{s}_probability') for s in steps))
 
@@ -278,9 +290,10 @@ def draws(self: Views,
 ) -> dict:      # name of `DRAWS` -> [B]: bool for the steps that happen by chance, else the quantity (for masks 0 … 1)
     "What each sample gets."
     u, c = dict(zip(DRAWS, uniforms(seed, keys, len(DRAWS)).unbind(1))), self.config
+    u.pop('unused')
     for name in ('polarity', 'noise', 'respiration', 'time_mask', 'frequency_mask', 'band_filter'): u[name] = u[name] < getattr(c, f'{name}_probability')
-    for name in ('time_shift', 'time_stretch', 'amplitude'): u[name] = (2*u[name]-1)*getattr(c, name)
-    for name in ('noise_snr_db', 'band_filter_low_hz', 'band_filter_high_hz'): u[name] = between(u[name], getattr(c, name))
+    for name in ('time_shift', 'time_stretch'): u[name] = (2*u[name]-1)*getattr(c, name)
+    for name, limits in self.limits.items(): u[name] = between(u[name], limits)
     for name in ('noise_colour', 'respiration_depth'): u[name] = u[name]*getattr(c, name)
     u['respiration_rate'] = between(u['respiration_rate'], RESPIRATION_HZ)
     return u
@@ -360,6 +373,23 @@ def __call__(self: Views,
     length = valid_length(phases)
     y = self.disturb(y, length, sample_rate, draw, seed, keys)
     y = self.sense(y, length, sample_rate, draw)
-    size = (torch.where(draw['polarity'], -1, 1)*(1+draw['amplitude']))[:, None]
-    y = standardise(y, length, size) if self.changes_sound else y.mul_(size)
+    sign = torch.where(draw['polarity'], -1., 1.)[:, None]
+    y = standardise(y, length, sign) if self.changes_sound else y.mul_(sign)
     return y[:, None], phases
+
+# %% ../nbs/04a_views.ipynb #30f19fe6
+@torch.no_grad()
+def feature_change(
+    encoder,      # in evaluation mode: `encoder(x, valid_length) -> [B, C]`
+    views: Views,
+    x, phases,    # [B, 1, T], [B, T]: cycles
+    person,       # [B] int64: whose they are
+    sample_rate,  # Hz
+    seed=0,       # of the views
+) -> float:       # 0: same features; 1: as far apart as cycles of two persons
+    "How far views move features: mean cosine distance to those of the cycle, over that between persons."
+    keys = sample_keys(torch.arange(len(x), device=x.device))
+    both = (x, phases), views(x, phases, sample_rate, seed, keys)
+    before, after = (F.normalize(encoder(y, valid_length(p)), dim=-1) for y, p in both)
+    apart = (1-before@before.T)[person[:, None] != person].mean()
+    return float((1-(before*after).sum(-1)).mean()/apart)

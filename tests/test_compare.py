@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 
-from pahcl.compare import counted_auroc, delong, draw_counts, placements
+from pahcl.compare import delong, experiment_values, placements, run_shares
 from pahcl.ensemble import learnt_weights, mutual_information
 from pahcl.metrics import auroc
+from pahcl.resampling import resampling_weights
 from pahcl.summarize import pahcl_summarize
 
 scores = st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 5)), min_size=6, max_size=30).filter(lambda rows: 2 <= sum(r[0] for r in rows) <= len(rows)-2)
@@ -31,13 +32,18 @@ def test_delong_pair_by_pair(rows):
     assert test['deviation']**2 == pytest.approx(variance, abs=1e-12) and test['difference'] == pytest.approx(-turned['difference']) and test['p'] == pytest.approx(turned['p'])
 
 
-@given(scores, st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_counted_auroc_is_that_of_repeated_rows(rows, seed):
-    positive, score, _ = (np.array(c) for c in zip(*rows))
-    positive = positive.astype(bool)
-    counts = draw_counts(range(len(rows)), positive, 5, seed)
-    for c, value in zip(counts, counted_auroc(positive, score, counts)): assert value == pytest.approx(auroc(np.repeat(positive, c), np.repeat(score, c)))
+def test_seeds_are_drawn_only_where_persons_are():
+    weights = resampling_weights(5, draws=40)
+    shares = run_shares(3, weights, seed=0)
+    assert np.allclose(shares[:6], 1/3) and np.allclose(shares.sum(1), 1) and (shares[6:]*3 == np.round(shares[6:]*3)).all() and shares[6:].std() > 0
+    assert (run_shares(3, weights, seed=0) == shares).all() and np.allclose(run_shares(3, weights), 1/3)
+
+
+def test_two_experiments_that_say_the_same_differ_in_no_draw():
+    y, p = np.arange(30) % 3, np.random.default_rng(0).dirichlet(np.ones(3), (2, 30))
+    weights, index = resampling_weights(15, draws=50), np.arange(30)//2
+    one, two = (experiment_values(y, p, index, weights, seed=0) for _ in range(2))
+    for score in one: assert np.array_equal(one[score], two[score], equal_nan=True)
 
 
 def test_weights_are_the_optimum():

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from pahcl.basics import PahclError
+from pahcl.basics import PahclError, read_json
+from pahcl.classifier import find_checkpoint
+from pahcl.encoder import build_encoder
 from pahcl.finetune import cycle_losses, finetune, pahcl_finetune
 from pahcl.pretrain import pahcl_pretrain
 from pahcl.runs import load_checkpoint, save_checkpoint
@@ -60,7 +62,8 @@ def test_every_task_learns_from_a_pretrained_encoder(work, pretrained, task):
 def test_moco_checkpoint_loads_and_the_log_says_what_it_found(work, pretrained):
     tune(work, 'outputs', task='pascal', pretrained=pretrained['moco'], experiment_name='moco')
     log = (work/'outputs'/'pascal_moco'/'train.log').read_text()
-    assert re.search(r'MoCo detected: True, momentum 0.999, queue size 128, \d+ MoCo parameters skipped, \d+ parameters of heads skipped, 40 parameters loaded', log)
+    used = read_json(pretrained['moco'].parent/'final_metrics.json')['moco_momentum']   # fitted to a run of an epoch
+    assert re.search(rf'MoCo detected: True, momentum {used}, queue size 128, \d+ MoCo parameters skipped, \d+ parameters of heads skipped, 40 parameters loaded', log)
     loaded, start = (load_checkpoint(p)['model_state_dict'] for p in (pretrained['moco'], work/'outputs'/'pascal_moco'/'final_model.pt'))
     assert any(not torch.equal(loaded[k], v) for k, v in start.items() if k.startswith('encoder.'))  # it learnt from there
 
@@ -216,6 +219,25 @@ def test_packaged_weights(work):
     metrics = tune(work, 'outputs', task='pascal', pretrained='packaged', experiment_name='packaged', linear_eval=True)
     assert (metrics['encoder_type'], metrics['loaded']['loaded'], metrics['mode']) == ('cnn_mamba_small', 40, 'linear')
 
+
+def test_the_log_says_what_learns_and_what_chose_the_epoch(work, tmp_path, monkeypatch):
+    "A frozen encoder does not count as learning; few shots from an epoch that labels chose are a warning."
+    import pahcl.scan
+    monkeypatch.setattr(pahcl.scan, 'find_library', lambda: (None, 'WARNING: no compiled selective scan (a test)'))
+    saved = load_checkpoint(find_checkpoint('packaged'))
+    for name, facts, told in (('labels', dict(chosen_by='labels of pascal'), True), ('loss', dict(chosen_by='contrastive loss'), False)):
+        save_checkpoint(tmp_path/f'{name}.pt', saved | facts)
+        given = dict(task='pascal', pretrained=tmp_path/f'{name}.pt', experiment_name=name, epochs=1)
+        few = tune(work, tmp_path, few_shot=True, shot_ratio=0.5, linear_eval=True, **given)
+        assert few['loaded']['epoch_chosen_by'] == facts['chosen_by']
+        lines = (tmp_path/f'pascal_{name}'/'train.log').read_text().splitlines()
+        assert any('WARNING: the pretrained epoch was chosen by: labels of pascal; more labels' in l for l in lines) == told
+        assert 'WARNING: no compiled selective scan (a test)' in lines[1]
+        content = load_checkpoint(tmp_path/f'pascal_{name}'/'best_model.pt')['model_state_dict']
+        counts = re.search(r'([0-9,]+) parameters learn, ([0-9,]+) are frozen', '\n'.join(lines))
+        learning, frozen = (int(c.replace(',', '')) for c in counts.groups())
+        assert frozen == sum(p.numel() for p in build_encoder('cnn_mamba_small').parameters())
+        assert learning == sum(v.numel() for k, v in content.items() if k.startswith('classifier.'))
 
 def test_linear_evaluation_asks_the_encoder_once(work, monkeypatch):
     "The second probe, with another learning rate, finds all features in the cache; a damaged cache is made again."

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
-from pahcl.metrics import (OFFICIAL, aggregate, any_present, at_levels, auprc, auroc, bootstrap, bootstrap_draws, classification_metrics, confusion_matrix,
+from pahcl.metrics import (OFFICIAL, aggregate, any_present, at_levels, auprc, auroc, bootstrap, classification_metrics, confusion_matrix,
                            made_cycles, metrics_at_levels, murmur_weighted_accuracy, outcome_cost, precision_sum, sensitivity_specificity_mean)
 from sklearn import metrics as sk
 
@@ -158,10 +158,12 @@ def test_levels_weigh_recordings_alike_and_survive_any_order():
 
 
 def test_bootstrap_resamples_whole_groups():
-    groups = np.repeat(['a', 'b', 'c'], [1, 2, 3])
-    for rows in bootstrap_draws(groups, draws=20):
-        drawn = [(groups[rows] == g).sum()/n for g, n in zip('abc', (1, 2, 3))]
-        assert sum(drawn) == 3 and all(d == int(d) for d in drawn)
+    seen, groups = [], np.repeat(['a', 'b', 'c'], [1, 2, 3])
+    bootstrap(lambda g, _: seen.append(g) or 0., groups, groups, groups, draws=20)
+    assert len(seen) == 1+3+20 and (seen[0] == groups).all()
+    for rows in seen:
+        drawn = [(rows == g).sum()/n for g, n in zip('abc', (1, 2, 3))]
+        assert sum(drawn) == (2 if any(rows is s for s in seen[1:4]) else 3) and all(d == int(d) for d in drawn)
 
 
 def test_bootstrap_interval_covers():

@@ -51,7 +51,8 @@ def test_script_moco_and_every_flag(root, tmp_path):
     saved = load_checkpoint(tmp_path/'m'/'best_model.pt', 'pretrain')
     c = saved['config']
     assert (c['training']['num_epochs'], c['training']['learning_rate'], c['training']['batch_size'], c['seed'], c['contrast']['moco'], c['include_heldout_subjects']) == (1, 1e-3, 8, 7, True, True)
-    assert saved['moco_metadata'] == dict(is_moco=True, momentum=0.999, queue_size=32)
+    found = metrics(tmp_path/'m'/'best_model.pt')
+    assert saved['moco_metadata'] == dict(is_moco=True, momentum=found['moco_momentum'], queue_size=32) and 0 < found['moco_momentum'] < 0.95
     names = {k.split('.')[0] for k in saved['model_state_dict']}
     assert names > {'encoder', 'encoder_momentum', 'cycle_projector_momentum', 'substructure_projector_momentum', 'queue', 'queue_ptr'}
     assert set(saved['pretrain_persons']) & heldout_persons(root/'downstream') and 'WARNING: include_heldout' in (tmp_path/'m'/'train.log').read_text()
@@ -106,7 +107,7 @@ def test_small_mamba_is_trained_whole_by_substructures_alone(root):
 
 # ---- every key has an effect ----
 CHANGED = dict(temperature=0.5, lambda_cycle=0.5, lambda_substructure=0.5, positives='subject', cycle_projector=[12, 8], substructure_projector=[12, 8], moco=True, moco_momentum=0.5,
-               moco_momentum_end=0.5, queue_size=8, second_view='other')
+               moco_half_life=0.5, moco_momentum_end=0.5, queue_size=8, second_view='other')
 @pytest.mark.parametrize('key', CHANGED)
 def test_every_key_of_contrast_has_an_effect(root, key):
     assert CHANGED.keys() == ContrastSection.model_fields.keys()
@@ -114,11 +115,12 @@ def test_every_key_of_contrast_has_an_effect(root, key):
         config = config_of(root, **{f'contrast.{k}': v for k, v in changed.items()})
         model, pair = P.starting_model(config), P.pair_maker(Cycles.from_processed(root/'processed'), config, 'cpu')
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        model.set_pace(400, 12)
         for epoch in range(4):
             out = model(pair(np.arange(0, 36, 3), epoch))[0]
             optimiser.zero_grad(); out.backward(); optimiser.step(); model.follow((epoch+1)/4)
         return out.item()
-    of_moco = key in ('moco_momentum', 'moco_momentum_end', 'queue_size')
+    of_moco = key in ('moco_momentum', 'moco_half_life', 'moco_momentum_end', 'queue_size')
     base = dict(moco=True) if of_moco else dict(positives='subject') if key == 'second_view' else {}  # what a key needs to matter
     assert loss(**base | {key: CHANGED[key]}) != loss(**base)
 
@@ -174,6 +176,7 @@ def test_the_probe_chooses_the_best_epoch_and_is_tracked(root, tmp_path):
     best = run(root, tmp_path, tensorboard=True, **JUDGED)
     found, log = metrics(best), (best.parent/'train.log').read_text()
     assert found['probe_tasks'] and load_checkpoint(best)['probe_tasks'] == found['probe_tasks']
+    assert found['chosen_by'] == load_checkpoint(best)['chosen_by'] == f'labels of {", ".join(found["probe_tasks"])}'
     names = [f'validation/probe_{t}_{k}' for t in found['probe_tasks'] for k in ('knn', 'linear')]
     config = config_of(root, **JUDGED)
     persons = {p.name: p.scored.sum() for p in P.judges(config, P.pretrain_data(config)[0])[0]}
@@ -205,7 +208,8 @@ def test_every_key_of_probe_has_an_effect(root, tmp_path):
     one = metrics(run(root, tmp_path/'one', **JUDGED, **{'probe.tasks': base['probe_tasks'][:1]}))
     assert one['probe_tasks'] == base['probe_tasks'][:1]
     none = run(root, tmp_path/'none', **JUDGED, **{'probe.tasks': []})
-    assert metrics(none)['probe_tasks'] == [] and metrics(none)['validation_score'] == -metrics(none)['validation_loss'] and 'the contrastive loss chooses' in (none.parent/'train.log').read_text()
+    assert metrics(none)['chosen_by'] == load_checkpoint(none)['chosen_by'] == 'contrastive loss'
+    assert metrics(none)['probe_tasks'] == [] and metrics(none)['validation_score'] == -metrics(none)['validation_loss'] and 'chosen without labels' in (none.parent/'train.log').read_text()
     with pytest.raises(PahclError, match='probe.tasks names pascal'): run(root, tmp_path/'other', **JUDGED, **{'probe.tasks': ['pascal']})
     seldom = metrics(run(root, tmp_path/'seldom', **JUDGED, **{'probe.every': 2}))
     asked = [any(k.startswith('validation/probe_') for k in h) for h in seldom['history']]
@@ -255,7 +259,7 @@ def test_views_do_not_depend_on_the_batch(root):
 
 @pytest.mark.parametrize('positives', ['recording', 'subject'])
 def test_second_view_of_another_cycle(root, positives):
-    plain, other = ({'contrast.positives': positives, 'contrast.second_view': second} | {f'augmentation.{k}': 0 for k in ('time_shift', 'time_stretch', 'amplitude', 'polarity_probability', 'noise_probability',
+    plain, other = ({'contrast.positives': positives, 'contrast.second_view': second} | {f'augmentation.{k}': 0 for k in ('time_shift', 'time_stretch', 'polarity_probability', 'noise_probability',
                     'respiration_probability', 'time_mask_probability', 'frequency_mask_probability', 'band_filter_probability')} for second in ('same', 'other'))
     cycles, rows = Cycles.from_processed(root/'processed'), np.arange(30)
     same, pair = (P.pair_maker(cycles, config_of(root, **flags), 'cpu')(rows, 5) for flags in (plain, other))
@@ -272,8 +276,15 @@ def test_nobody_held_out_and_never_a_person_in_both(root):
     data, facts, told = P.pretrain_data(config_of(root))
     persons = {k: set(c.table['person_id']) | set(c.table['subject_id']) for k, c in data.items()}
     assert not persons['train'] & persons['validation'] and not (persons['train'] | persons['validation']) & heldout_persons(root/'downstream')
-    none, facts, told = P.pretrain_data(config_of(root, **{'data.base_dir': str(root/'nothing')}))
-    assert 'nobody is left out' in told and len(facts['pretrain_persons']) == 24 and facts['heldout_persons'] == 0
+
+def test_without_prepared_tasks_it_refuses(root, tmp_path):
+    (tmp_path/'empty').mkdir()
+    for folder in (tmp_path/'nothing', tmp_path/'empty'):
+        where = {'data.base_dir': str(folder)}
+        with pytest.raises(PahclError, match='not known who is held out. Run pahcl_prepare first, or give --include-heldout'): P.pretrain_data(config_of(root, **where))
+        _, facts, told = P.pretrain_data(config_of(root, **where, include_heldout_subjects=True))
+        assert 'WARNING' in told and len(facts['pretrain_persons']) == 24 and facts['heldout_persons'] == 0
+    assert script(root, '--output-dir', str(tmp_path/'out'), '--downstream-dir', str(tmp_path/'nothing')) == 1 and not (tmp_path/'out').exists()
 
 def test_without_validation_persons(root, tmp_path):
     best = run(root, tmp_path, validation_fraction=0.0)
@@ -285,6 +296,45 @@ def test_without_validation_persons(root, tmp_path):
                                          ({'contrast.cycle_projector': [16]}, 'contrast.cycle_projector'), ({'contrast.second_view': 'other'}, 'contrast.positives is view'), ({'model.encoder_type': 'transformer9'}, 'transformer9')])
 def test_mistakes(root, tmp_path, flags, words):
     with pytest.raises(PahclError, match=words): run(root, tmp_path, **flags)
+
+# ---- what the log says first ----
+def test_accumulated_batches_are_no_negatives_and_the_log_says_so(root, tmp_path, monkeypatch):
+    import pahcl.contrast
+    seen, real = [], pahcl.contrast.info_nce
+    monkeypatch.setattr('pahcl.contrast.info_nce', lambda query, key, *a, **k: (seen.append(len(key.z)), real(query, key, *a, **k))[1])
+    keys = {}
+    for batches in (1, 3):
+        seen.clear()
+        best = run(root, tmp_path/str(batches), **{'training.num_epochs': 1, 'training.accumulation_steps': batches, 'validation_fraction': 0.})
+        keys[batches] = set(seen)
+        log = (best.parent/'train.log').read_text()
+        assert 'negatives of a cycle: other persons in its batch of 16' in log
+        assert ('accumulation_steps 3 makes a step of 48 cycles, but no more negatives' in log) == (batches == 3)
+    assert keys[1] == keys[3] and max(keys[1]) == 32   # two views of 16 cycles, however many batches a step has
+
+def test_a_scan_that_was_not_compiled_is_in_the_first_lines(root, tmp_path, monkeypatch):
+    import pahcl.scan
+    monkeypatch.setattr(pahcl.scan, 'find_library', lambda: (None, 'WARNING: no compiled selective scan (a test)'))
+    for name, told in (('cnn_mamba_small', True), ('cnn', False)):
+        model = dict(encoder_type=name, cnn_channels=[8, 8], cnn_kernel_sizes=[9, 5], cnn_strides=[8, 8], mamba_d_model=8) | (dict(mamba_n_layers=1) if told else {})
+        best = run(root, tmp_path/name, **{f'model.{k}': v for k, v in model.items()}, **{'training.num_epochs': 1})
+        lines = (best.parent/'train.log').read_text().splitlines()
+        assert ['no compiled' in l for l in lines[:2]] == [False, told] and sum('no compiled' in l for l in lines) == told
+
+def test_momentum_is_fitted_to_the_run_and_the_log_says_so(root, tmp_path):
+    best = run(root, tmp_path, **{'contrast.moco': True, 'contrast.queue_size': 500})
+    log, momentum = (best.parent/'train.log').read_text(), metrics(best)['moco_momentum']
+    steps = int(log.split(' optimiser steps: at the end')[0].split()[-1])
+    assert momentum == pytest.approx(2**(-1/(0.1*steps)), abs=1e-6) and f'would have left {0.999**steps:.0%}' in log
+    assert 'contrast.queue_size 500 holds the keys of' in log and "epochs of" in log
+    slow = run(root, tmp_path, **{'experiment.name': 'slow', 'contrast.moco': True, 'contrast.moco_half_life': 0.0})
+    assert metrics(slow)['moco_momentum'] == 0.999
+    share = lambda path: apart(load_checkpoint(path.parent/'final_model.pt')['model_state_dict'])
+    assert share(slow) > 5*share(best)   # how far the keys' encoder is from the one that learns
+
+def apart(state):
+    "Norm of the difference between encoder and momentum encoder."
+    return sum((state[k]-state[k.replace('encoder.', 'encoder_momentum.', 1)]).float().square().sum() for k in state if k.startswith('encoder.')).sqrt()
 
 # ---- resume ----
 def test_a_killed_run_goes_on_to_the_same_end(root, tmp_path, monkeypatch):

@@ -151,8 +151,20 @@ def test_wrong_dimensions_and_backends_are_named():
 def test_without_mamba_ssm(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mamba_ssm', None)
     scan.have_mamba_ssm.cache_clear()
-    with pytest.raises(PahclError, match='mamba_ssm.*cannot be imported; pip install'): selective_scan(**arguments(), backend='mamba_ssm')
+    with pytest.raises(PahclError, match='mamba_ssm.*has no kernels here.*pip install'): selective_scan(**arguments(), backend='mamba_ssm')
     assert scan.choose_backend(types.SimpleNamespace(is_cuda=True, dtype=torch.float32)) == 'torch'
+    scan.have_mamba_ssm.cache_clear()
+
+def test_mamba_ssm_without_kernels_is_not_used(monkeypatch):
+    "Its main branch since June 2026: everything imports, selective_scan_cuda is None, and a call fails."
+    modules = {n: types.ModuleType(n) for n in ('mamba_ssm', 'mamba_ssm.ops', 'mamba_ssm.ops.selective_scan_interface')}
+    interface = modules['mamba_ssm.ops.selective_scan_interface']
+    interface.selective_scan_cuda, interface.selective_scan_fn = None, lambda *a: None.fwd(*a)
+    for name, module in modules.items(): monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, 'selective_scan_cuda', None)
+    scan.have_mamba_ssm.cache_clear()
+    assert not scan.have_mamba_ssm() and scan.choose_backend(types.SimpleNamespace(is_cuda=True, dtype=torch.float32)) == 'torch'
+    assert scan.scan_lines(scan.MambaBlock(8), 'cuda') == [scan.NO_KERNELS] and scan.scan_lines(torch.nn.Linear(1, 1), 'cuda') == []
     scan.have_mamba_ssm.cache_clear()
 
 def test_what_mamba_ssm_is_given(monkeypatch):
@@ -162,7 +174,7 @@ def test_what_mamba_ssm_is_given(monkeypatch):
         assert A.dtype == D.dtype == delta_bias.dtype == torch.float32 and delta_softplus and return_last_state
         y, last = scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
         return y.to(u.dtype), last
-    modules = {n: types.ModuleType(n) for n in ('mamba_ssm', 'mamba_ssm.ops', 'mamba_ssm.ops.selective_scan_interface')}
+    modules = {n: types.ModuleType(n) for n in ('selective_scan_cuda', 'mamba_ssm', 'mamba_ssm.ops', 'mamba_ssm.ops.selective_scan_interface')}
     modules['mamba_ssm.ops.selective_scan_interface'].selective_scan_fn = selective_scan_fn
     for name, module in modules.items(): monkeypatch.setitem(sys.modules, name, module)
     scan.have_mamba_ssm.cache_clear()
@@ -278,29 +290,29 @@ def no_library(monkeypatch):
     "As if pahcl had been installed without a compiler; yields what the log says."
     lines, handler = [], logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    compiled.logger().addHandler(handler)
+    scan.logger().addHandler(handler)
     monkeypatch.setattr(compiled, 'find_spec', lambda name: None)
-    compiled.library.cache_clear()
+    compiled.find_library.cache_clear()
+    scan.SAID.clear()
     yield lines
-    compiled.logger().removeHandler(handler)
-    compiled.library.cache_clear()
+    scan.logger().removeHandler(handler)
+    compiled.find_library.cache_clear()
 
 def test_without_the_library_it_falls_back_and_says_so(no_library):
     a = arguments()
     y = selective_scan(**a, delta_softplus=True)
     selective_scan(**a, delta_softplus=True)
     assert torch.equal(y, selective_scan(**a, delta_softplus=True, backend='torch'))
-    assert len(no_library) == 1 and 'falling back to the torch backend' in no_library[0] and 'install a C compiler' in no_library[0]
+    assert len(no_library) == 1 and 'falling back to the torch backend' in no_library[0] and 'Install a C compiler' in no_library[0]
     with pytest.raises(PahclError, match="backend 'c' was not compiled here; install a C compiler"): selective_scan(**a, backend='c')
 
 @needs_c
 def test_a_foreign_library_is_not_called(no_library, monkeypatch, tmp_path):
     (tmp_path/'rubbish.so').write_bytes(b'no library')
     for path, why in [(ctypes.util.find_library('m') or 'libm.so.6', 'has no pahcl_size'), (str(tmp_path/'rubbish.so'), 'rubbish.so')]:
-        no_library.clear()
         monkeypatch.setattr(compiled, 'find_spec', lambda name: types.SimpleNamespace(origin=path))
-        compiled.library.cache_clear()
-        assert not compiled.have_compiled() and why in no_library[0]
+        compiled.find_library.cache_clear()
+        assert not compiled.have_compiled() and why in compiled.find_library()[1]
 
 @needs_c
 def test_tensors_elsewhere_are_refused():

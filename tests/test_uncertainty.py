@@ -11,7 +11,10 @@ from pahcl.calibration import brier, calibration_error, choose_threshold, decide
 from pahcl.challenge_rules import UNSURE, quality_weighted_mean
 from pahcl.floors import below_floors, demographics, shortcut_floors
 from pahcl.metrics import OFFICIAL, at_levels, auprc, auroc, classification_metrics, made_cycles
-from pahcl.uncertainty import bootstrap_scores, intervals, persons_and_strata, resampling_weights
+from pahcl import resampling
+from pahcl.resampling import interval, number_persons, p_value, resampling_weights
+from pahcl.uncertainty import bootstrap_scores, class_persons, intervals, matrix_scores, weighted_matrices
+from scipy import stats
 from sklearn import metrics as sk
 
 
@@ -27,50 +30,91 @@ def cohort(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(cohort())
-def test_every_draw_is_the_literal_one(case):
+def test_every_row_of_weights_is_scored_literally(case):
     person, y, p, k = case
-    index, strata = persons_and_strata(person, y)
-    weights = resampling_weights(strata, draws=6)
-    for s in np.unique(strata): assert (weights[:, strata == s].sum(1) == (strata == s).sum()).all()
-    official = 'murmur_weighted_accuracy' if k == 3 else 'outcome_cost'
-    function = next(o['function'] for o in OFFICIAL.values() if o['name'] == official)
-    drawn = bootstrap_scores(y, p, p.argmax(1), index, weights, official)
+    index, persons = number_persons(person)
+    weights = resampling_weights(persons, draws=6)
+    assert (weights[0] == 1).all() and (weights[1:1+persons].sum(0) == persons-1).all() and (weights[1+persons:].sum(1) == persons).all()
+    matrices = weighted_matrices(y, p.argmax(1), index, weights, k)
+    ranked = bootstrap_scores(y, p, p.argmax(1), index, weights)
+    fast = matrix_scores(matrices) | {name: ranked[name] for name in ('auroc', 'auprc')}
     for d, w in enumerate(weights):
         rows = np.repeat(np.arange(len(y)), w[index].astype(int))
-        literal = classification_metrics(y[rows], p[rows], k) | dict(official=function(y[rows], p[rows].argmax(1)))
-        for name, values in drawn.items():
+        if not len(rows): continue
+        literal = classification_metrics(y[rows], p[rows], k)
+        for name, values in fast.items():
             if literal[name] is None: assert np.isnan(values[d]), name
             else: assert values[d] == pytest.approx(literal[name], abs=2e-5, rel=1e-6), name
 
 
+@settings(max_examples=60, deadline=None)
+@given(cohort(), st.integers(0, 99))
+def test_intervals_hold_the_score_and_stay_in_its_range(case, seed):
+    person, y, p, k = case
+    index, persons = number_persons(person)
+    official = 'murmur_weighted_accuracy' if k == 3 else 'outcome_cost'
+    function = next(o['function'] for o in OFFICIAL.values() if o['name'] == official)
+    scores = classification_metrics(y, p, k) | dict(official=function(y, p.argmax(1)))
+    values = bootstrap_scores(y, p, p.argmax(1), index, resampling_weights(persons, 100, seed), official)
+    found, why = intervals(values, scores, persons)
+    for name, (low, high) in found.items():
+        if low is None: assert why[name]
+        else:
+            assert low-1e-5 <= scores[name] <= high+1e-5
+            assert name == 'official' or (-1 if name == 'mcc' else 0)-1e-6 <= low <= high <= 1+1e-6
+
+
+def test_a_mean_of_many_has_the_interval_of_scipys_bca():
+    "Accuracy of 400 persons, a row each: there Student's quantiles are the normal ones and a mean has no bias."
+    for seed in range(5):
+        right = (np.random.default_rng(seed).random(400) < .8).astype(float)
+        theirs = stats.bootstrap((right,), np.mean, n_resamples=9999, method='BCa', rng=seed).confidence_interval
+        y, p = np.zeros(400, int), np.stack([right, 1-right], 1)
+        values = bootstrap_scores(y, p, p.argmax(1), np.arange(400), resampling_weights(400, 9999, seed))
+        assert interval(values['accuracy'], 400) == pytest.approx(theirs, abs=.006)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(5, 80), st.integers(0, 999))
+def test_jackknife_is_that_of_the_books(n, seed):
+    "Of a mean: influences are the deviations over n - 1, and the acceleration is a sixth of the skewness over the root of n."
+    values = np.random.default_rng(seed).exponential(size=n)
+    d = resampling.influences((values.sum()-values)/(n-1))
+    assert d == pytest.approx((values-values.mean())/(n-1), abs=1e-9)
+    assert resampling.acceleration(d) == pytest.approx(stats.skew(values)/(6*np.sqrt(n)))
+    assert 2 <= resampling.degrees_of_freedom(d) <= max(n-1, 2) and resampling.degrees_of_freedom(3*d) == pytest.approx(resampling.degrees_of_freedom(d))
+
+
+def test_p_value_is_students_where_that_is_right():
+    random, weights = np.random.default_rng(0), resampling_weights(60, 4000)
+    for shift in (0, .1, .2, .3, .4):
+        gaps = random.normal(shift, 1, 60)
+        assert p_value(weights @ gaps/60, 60) == pytest.approx(p_value(weights @ -gaps/60, 60), abs=.03)
+        assert p_value(weights @ gaps/weights.sum(1), 60) == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue, abs=.03)
+
+
 def test_the_same_persons_get_the_same_weights_at_every_level():
     table, p = made_cycles(1, subjects=30)
-    every = [resampling_weights(persons_and_strata(r['person_id'], r['label'])[1], 50) for r, _ in at_levels(table, p).values()]
-    assert (every[0] == every[1]).all() and (every[1] == every[2]).all()
-    assert not (every[0] == resampling_weights(persons_and_strata(table['person_id'], table['label'])[1], 50, seed=1)).all()
+    numbered = [number_persons(r['person_id']) for r, _ in at_levels(table, p).values()]
+    assert {n for _, n in numbered} == {30}
+    for (index, _), (rows, _) in zip(numbered, at_levels(table, p).values()):
+        assert (np.unique(table['person_id'])[index] == rows['person_id']).all()
+    assert not (resampling_weights(30, 50) == resampling_weights(30, 50, seed=1)).all()
 
 
 def test_fifty_thousand_cycles_within_a_few_seconds():
-    "1.3 s of one core here; the limit leaves room for slower machines."
+    "2.0 s of one core here, a row for each person left out among them; the limit leaves room for slower machines."
     table, p = made_cycles(1, subjects=942, cycles=18)
     began = time.process_time()
     for rows, values in at_levels(table, p).values():
-        index, strata = persons_and_strata(rows['person_id'], rows['label'])
-        bootstrap_scores(rows['label'].to_numpy(), values, values.argmax(1), index, resampling_weights(strata))
-    assert len(table) > 50_000 and time.process_time()-began < 8
+        index, persons = number_persons(rows['person_id'])
+        drawn = bootstrap_scores(rows['label'].to_numpy(), values, values.argmax(1), index, resampling_weights(persons))
+        intervals(drawn, dict.fromkeys(drawn, .5), persons)
+    assert len(table) > 50_000 and time.process_time()-began < 10
 
 
-def test_stratified_interval_covers():
-    "About 95 % of the intervals hold the true AUROC of subjects (binormal, d' = 1: 0.760)."
-    inside, random = 0, np.random.default_rng(0)
-    y, k = np.arange(80) % 2, 200
-    for trial in range(k):
-        s = random.normal(size=80) + y
-        p = np.stack([-s, s], 1)
-        index, strata = persons_and_strata(np.arange(80), y)
-        found, _ = intervals(bootstrap_scores(y, p, p.argmax(1), index, resampling_weights(strata, 200, trial)), dict(auroc=.5, auprc=None), strata)
-        inside += found['auroc'][0] <= 0.7602 <= found['auroc'][1]
-    assert .88*k <= inside <= .99*k
+def test_persons_of_a_class():
+    assert class_persons([0, 0, 1, 2, 2], [1, 1, 1, 0, 1], 3).tolist() == [1, 3, 0]
 
 
 @settings(max_examples=60, deadline=None)

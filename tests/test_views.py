@@ -1,18 +1,19 @@
 "Properties of the views: draws belong to samples, labels follow the sound, every key has an effect"
 from types import SimpleNamespace
-import pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pahcl.config import AugmentationSection
-from pahcl.views import Views, gap_mask, hash_words, sample_keys, uniforms, valid_length, valid_mask, warp, warp_batch, warp_rows
+from pahcl.basics import PahclError
+from pahcl.views import DRAWS, Views, feature_change, gap_mask, hash_words, sample_keys, uniforms, valid_length, valid_mask, warp, warp_batch, warp_rows
 
-OFF = dict(time_shift=0.0, time_stretch=0.0, amplitude=0.0, polarity_probability=0.0, noise_probability=0.0, respiration_probability=0.0,
+OFF = dict(time_shift=0.0, time_stretch=0.0, polarity_probability=0.0, noise_probability=0.0, respiration_probability=0.0,
            time_mask_probability=0.0, frequency_mask_probability=0.0, band_filter_probability=0.0)
 # the step's keys that switch it on, then for each key another value that must be seen
-KEYS = [(dict(time_shift=0.1), dict(time_shift=0.3)), (dict(time_stretch=0.1), dict(time_stretch=0.3)), (dict(amplitude=0.2), dict(amplitude=0.5)),
+KEYS = [(dict(time_shift=0.1), dict(time_shift=0.3)), (dict(time_stretch=0.1), dict(time_stretch=0.3)),
         (dict(polarity_probability=1.0), dict(polarity_probability=0.0)),
         (dict(noise_probability=1.0), dict(noise_probability=0.0)), (dict(noise_probability=1.0), dict(noise_snr_db=[0.0, 5.0])),
         (dict(noise_probability=1.0), dict(noise_colour=2.0)),
-        (dict(respiration_probability=1.0), dict(respiration_probability=0.0)), (dict(respiration_probability=1.0), dict(respiration_depth=0.6)),
+        (dict(respiration_probability=1.0), dict(respiration_probability=0.0)), (dict(respiration_probability=1.0), dict(respiration_depth=0.3)),
         (dict(time_mask_probability=1.0), dict(time_mask_probability=0.0)), (dict(time_mask_probability=1.0), dict(time_mask_fraction=0.4)),
         (dict(frequency_mask_probability=1.0), dict(frequency_mask_probability=0.0)), (dict(frequency_mask_probability=1.0), dict(frequency_mask_width_hz=150.0)),
         (dict(band_filter_probability=1.0), dict(band_filter_probability=0.0)), (dict(band_filter_probability=1.0), dict(band_filter_low_hz=[80.0, 90.0])),
@@ -96,9 +97,9 @@ def test_silent_padding_and_empty_cycles_stay_finite():
     y, p = Views(AugmentationSection(noise_probability=1.0, band_filter_probability=1.0))(x, phases, 5000, 0, torch.arange(12))
     assert y.isfinite().all() and (y[:2] == 0).all() and (p[1] == 0).all() and (y[:, 0][p == 0] == 0).all()
 
-def test_views_are_standardised_up_to_amplitude():
+def test_views_are_standardised():
     x, phases = batch()
-    y, p = Views(AugmentationSection(amplitude=0.0))(x, phases, 5000, 0, torch.arange(12))
+    y, p = Views(AugmentationSection())(x, phases, 5000, 0, torch.arange(12))
     for row, label in zip(y[:, 0], p): assert abs(row[label > 0].mean()) < 1e-4 and abs(row[label > 0].std(correction=0)-1) < 1e-4
 
 def test_hash_against_python_integers():
@@ -116,3 +117,43 @@ def test_accepts_any_object_with_the_fields():
     x, phases = batch(2)
     a, b = (Views(c)(x, phases, 5000, 0, torch.arange(2))[0] for c in (SimpleNamespace(**fields), AugmentationSection()))
     assert torch.equal(a, b)
+
+def test_a_column_that_is_not_used_keeps_the_others_in_place():
+    "The draws of all other steps are what they were when loudness still had the third column."
+    keys, u = torch.arange(50), uniforms(3, torch.arange(50), 20)
+    draw = Views(AugmentationSection()).draws(3, keys)
+    assert len(DRAWS) == 20 and DRAWS[2] == 'unused' and set(draw) == {*DRAWS}-{'unused'}
+    assert torch.equal(draw['polarity'], u[:, 3] < 0.5) and torch.equal(draw['time_mask_start'], u[:, 13])
+    assert torch.equal(draw['band_filter_high_hz'], 200+200*u[:, 19])
+
+def test_limits_of_the_band_filter_stay_where_there_is_sound():
+    keys = torch.arange(500)
+    old = Views(AugmentationSection(band_filter_low_hz=[15.0, 60.0], band_filter_high_hz=[250.0, 800.0])).draws(0, keys)   # as older files have them
+    assert old['band_filter_low_hz'].min() >= 25 and old['band_filter_high_hz'].max() <= 400
+    assert Views(AugmentationSection(), band=(30., 300.)).limits['band_filter_high_hz'] == [200, 300]
+    for limits in (dict(band_filter_high_hz=[500.0, 800.0]), dict(band_filter_low_hz=[1.0, 20.0])):
+        with pytest.raises(PahclError, match='hold 25 to 400 Hz: it would change nothing'): Views(AugmentationSection(**limits))
+        Views(AugmentationSection(band_filter_probability=0.0, **limits))
+
+# what a step alone, at its default size, must at least move features by; a share of the distance between two persons
+LEAST = 0.005
+ALONE = dict(time_shift={}, time_stretch={}, **{k: {k: 1.0} for k in OFF if k.endswith('probability')})
+
+@pytest.fixture(scope='module')
+def heard(work):
+    from pahcl.loader import Cycles
+    cycles = Cycles.from_processed(work/'processed')
+    rows = np.random.default_rng(0).permutation(len(cycles))[:60]
+    b = cycles.batch(rows, 4)
+    return b['x'], b['phases'], torch.tensor(pd.factorize(cycles.table['person_id'].iloc[rows])[0])
+
+@pytest.mark.parametrize('name', ['cnn', 'cnn_mamba_small', 'resnet34_1d'])
+def test_every_default_step_changes_features(heard, name):
+    from pahcl.encoder import build_encoder
+    torch.manual_seed(1)
+    encoder = build_encoder(name).eval()
+    change = lambda keys: feature_change(encoder, Views(AugmentationSection(**{**OFF, **keys})), *heard, 5000)
+    defaults = AugmentationSection().model_dump()
+    found = {step: change({step: defaults[step]} | on) for step, on in ALONE.items()}
+    assert ALONE.keys() == OFF.keys() and min(found.values()) > LEAST, found
+    assert change({}) < 1e-5
