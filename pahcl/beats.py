@@ -57,9 +57,10 @@ def judge(
         limit = np.r_[0, np.cumsum(at_limit)]
         clipped = (limit[edges[:, 1]]-limit[edges[:, 0]])/np.diff(edges)[:, 0]
     length = beats.offset_s-beats.onset_s
-    faults = [length < SHORTEST_S, length > LONGEST_S, flat >= 0.5, clipped >= 0.05, beats.confidence < minimum_confidence]
+    faults = {'too short': length < SHORTEST_S, 'too long': length > LONGEST_S, 'flat': flat >= 0.5,
+              'clipped': clipped >= 0.05, 'low confidence': beats.confidence < minimum_confidence}
     out['quality'] = np.round(np.minimum(1-flat, np.maximum(0, 1-20*clipped)), 4)
-    out['reason'] = np.select(faults, list(REASONS)[:len(faults)], '')     # the last is of a whole recording
+    out['reason'] = np.select(list(faults.values()), list(faults), '')
     return out
 
 # %% ../nbs/01d_beats.ipynb #e00da5e4

@@ -276,7 +276,7 @@ def _key(settings):
     "a function row → all that its folder depends on: settings, fitted parameters, the files"
     from pahcl.states import load_parameters
     fitted = {k: v for k, v in load_parameters().items() if k != 'made_from'}
-    base = [4, settings, fingerprint(fitted)]                                   # 3: raise when the cutting changes
+    base = [4, settings, fingerprint(fitted)]                                   # 4: raise when the cutting changes
     annotated = settings['states'] == 'annotated'
     def key(row):
         used = [row['path'], *([row['annotation_path']] if annotated and isinstance(row['annotation_path'], str) else [])]

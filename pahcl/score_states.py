@@ -9,7 +9,7 @@ __all__ = ['TOLERANCES', 'LABELS', 'SHOWN', 'write_states', 'annotation_files', 
 # %% ../nbs/01f_score_states.ipynb #7354088e
 from pathlib import Path
 
-from .basics import PahclError, existing, generator, logger, progress, script, write_json, write_text
+from .basics import PahclError, existing, logger, progress, script, write_json, write_text
 
 # %% ../nbs/01f_score_states.ipynb #f08131f5
 def write_states(
@@ -63,17 +63,17 @@ def score_folders(
 def f1_interval(
     persons,         # [recordings] who each is of
     scores,          # [recordings] a dict of `score_states` each
-    draws=1000,
-) -> tuple:          # (low, high)
-    "95 % bootstrap interval of the pooled F1 over persons."
+) -> tuple:          # (low, high); NaN where there is one person only, or no onset
+    "95 % interval of the pooled F1 over persons, see `pahcl.resampling`."
     import numpy as np
-    _, person = np.unique([str(p) for p in persons], return_inverse=True)
-    counts = np.zeros((person.max()+1, 3))
+    from pahcl.resampling import interval, number_persons, resampling_weights
+    person, count = number_persons(persons)
+    counts = np.zeros((count, 3))
     np.add.at(counts, person, [[s['pooled'][k] for k in ('hits', 'missed', 'extra')] for s in scores])
-    drawn = generator(0, 'score states').multinomial(len(counts), np.full(len(counts), 1/len(counts)), draws)@counts
-    drawn = drawn[drawn.sum(1) > 0]
-    f1 = 2*drawn[:, 0]/(2*drawn[:, 0]+drawn[:, 1]+drawn[:, 2])
-    return tuple(float(x) for x in np.quantile(f1, [0.025, 0.975])) if len(f1) else (float('nan'), float('nan'))
+    hits, missed, extra = (resampling_weights(count) @ counts).T
+    f1 = np.divide(2*hits, 2*hits+missed+extra, out=np.full(len(hits), np.nan), where=hits+missed+extra > 0)
+    low, high = interval(f1, count)
+    return (float('nan'), float('nan')) if low is None else (low, high)
 
 def score_line(
     scores,        # recording → tolerance → score, from `score_folders`

@@ -62,8 +62,8 @@ def test_interval_holds_the_score(rows):
     scores = [dict(pooled=dict(hits=h, missed=m, extra=e)) for _, h, m, e in rows]
     low, high = f1_interval([p for p, *_ in rows], scores)
     h, m, e = (sum(r[i] for r in rows) for i in (1, 2, 3))
-    if h+m+e: assert 0 <= low <= high <= 1
-    if len({p for p, *_ in rows}) == 1 and h+m+e: assert low == pytest.approx(2*h/(2*h+m+e)) == high
+    if len({p for p, *_ in rows}) == 1 or not h+m+e: assert np.isnan([low, high]).all()     # nobody else to draw
+    elif not np.isnan(low): assert 0 <= low <= 2*h/(2*h+m+e)+1e-6 and 2*h/(2*h+m+e)-1e-6 <= high <= 1
 
 def test_what_is_missing_counts(folders, tmp_path):
     pred, true, _ = folders
@@ -111,7 +111,7 @@ def test_the_interval_is_over_persons_that_a_table_names(folders, tmp_path, caps
     assert alone.persons['all'] == alone.recordings['all'] == len(each) and each.person.isna().all()
     (tmp_path/'one.csv').write_text('recording_id,person_id\n'+''.join(f'{n},P\n' for n in each.recording))
     one = score_report(pred, true, persons=tmp_path/'one.csv')[0]
-    assert one.persons['all'] == 1 and one.f1_low['all'] == one.f1_high['all'] == pytest.approx(one.f1_60['all'])
+    assert one.persons['all'] == 1 and one[['f1_low', 'f1_high']].isna().loc['all'].all()      # nobody else to draw
     raw = score_report(pred, true, persons=labels.parent.parent)[0]
     assert raw.persons['all'] == 9                                        # the simulated children; the first is there under two ids
     assert score_report(pred, true, labels)[0].persons['all'] == 10       # the table of patients alone does not know that
