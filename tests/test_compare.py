@@ -12,6 +12,7 @@ from pahcl.ensemble import learnt_weights, mutual_information
 from pahcl.metrics import auroc
 from pahcl.resampling import resampling_weights
 from pahcl.summarize import pahcl_summarize
+from pahcl.uncertainty import weighted_auroc
 
 scores = st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 5)), min_size=6, max_size=30).filter(lambda rows: 2 <= sum(r[0] for r in rows) <= len(rows)-2)
 
@@ -30,6 +31,19 @@ def test_delong_pair_by_pair(rows):
     variance = c @ (np.cov(psi.mean(2))/positive.sum()+np.cov(psi.mean(1))/(~positive).sum()) @ c
     test, turned = delong(positive, a, b), delong(positive, b, a)
     assert test['deviation']**2 == pytest.approx(variance, abs=1e-12) and test['difference'] == pytest.approx(-turned['difference']) and test['p'] == pytest.approx(turned['p'])
+
+
+def test_delong_of_persons_with_several_rows_agrees_with_the_bootstrap():
+    "Both kinds of rows may be one person's, and rows of a person resemble each other."
+    random = np.random.default_rng(0)
+    person = np.repeat(np.arange(200), random.integers(1, 5, 200))
+    positive = random.random(len(person)) < np.where(person % 3, .2, .9)
+    own = random.normal(size=(2, 200))[:, person]
+    a, b = positive*1.+own+.5*random.normal(size=own.shape)
+    weights = resampling_weights(200, 1000)
+    drawn = np.diff([weighted_auroc(positive, s, person, weights) for s in (a, b)], axis=0)[0][201:]
+    clustered, alone = delong(positive, a, b, person)['deviation'], delong(positive, a, b)['deviation']
+    assert clustered == pytest.approx(drawn.std(), rel=.1) and alone < .8*clustered
 
 
 def test_seeds_are_drawn_only_where_persons_are():
