@@ -58,12 +58,13 @@ def class_table(
     names: list,     # of the classes
     below=(),        # of `mark_floors`: `auroc Unknown` and the like are marked
 ):                   # DataFrame, a row a class
-    "Scores a class; shares have Wilson's interval."
+    "Scores a class; shares have their interval over persons."
     import pandas as pd
-    from pahcl.report import number, share_with_interval
-    support, decided = subject['support'], [sum(column) for column in zip(*subject['confusion_matrix'])]
-    of = dict(recall=support, precision=decided, specificity=[sum(support)-s for s in support])
-    cell = lambda k, v, c: share_with_interval(v, of[k][c]) if k in of else number(v)+' ▼'*(f'{k} {names[c]}' in below)
+    from pahcl.report import number, with_interval
+    support, shares = subject['support'], subject['per_class_intervals']
+    def cell(k, v, c):
+        if k in shares: return with_interval(v, shares[k][c])
+        return number(v)+' ▼'*(f'{k} {names[c]}' in below)
     cells = {k: [cell(k, v, c) for c, v in enumerate(values)] for k, values in subject['per_class'].items()}
     return pd.DataFrame(dict(subjects=support) | cells, index=pd.Index(names, name='class'))
 

@@ -79,12 +79,12 @@ def score_level(
     draws=2000,        # of the bootstrap
     seed=0,
     positive=1,        # the class that `youden` and `discriminant_power` speak of
-) -> dict:             # `classification_metrics`, `binary_extras`, `official`; `intervals`: name -> (low, high) or (None, None); `no_interval`: name -> why
+) -> dict:             # `classification_metrics`, `binary_extras`, `official`; `intervals`: name -> (low, high) or (None, None); `no_interval`: name -> why; `per_class_intervals`
     "Every score of one level with 95 % intervals over persons."
     from pahcl.challenge_rules import binary_extras
     from pahcl.metrics import classification_metrics
     from pahcl.resampling import number_persons, resampling_weights
-    from pahcl.uncertainty import bootstrap_scores, drawn_matrices, intervals, official_scores
+    from pahcl.uncertainty import bootstrap_scores, class_intervals, drawn_matrices, intervals, official_scores
     y, decided = rows['label'].to_numpy(int), rows['predicted'].to_numpy()
     index, persons = number_persons(persons_of(rows))
     weights = resampling_weights(persons, draws, seed)
@@ -95,7 +95,9 @@ def score_level(
         matrices = drawn_matrices(y, counted, index, weights, num_classes)
         values['official'] = official_scores(official['name'], matrices)
     found, why = intervals(values, scores, persons)
-    return scores | extras | dict(reasons=scores['reasons'] | extras['reasons'], intervals=found, no_interval=why)
+    shares = class_intervals(y, decided, index, weights, num_classes)
+    return scores | extras | dict(reasons=scores['reasons'] | extras['reasons'], intervals=found, no_interval=why,
+                                  per_class_intervals=shares)
 
 # %% ../nbs/06m_scoring.ipynb #5bdd3638
 def floor_scores(

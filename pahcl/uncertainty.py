@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MADE_UP', 'HELD', 'HELD_OF_22', 'weighted_matrices', 'drawn_matrices', 'divide', 'totals', 'class_scores',
            'correlation', 'matrix_scores', 'official_scores', 'rows_below', 'ordered_pairs', 'weighted_auroc',
-           'running_sum', 'mean_precision', 'weighted_auprc', 'bootstrap_scores', 'intervals', 'no_interval',
-           'class_persons', 'coverage_notes']
+           'running_sum', 'mean_precision', 'weighted_auprc', 'bootstrap_scores', 'intervals', 'class_intervals',
+           'no_interval', 'class_persons', 'coverage_notes']
 
 # %% ../nbs/06f_uncertainty.ipynb #9c236b30
 import numpy as np
@@ -205,6 +205,14 @@ def intervals(
         found[name] = (None, None) if scores.get(name) is None else interval(v, persons)
         if found[name][0] is None: why[name] = no_interval(v, scores.get(name), persons)
     return found, why
+
+def class_intervals(
+    y_true, y_pred, index, weights, num_classes: int,   # as in `drawn_matrices`
+) -> dict:                                              # precision, recall, specificity -> a (low, high) a class
+    "95 % intervals of the shares of each class."
+    values = class_scores(drawn_matrices(y_true, y_pred, index, weights, num_classes))
+    own = lambda v: [interval(v[:, c], weights.shape[1]) for c in range(num_classes)]
+    return {k: own(values[k]) for k in ('precision', 'recall', 'specificity')}
 
 def no_interval(v, score, persons: int) -> str:
     "Why a score has no interval."

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 
 from pahcl.curves import pr_points, roc_figure, roc_points, threshold_counts
 from pahcl.figures import line_style
-from pahcl.report import WORDS, report_page, share_with_interval, words_used
+from pahcl.report import WORDS, report_page, words_used
 
 ROOT = Path(__file__).parents[1]
 units = st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=2, max_size=40).filter(lambda rows: len({ill for ill, _ in rows}) == 2)
@@ -56,9 +56,3 @@ def test_a_page_fetches_nothing_and_hides_no_text():
 def test_every_word_is_found_and_no_part_of_a_word(word):
     told = lambda text: [w.split(':')[0] for w in words_used(text)]
     assert word in told(f'{word} 0.5') and word not in told(f'{word}_more of x{word}')
-
-
-@pytest.mark.parametrize('right, n', [(0, 1), (3, 7), (7, 7)])
-def test_wilson_stays_within_0_and_1(right, n):
-    low, high = map(float, re.findall(r'[\d.]+', share_with_interval(right/n, n).split(' ', 1)[1]))
-    assert 0 <= low <= round(right/n, 3) <= high <= 1 and high-low > .3

@@ -13,7 +13,7 @@ from pahcl.floors import below_floors, demographics, shortcut_floors
 from pahcl.metrics import OFFICIAL, at_levels, auprc, auroc, classification_metrics, made_cycles
 from pahcl import resampling
 from pahcl.resampling import interval, number_persons, p_value, resampling_weights
-from pahcl.uncertainty import bootstrap_scores, class_persons, intervals, matrix_scores, weighted_matrices
+from pahcl.uncertainty import bootstrap_scores, class_intervals, class_persons, intervals, matrix_scores, weighted_matrices
 from scipy import stats
 from sklearn import metrics as sk
 
@@ -45,6 +45,21 @@ def test_every_row_of_weights_is_scored_literally(case):
         for name, values in fast.items():
             if literal[name] is None: assert np.isnan(values[d]), name
             else: assert values[d] == pytest.approx(literal[name], abs=2e-5, rel=1e-6), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(cohort())
+def test_shares_of_a_class_lie_in_their_intervals(case):
+    person, y, p, k = case
+    index, persons = number_persons(person)
+    weights, decided = resampling_weights(persons, draws=200), p.argmax(1)
+    found, scores = class_intervals(y, decided, index, weights, k), classification_metrics(y, p, k)
+    for name, pairs in found.items():
+        for (low, high), share in zip(pairs, scores['per_class'][name]):
+            assert low is None or share is None or -1e-6 <= low <= share+1e-6 and share-1e-6 <= high <= 1+1e-6
+    if k == 2 and persons > 1 and scores['recall'] is not None:
+        ours, _ = intervals(bootstrap_scores(y, p, decided, index, weights), scores, persons)
+        assert found['recall'][1] == ours['recall']
 
 
 @settings(max_examples=60, deadline=None)
