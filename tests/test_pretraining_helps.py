@@ -18,7 +18,7 @@ def test_runs_and_goes_on(work, tmp_path, capsys):
     found = pd.read_csv(tmp_path/'out'/'results.csv')
     assert set(zip(found['setting'], found['start'], found['seed'])) == {(g, s, n) for g in B.SETTINGS for s in ('pretrained', 'random') for n in (1, 2)}
     assert set(found['level']) == {'cycle', 'recording', 'subject'}
-    assert found.groupby('setting')['draw'].nunique().to_dict() == dict(logistic=1, logistic_few_shot=2, few_shot=1, linear=1)
+    assert found.groupby('setting')['draw'].nunique().to_dict() == dict(logistic=1, logistic_phases=1, logistic_few_shot=2, few_shot=1, linear=1)
     paired = pd.read_csv(tmp_path/'out'/'paired.csv')
     rows = found[(found['setting'] == 'linear') & (found['level'] == 'subject')].pivot(index='seed', columns='start', values='f1_macro')
     row = paired[(paired['setting'] == 'linear') & (paired['metric'] == 'f1_macro')].iloc[0]
