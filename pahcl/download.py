@@ -223,7 +223,8 @@ def _circor(folder):
     for patient, row in labels.items():
         one_of(row['Murmur'], ('Present', 'Absent', 'Unknown', ''), f'{path}, column Murmur, patient {patient},')
         one_of(row['Outcome'], ('Normal', 'Abnormal', ''), f'{path}, column Outcome, patient {patient},')
-    person = persons(labels, [r.get('Additional ID', '') for r in labels.values()])
+    second = [r.get('Additional ID', '') for r in labels.values()]
+    person = persons(labels, [_number(i) or i for i in second])
     rows, found = [], Counter()
     for wav in _wavs(folder/'training_data'):
         subject, location = (wav.stem.split('_')+[''])[:2]
@@ -286,9 +287,9 @@ APPENDIX_COLUMNS = ['Challenge record name', 'Original record name', 'Diagnosis'
                     'Class (-1=normal 1=abnormal)', 'Subject ID', '# Raw record']
 
 def _number(cell):
-    "a whole number as text, or ''; a table may have been saved with 98.0 for 98"
-    match = re.fullmatch(r'(\d+)(\.0*)?', cell)
-    return match[1] if match else ''
+    "a whole number as text, or ''; a table may have been saved with 98.0 or 098 for 98"
+    match = re.fullmatch(r'(-?\d+)(\.0*)?', cell)
+    return str(int(match[1])) if match else ''
 
 def person_2016(
     record,     # its name, e.g. `e00002`
@@ -300,9 +301,9 @@ def person_2016(
     if not row: return None
     _, original, diagnosis, label, subject, raw = (row[c] for c in APPENDIX_COLUMNS)
     if folder == 'd': return '2016-d-MARS500' if 'MARS500' in diagnosis else record
-    person = re.match(r'C\d+(?=S)', original)
-    label = {'-1': 'normal', '1': 'abnormal'}.get(label)
-    if folder == 'a' and person: return f'2016-a-{person[0]}'
+    person = re.match(r'C(\d+)(?=S)', original)
+    label = {'-1': 'normal', '1': 'abnormal'}.get(_number(label))
+    if folder == 'a' and person: return f'2016-a-C{int(person[1])}'
     if folder == 'b' and _number(subject): return f'2016-b-{_number(subject)}'
     if folder == 'e' and label and _number(raw): return f'2016-e-{label}-{_number(raw)}'
 
@@ -442,6 +443,8 @@ def _without_withdrawn(table):
     for name, count in table[table.withdrawn].groupby('dataset').size().items():
         logger().info(f'{name}: {count} recordings are left out, as the publisher withdrew them; '
                       'pahcl_preprocess --keep-withdrawn keeps them')
+    if table.withdrawn.all():
+        raise PahclError('all recordings are withdrawn by their publisher. Give --keep-withdrawn to use them all the same.')
     return table[~table.withdrawn].reset_index(drop=True)
 
 # %% ../nbs/00_data_download.ipynb #ca1cf2b9

@@ -177,6 +177,9 @@ def from_task(cls: Cycles,
     lost = [k for k in ('num_classes', 'target_length', 'length_mode') if k not in settings]
     if lost: raise PahclError(f'{folder}/task_config.json has no {", ".join(lost)}. Make it with pahcl_prepare.')
     table = task_table(folder, split, settings['num_classes'])
+    if 'subject_label' not in table and settings.get('dataset') in ('physionet2016', 'pascal'):
+        logger().warning(f'{folder} was prepared when every recording of 2016 and every file of PASCAL\'s set A counted as a person: '
+                         'one person may be on both sides of its split. Run pahcl_preprocess and pahcl_prepare again.')
     packed = open_packed(folder, split, table['file_path'].tolist(), table['valid_length'].tolist(), settings['target_length'])
     labels = ['label', *(['subject_label'] if 'subject_label' in table else [])]   # tasks prepared before it existed have none
     return cls(table[[*TABLE, *labels]].astype(dict.fromkeys(labels, int)), table[BOUNDARIES].to_numpy(np.int32), settings, *packed)

@@ -19,7 +19,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.sparse.csgraph import connected_components
 
 from pahcl.basics import PahclError, logger
-from pahcl.download import COLUMNS, SOURCES, download, pahcl_download, parse_sums, pascal_name, persons, read_annotation, recordings, sittings
+from pahcl.download import (APPENDIX_COLUMNS, COLUMNS, SOURCES, download, pahcl_download, parse_sums, pascal_name, person_2016, persons,
+                            read_annotation, recordings, sittings)
 from pahcl.simulate import simulate_dataset
 
 RAW = os.environ.get('PAHCL_RAW_DIR')
@@ -256,6 +257,8 @@ def test_2016_persons_are_those_of_the_appendix(tmp_path, logged):
     table = recordings(tmp_path, 'physionet2016').set_index('recording_id')
     assert table.person_id.to_dict() == PERSONS | {r: r for r in strange} and (table.subject_id == table.index).all()
     assert [m[:m.index('. The')] for m in logged] == ['physionet2016: it is not known whose recordings these are: 2 of training-a, 1 of training-b, 1 of training-d, 2 of training-e']
+    assert person_2016('e00001', dict.fromkeys(APPENDIX_COLUMNS, '') | {APPENDIX_COLUMNS[3]: '-1.0', '# Raw record': '098'}) == '2016-e-normal-98'
+    assert person_2016('a0001', dict.fromkeys(APPENDIX_COLUMNS, '') | {'Original record name': 'C007S2'}) == '2016-a-C7'
     path = folder/'annotations/Online Appendix_training set.csv'
     path.write_text(APPENDIX.replace('# Raw record', 'Raw record'))
     with pytest.raises(PahclError, match="Online Appendix_training set.csv has no column '# Raw record'"): recordings(tmp_path, 'physionet2016')
@@ -268,6 +271,18 @@ def test_withdrawn_recordings_are_left_out_unless_they_are_asked_for(tmp_path, l
     assert set(table.recording_id) == set(PERSONS)-{'e00002'}
     assert len(logged) == 1 and logged[0].startswith('physionet2016: 1 recordings are left out, as the publisher withdrew them; pahcl_preprocess --keep-withdrawn keeps them')
     assert set(recordings(tmp_path, 'physionet2016', keep_withdrawn=True).recording_id) == set(PERSONS) and len(logged) == 1
+    (folder/'annotations/Recordings need to be removed in training-e.txt').write_text('\n'.join(PERSONS))
+    with pytest.raises(PahclError, match='keep-withdrawn'): recordings(tmp_path, 'physionet2016')
+
+
+def test_a_second_id_saved_as_a_float_is_the_same_person(tmp_path):
+    folder = tmp_path/'circor'
+    simulate_dataset(tmp_path, 'circor', subjects=9, seed=0)
+    table = pd.read_csv(folder/'training_data.csv', dtype=str, keep_default_na=False)
+    first, second = table['Patient ID'][4:6]
+    table.loc[4, 'Additional ID'], table.loc[5, 'Additional ID'] = f'{second}.0', ''
+    table.to_csv(folder/'training_data.csv', index=False)
+    assert recordings(tmp_path, 'circor').set_index('subject_id').person_id.loc[[first, second]].nunique() == 1
 
 
 @given(st.lists(st.integers(0, 3000), max_size=30))

@@ -40,6 +40,15 @@ def house(tmp_path):
 def packs(folder): return sorted(p.name for p in (folder/'.packed').iterdir())
 
 
+def test_a_task_of_the_time_when_records_were_persons_is_told(house, caplog):
+    folder = house/'downstream'/'pascal'
+    with caplog.at_level('WARNING'): Cycles.from_task(folder, 'train')
+    assert 'counted as a person' not in caplog.text
+    table = pd.read_csv(folder/'cycles.csv', dtype=str, keep_default_na=False).drop(columns='subject_label')
+    table.to_csv(folder/'cycles.csv', index=False)
+    with caplog.at_level('WARNING'): Cycles.from_task(folder, 'train')
+    assert 'counted as a person' in caplog.text and 'pahcl_preprocess and pahcl_prepare again' in caplog.text
+
 # ---- batches
 
 def test_batch_against_the_files(kept):
