@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'brier', 'reliability', 'calibration_error', 'with_temperature', 'surprise', 'fit_temperature',
-           'calibration_scores', 'sought', 'decide', 'both_rates', 'sensitivity_goal', 'threshold_goal', 'candidates',
+           'calibration_scores', 'decide', 'both_rates', 'sensitivity_goal', 'threshold_goal', 'candidates',
            'choose_threshold']
 
 # %% ../nbs/06k_calibration.ipynb #7aa3b6b3
@@ -81,13 +81,6 @@ def calibration_scores(
     if not fitted_on: return dict(temperature=None, before=every(probabilities), after=None)
     temperature = fit_temperature(*fitted_on)
     return dict(temperature=temperature, before=every(probabilities), after=every(with_temperature(probabilities, temperature)))
-
-# %% ../nbs/06k_calibration.ipynb #a4dc833c
-def sought(
-    label_map: dict,   # the task's
-) -> int:              # number of the class
-    "The class that is looked for: Present among murmurs, else class 1."
-    return label_map.get('Present', 1)
 
 # %% ../nbs/06k_calibration.ipynb #ad991c50
 def decide(

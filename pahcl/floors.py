@@ -144,17 +144,17 @@ KEPT = ['accuracy', 'f1', 'f1_macro', 'f1_weighted', 'auroc', 'auprc', 'precisio
 
 # %% ../nbs/06i_floors.ipynb #eb916b2e
 def score_floor(
-    levels: dict,      # of `pahcl.metrics.at_levels`
+    levels: dict,      # level -> `pahcl.metrics.Predictions`
     probabilities,     # [subjects, classes]
     official=None,     # an entry of `pahcl.metrics.OFFICIAL`
 ) -> dict:             # scores of subjects, and `official`
     "The scores of a shortcut."
-    rows, k = levels['subject'][0], probabilities.shape[1]
+    rows, k = levels['subject'].table, probabilities.shape[1]
     scores = classification_metrics(rows['label'], probabilities, k)
     areas = dict(per_class=dict(auroc=scores['per_class']['auroc']))
     scores = {m: scores[m] for m in KEPT if m in scores} | areas
     if not official: return scores
-    there = levels[official['level']][0]
+    there = levels[official['level']].table
     decided = pd.Series(probabilities.argmax(1), rows['subject_id'].astype(str)).loc[there['subject_id'].astype(str)].to_numpy()
     return scores | dict(official=official['function'](there['label'].to_numpy(), decided))
 
@@ -197,7 +197,7 @@ def shortcut_answers(
 
 # %% ../nbs/06i_floors.ipynb #14136b31
 def score_floors(
-    levels: dict,    # of `pahcl.metrics.at_levels`
+    levels: dict,    # level -> `pahcl.metrics.Predictions`
     answers: dict,   # of `shortcut_answers`, for the subjects of `levels`
     official=None,   # see `score_floor`
 ) -> dict:           # name -> scores with `without` and `train_subjects`, or dict(reason=…)
@@ -210,7 +210,7 @@ def shortcut_floors(
     task: dict, folder, levels: dict, raw_dir=None, official=None,   # as above
 ) -> dict:                                                           # as `score_floors`
     "Everything that can be had without a network, on the subjects of `levels`."
-    return score_floors(levels, shortcut_answers(task, folder, levels['subject'][0]['subject_id'], raw_dir), official)
+    return score_floors(levels, shortcut_answers(task, folder, levels['subject'].table['subject_id'], raw_dir), official)
 
 # %% ../nbs/06i_floors.ipynb #f4b8b56c
 def below_floors(
