@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from .basics import PahclError, write_text
 from .calibration import choose_threshold, decide, threshold_goal, with_temperature
 from .metrics import (LEVELS, MURMUR_RULES, Predictions, classification_metrics, group_labels,
-                           persons_of, positive_class)
+                           positive_class)
+from .tables import Task
 
 # %% ../nbs/06h_aggregation.ipynb #2d9ef604
 # cycles to recordings, recordings to subjects; see `pahcl.metrics.aggregate`
@@ -35,12 +36,12 @@ def rules_of(
     return {k: v for k, v in RULES.items() if murmur or k not in MURMUR_RULES}
 
 def check_rules(
-    label_map: dict,             # the task's
+    task: Task,
     rule, subject_rule,          # cycles to recordings, recordings to subjects; None: not given
     chosen=(*CHOSEN, 'model'),   # rules of subjects that need more; `model`: bags answer themselves
 ):
     "Raise `PahclError` for a way from cycles to subjects that the task does not have."
-    own = list(rules_of(label_map))
+    own = list(rules_of(task.label_map))
     for flag, name, valid in (('--rule', rule, own), ('--subject-rule', subject_rule, [*own, *chosen])):
         if name is None or name in valid: continue
         raise PahclError(f'{flag} is {name}; here there are {", ".join(valid)}.')
@@ -266,7 +267,7 @@ def add_class_priors(self: Decisions,
 
 # %% ../nbs/06h_aggregation.ipynb #0f9ea281
 def recordings_without_cycles(
-    task,           # a `pahcl.tables.Task`
+    task: Task,
     split: str,
     missing: dict,  # of `Task.without_cycles`
 ):                  # DataFrame of the task's recordings, `label` a number
@@ -323,30 +324,30 @@ def _choose_rule(cls: Decisions,
 
 # %% ../nbs/06h_aggregation.ipynb #9dc32de8
 def check_threshold(
-    how: str,                      # see `pahcl.calibration.threshold_goal`
-    label_map: dict, task: str,
+    how: str,     # see `pahcl.calibration.threshold_goal`
+    task: Task,
 ):
     "Raise `UsageError` for a threshold that cannot be chosen for the task."
-    if how != 'argmax': threshold_goal(how, positive_class(label_map), task)
+    if how != 'argmax': threshold_goal(how, task.positive_class, task.name)
 
 def choose_thresholds(
     how: str,           # see `pahcl.calibration.threshold_goal`; 'argmax': none
     levels,             # level -> `Predictions` of the validation split; None: there is none
-    label_map: dict, task: str,
+    task: Task,
 ) -> dict:              # level -> threshold
     "Choose a threshold for each level."
-    check_threshold(how, label_map, task)
+    check_threshold(how, task)
     if how == 'argmax': return {}
     if levels is None: raise PahclError(f'--threshold {how} needs the validation split, and there is none.')
     choose = lambda own: choose_threshold(own.table['label'].to_numpy(), own.probabilities, how,
-                                          positive_class(label_map), task)
+                                          task.positive_class, task.name)
     return {level: choose(own) for level, own in levels.items()}
 
 # %% ../nbs/06h_aggregation.ipynb #04e368da
 @patch(cls_method=True)
 def make(cls: Decisions,
     predictions: Predictions,   # of the cycles of the split that is reported
-    task,                       # a `pahcl.tables.Task`
+    task: Task,
     split='test',               # name of that split
     validation=None,            # `Predictions` of the validation split beside it
     rule='mean',                # cycles to recordings
@@ -358,7 +359,7 @@ def make(cls: Decisions,
     unheard = recordings_without_cycles(task, split, missing)
     chosen = cls._choose_rule(predictions, validation, task, rule, subject_rule)
     chosen_on = chosen.validation or (chosen.levels if split == 'val' else None)
-    thresholds = choose_thresholds(threshold, chosen_on, task.label_map, task.name)
+    thresholds = choose_thresholds(threshold, chosen_on, task)
     out = replace(chosen, threshold=threshold, thresholds=thresholds, missing=missing, notes=[])
     out = out.add_class_priors(unheard, task.class_priors if len(unheard) else None)
     return out.add_quality(task.recordings).decided()
