@@ -109,10 +109,12 @@ def probes(
     "Scores of the judges on subjects, with intervals over persons."
     import pandas as pd
     from pahcl.probe import judged, judges
-    from pahcl.robustness import scored, subject_frame
+    from pahcl.metrics import Predictions
+    from pahcl.robustness import scored
     y, out = train[0]['label'].to_numpy(), []
     for name, model in judges(min(neighbours, len(y))).items():
-        out.append(dict(probe=name, **scored(subject_frame(test[0], judged(model, train[1], y, test[1], len(label_map))), None, draws, seed)))
+        predictions = Predictions(test[0], judged(model, train[1], y, test[1], len(label_map)), label_map)
+        out.append(dict(probe=name, **scored(predictions.at_level('subject'), None, draws, seed)))
     return pd.DataFrame(out)
 
 # %% ../nbs/06o_representation.ipynb #c3382076
