@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'placements', 'mean_placements', 'normal_p', 'clustered_deviation', 'delong', 'run_shares',
-           'experiment_values', 'experiment_scores', 'over_seeds', 'read_subjects', 'check_pair', 'person_of',
-           'stacked', 'delong_p', 'compare_score', 'compare', 'delong_table']
+           'experiment_values', 'experiment_scores', 'over_seeds', 'read_subjects', 'check_pair', 'stacked', 'delong_p',
+           'compare_score', 'compare', 'delong_table']
 
 # %% ../nbs/06j_compare.ipynb #e776dd15
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import norm, rankdata, wilcoxon
 
 from .basics import PahclError, existing, generator, some
-from .metrics import auroc
+from .metrics import auroc, persons_of
 from .resampling import interval, number_persons, p_value, resampling_weights
 from .uncertainty import bootstrap_scores
 
@@ -154,12 +154,6 @@ def check_pair(
     if len(differs): raise PahclError(f'{both} disagree about the truth of {len(differs)} subjects ({some(sorted(differs), 5, " …")}). {once_more}')
 
 # %% ../nbs/06j_compare.ipynb #4216de93
-def person_of(
-    table,   # of `read_subjects`
-):           # [n]
-    "The person of each subject, or the subject where persons are not known."
-    return table['person_id' if 'person_id' in table else 'subject_id'].astype(str).to_numpy()
-
 def stacked(runs: list):
     "Probabilities of the runs [runs, n, classes]."
     return np.stack([r.filter(like='probability_').to_numpy(float) for r in runs])
@@ -190,7 +184,7 @@ def compare(
 ):                     # (DataFrame, a row a score: a, b, difference (b - a), low, high, p_bootstrap, p_wilcoxon, p_delong; notes)
     "Compare two experiments on the subjects that both were tested on."
     one, runs = next(iter(a.values())), [stacked(list(e.values())) for e in (a, b)]
-    y, (index, persons) = one['label'].to_numpy(int), number_persons(person_of(one))
+    y, (index, persons) = one['label'].to_numpy(int), number_persons(persons_of(one))
     weights = resampling_weights(persons, draws, seed)
     values, alone = [experiment_values(y, r, index, weights) for r in runs], [experiment_scores(y, r) for r in runs]
     rows, notes = [], []
@@ -211,5 +205,5 @@ def delong_table(
     y, runs = tables[0][0]['label'].to_numpy(int), [stacked(t) for t in tables]
     def row(c):
         about = dict(class_name=columns[c].removeprefix('probability_'), subjects=int((y == c).sum()))
-        return about | delong(y == c, runs[0][..., c], runs[1][..., c], person_of(tables[0][0]))
+        return about | delong(y == c, runs[0][..., c], runs[1][..., c], persons_of(tables[0][0]))
     return pd.DataFrame([row(c) for c in (range(1, 2) if len(columns) == 2 else range(len(columns)))])

@@ -13,14 +13,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from .aggregation import check_rules
 from .basics import PahclError, logger, script, some, write_text
 from .evaluate import assess, bag_note, needed, open_model, open_split, seen_note
-from .evaluation_report import Evaluation
-from .metrics import Predictions
 from .tables import Task
 
 # %% ../nbs/06c_ensemble.ipynb #5052e395
@@ -68,6 +62,7 @@ def learnt_weights(
     steps=200,   # of the algorithm; each makes the loss smaller, and the loss has one minimum only
 ):               # [members], at least 0 and summing to 1
     "Weights under which the true classes of validation subjects are most probable, by expectation maximisation (Dempster, Laird & Rubin 1977)."
+    import numpy as np
     of_truth = np.take_along_axis(np.asarray(members, float), np.asarray(y_true)[None, :, None], 2)[..., 0]   # [members, subjects]
     true = np.maximum(of_truth, 1e-12)
     weights = np.full(len(true), 1/len(true))
@@ -80,6 +75,7 @@ def mutual_information(
     weights=None,   # of the members; None: all alike
 ):                  # (mutual information [n], mean entropy [n]) in bits
     "Doubt of the choice of the model, and doubt that all models share."
+    import numpy as np
     members = np.asarray(members, float)
     entropy = lambda p: -(p*np.log2(np.maximum(p, 1e-12))).sum(-1)
     shared = np.average(entropy(members), axis=0, weights=weights)
@@ -93,6 +89,8 @@ def how_far(
     weights=None,   # of the members; None: all alike
 ):                  # DataFrame: agreeing, spread, mutual_information, mean_entropy, votes_<class>
     "How far the members are from one mind about each subject."
+    import numpy as np
+    import pandas as pd
     votes, (between, shared) = each.argmax(2), mutual_information(each, weights)
     spread = np.take_along_axis(each, decided[None, :, None], axis=2)[..., 0].std(0)
     counts = {f'votes_{n}': (votes == c).sum(0) for c, n in enumerate(names)}
@@ -105,6 +103,9 @@ def disagreement(
     weights=None,                     # of the members; None: all alike
 ):                                    # DataFrame, a row a subject, those who agree least first
     "Measure how many members decide as the ensemble does, their spread and mutual information."
+    import numpy as np
+    import pandas as pd
+    from pahcl.metrics import Predictions
     level = lambda p: p.at_level('subject', rule, subject_rule)
     together = level(Predictions.mean(members, rule, subject_rule, weights))
     each = np.stack([level(m).probabilities for m in members])   # [members, subjects, classes]
@@ -128,12 +129,12 @@ def member_scores(
 
 # %% ../nbs/06c_ensemble.ipynb #f85254d6
 def add_members(
-    evaluation: Evaluation,           # of the mean of the members
+    evaluation,                       # `pahcl.scoring.Evaluation` of the mean of the members
     members: list, paths: list,       # `Predictions`, and checkpoints
     told,                             # of `disagreement`
     rule='mean', subject_rule=None,   # see `Predictions.at_levels`
     weights=None,                     # of the members; None: all alike
-) -> Evaluation:                      # with `members` and `agreement`
+):                                    # the same with `members` and `agreement`
     "Add what each member would score alone, and how far they agree."
     share = [1/len(members)]*len(members) if weights is None else [float(w) for w in weights]
     alone = member_scores(members, paths, rule, subject_rule)
@@ -144,12 +145,13 @@ def add_members(
 
 # %% ../nbs/06c_ensemble.ipynb #c95a046b
 def write_ensemble(
-    folder, evaluation: Evaluation,   # with `members` and `agreement`
-    told,                             # of `disagreement`
-    title: str,                       # of the report
-    settings=None,                    # shown in the report
-) -> Path:                            # the folder
+    folder, evaluation,   # of `add_members`
+    told,                 # of `disagreement`
+    title: str,           # of the report
+    settings=None,        # shown in the report
+) -> Path:                # the folder
     "Write the files of an evaluation, and disagreement_subject.csv."
+    import pandas as pd
     results = evaluation.results
     members, share = pd.DataFrame(results['members']).round(3), results['agreement']['all_agree']
     summary = f'All members agree about {share:.0%} of the subjects. Those they agree about least:'
@@ -226,6 +228,8 @@ def ensemble(
     raw_dir=None,                # the folder of raw data, for the floor of demographics
 ) -> dict:                       # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
+    from pahcl.aggregation import check_rules
+    from pahcl.metrics import Predictions
     members, way = load_members(checkpoints), dict(rule=rule, subject_rule=subject_rule)
     cycles, prepared = open_split(task, data_dir, split)
     check_rules(prepared, rule, subject_rule, ())
@@ -269,6 +273,7 @@ def pahcl_ensemble(
     "Evaluate the mean of several fine-tuned checkpoints, and how far they disagree about each subject."
     needed(checkpoints=checkpoints, task=task)
     results = ensemble(checkpoints, task, data_dir, split, output_dir, batch_size, subject_rule=subject_rule, weighted=weighted, raw_dir=raw_dir)
+    from pahcl.evaluation_report import Evaluation
     print(Evaluation(results).summary())
     if weighted: print('Weights: ' + ', '.join(f'{m["checkpoint"]} {m["weight"]:.3f}' for m in results['members']))
     agree, bits = results['agreement']['all_agree'], results['agreement']['mean_mutual_information']

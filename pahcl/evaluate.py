@@ -10,11 +10,7 @@ __all__ = ['open_split', 'seen_note', 'TaskModel', 'open_model', 'bag_note', 'pr
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .aggregation import CHOSEN, Decisions, check_rules, check_threshold
 from .basics import PahclError, UsageError, existing, logger, script, some
-from .evaluation_report import Evaluation
-from .floors import shortcut_answers
-from .metrics import Predictions
 from .tables import Task
 
 # %% ../nbs/06_eval.ipynb #0a6838a4
@@ -57,9 +53,10 @@ class TaskModel:
     def predict(self,
         cycles,          # `pahcl.loader.Cycles` of the task
         batch_size=64,   # only speed and memory depend on it
-    ) -> Predictions:
+    ):                   # `pahcl.metrics.Predictions`
         "Predict each cycle, and with a model of bags each bag."
         from pahcl.classifier import predict
+        from pahcl.metrics import Predictions
         if batch_size < 1: raise PahclError(f'--batch-size is {batch_size}; give 1 or more.')
         own, pick = predict(self.network, cycles, batch_size), lambda p: p[:, self.columns]
         own = {level: pick(p) for level, p in own.items()} if isinstance(own, dict) else pick(own)
@@ -84,6 +81,7 @@ def bag_note(
     used=None,           # what that came to
 ) -> list:               # no or one sentence
     "Which levels the model answers for by itself."
+    from pahcl.aggregation import CHOSEN
     head = saved.get('head', {})
     if head.get('aggregation', 'cycle') == 'cycle': return []
     if subject_rule in CHOSEN and used != 'model': return []   # made from the cycles
@@ -106,13 +104,16 @@ def predict_validation(
 
 # %% ../nbs/06_eval.ipynb #4cb14763
 def assess(
-    predictions: Predictions,   # of the cycles of the split that is reported
+    predictions,          # `Predictions` of the cycles of the split that is reported
     task: Task,
     split='test', validation=None, rule='mean', subject_rule=None, threshold='argmax',   # see `Decisions.make`
-    draws=2000, seed=0,         # of the bootstrap
-    raw_dir=None,               # folder of raw data, for the floor of demographics
-) -> Evaluation:
+    draws=2000, seed=0,   # of the bootstrap
+    raw_dir=None,         # folder of raw data, for the floor of demographics
+):                        # `pahcl.scoring.Evaluation`
     "Decide, score, calibrate, and compare with what can be had without a network."
+    from pahcl.aggregation import Decisions
+    from pahcl.evaluation_report import Evaluation
+    from pahcl.floors import shortcut_answers
     decisions = Decisions.make(predictions, task, split, validation, rule, subject_rule, threshold)
     subjects = decisions.levels['subject'].table['subject_id']
     shortcuts = shortcut_answers(task, subjects, raw_dir)
@@ -147,6 +148,7 @@ def evaluate(
     raw_dir=None,                # the folder of raw data, for the floor of demographics
 ) -> dict:                       # what stands in metrics.json, and `output_dir`
     "Evaluate a checkpoint on a split and write the evaluation's folder."
+    from pahcl.aggregation import check_rules, check_threshold
     path = Path(existing(checkpoint, 'checkpoint', 'Train one with pahcl_finetune.'))
     cycles, prepared = open_split(task, data_dir, split)
     # a misspelt rule is told before the model speaks
@@ -196,6 +198,8 @@ def pahcl_evaluate(
 ):
     "Evaluate a fine-tuned checkpoint: scores of cycles, recordings and subjects with intervals, figures and a report."
     needed(checkpoint=checkpoint, task=task)
+    from pahcl.aggregation import CHOSEN
+    from pahcl.evaluation_report import Evaluation
     if cross_validate is not None:
         if robustness or split != 'test': raise UsageError('--cross-validate goes with neither --robustness nor --split: each fold has a test split of its own.')
         from pahcl.cross_validation import cross_validate as validate

@@ -70,10 +70,11 @@ def split_scores(
 ) -> dict:               # of `classification_metrics`, and `loss` (cross-entropy of cycles, or of the bags that were trained on)
     "Scores of a split at one level."
     import numpy as np
-    from pahcl.metrics import at_levels, metrics_at_levels
-    rows, said = at_levels(table, probabilities)[list(probabilities)[-1] if isinstance(probabilities, dict) else 'cycle']
-    own = said[np.arange(len(rows)), rows['label']]
-    return metrics_at_levels(table, probabilities, num_classes, absent='skip')[level] | dict(loss=float(-np.log(np.maximum(own, 1e-12)).mean()))
+    from pahcl.metrics import Predictions
+    predictions = Predictions(table, probabilities)
+    trained = predictions.at_level(list(predictions.answers)[-1])   # cycles, or the bags
+    own = trained.probabilities[np.arange(len(trained)), trained.table['label']]
+    return predictions.scores(absent='skip')[level] | dict(loss=float(-np.log(np.maximum(own, 1e-12)).mean()))
 
 # %% ../nbs/05_finetune.ipynb #ba61a79e
 TRACKED = ('loss', 'accuracy', 'f1', 'f1_macro', 'auroc', 'auprc', 'precision', 'recall')
@@ -118,9 +119,10 @@ def epoch_figures(
     title: str,            # e.g. 'epoch 3'
 ) -> dict:                 # name -> figure
     "Confusion matrix and curves of a validation split, for the trackers."
-    from pahcl.metrics import at_levels, confusion_matrix
+    from pahcl.metrics import Predictions, confusion_matrix
     from pahcl.curves import confusion_figure, curves_figure
-    names, (rows, said) = sorted(label_map, key=label_map.get), at_levels(table, probabilities)[level]
+    shown = Predictions(table, probabilities, label_map).at_level(level)
+    names, rows, said = shown.class_names, shown.table, shown.probabilities
     matrix, title = confusion_matrix(rows['label'], said.argmax(1), len(names)), f'{title}, {len(rows)} {level}s'
     return {'validation/confusion_matrix': confusion_figure(matrix, names, title), 'validation/curves': curves_figure(rows['label'], said, names, title)}
 
@@ -195,12 +197,14 @@ def final_scores(
     config,                 # a `FinetuneConfig`
 ) -> dict:                  # `test_<metric>` at `evaluation.level`, `levels`, `official`
     "What goes into `final_metrics.json`."
-    from pahcl.metrics import OFFICIAL, at_levels, metrics_at_levels
-    levels = metrics_at_levels(table, probabilities, task['num_classes'])
+    from pahcl.metrics import OFFICIAL, Predictions
+    predictions = Predictions(table, probabilities)
+    levels = predictions.scores()
     out = {f'test_{m}': levels[config.evaluation.level][m] for m in config.evaluation.metrics}
     if official := OFFICIAL.get(task['task_name']):
-        rows, values = at_levels(table, probabilities)[official['level']]
-        out[f'test_{official["name"]}'] = official['function'](rows['label'].to_numpy(), values.argmax(1))
+        scored = predictions.at_level(official['level'])
+        truth, decided = scored.table['label'].to_numpy(), scored.probabilities.argmax(1)
+        out[f'test_{official["name"]}'] = official['function'](truth, decided)
     return out | dict(level=config.evaluation.level, levels=levels)
 
 # %% ../nbs/05_finetune.ipynb #afc59098

@@ -16,7 +16,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .basics import PahclError, write_text
-from .compare import SCORES, check_pair, experiment_scores, experiment_values, person_of, read_subjects, stacked
+from .compare import SCORES, check_pair, experiment_scores, experiment_values, read_subjects, stacked
+from .metrics import persons_of
 from .resampling import interval, number_persons, p_value, resampling_weights
 from .figures import STYLE, save_figure
 from .report import flat
@@ -67,7 +68,7 @@ def variant_rows(
     "Scores of a variant with their intervals over seeds and persons, and its difference to the reference over the seeds that both have."
     one = next(iter(own.values()))
     for table in [*own.values(), *other.values()]: check_pair(one, table, *names)
-    (index, persons), common, rows = number_persons(person_of(one)), [s for s in own if s in other], []
+    (index, persons), common, rows = number_persons(persons_of(one)), [s for s in own if s in other], []
     weights = resampling_weights(persons, draws, seed)
     of = lambda tables: scores_and_draws(tables, index, weights, seed)
     scores, values = of(list(own.values()))

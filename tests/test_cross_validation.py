@@ -27,7 +27,7 @@ def trained(trained_on):
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     "Figures are looked at in test_evaluate.py; here they would take most of the time."
-    monkeypatch.setattr('pahcl.evaluation_report.evaluation_figures', lambda results, levels: {})
+    monkeypatch.setattr('pahcl.scoring.Evaluation.figures', lambda self: {})
 
 
 def best_of(trained, name='downstream'): return trained/'outputs'/f'physionet2016_{name}'/'best_model.pt'

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
-from pahcl.metrics import (OFFICIAL, aggregate, any_present, at_levels, auprc, auroc, bootstrap, classification_metrics, confusion_matrix,
-                           made_cycles, metrics_at_levels, murmur_weighted_accuracy, outcome_cost, precision_sum, sensitivity_specificity_mean)
+from pahcl.metrics import (OFFICIAL, Predictions, aggregate, any_present, auprc, auroc, bootstrap, classification_metrics, confusion_matrix,
+                           made_cycles, murmur_weighted_accuracy, outcome_cost, precision_sum, sensitivity_specificity_mean)
 from sklearn import metrics as sk
 
 
@@ -144,16 +144,16 @@ def test_the_two_loudest_places_speak(case, random):
 def test_levels_weigh_recordings_alike_and_survive_any_order():
     table, p = made_cycles(1, subjects=9)
     keep = np.random.default_rng(0).permutation(len(table))[:150]
-    a, b = at_levels(table, p)['subject'], at_levels(table.iloc[np.arange(len(table))[::-1]], p[::-1])['subject']
-    same(a[1], b[1])
-    assert a[0]['subject_id'].tolist() == b[0]['subject_id'].tolist()
-    some = at_levels(table.iloc[keep], p[keep])
-    for _, row in some['recording'][0].iterrows(): assert row['rows'] == (table.iloc[keep]['recording_id'] == row['recording_id']).sum()
+    a, b = Predictions(table, p).at_level('subject'), Predictions(table.iloc[np.arange(len(table))[::-1]], p[::-1]).at_level('subject')
+    same(a.probabilities, b.probabilities)
+    assert a.table['subject_id'].tolist() == b.table['subject_id'].tolist()
+    some = Predictions(table.iloc[keep], p[keep]).at_level('recording').table
+    for _, row in some.iterrows(): assert row['rows'] == (table.iloc[keep]['recording_id'] == row['recording_id']).sum()
     long = table.assign(copy=0)
     first = table['recording_id'] == table['recording_id'].iloc[0]
     twice = np.concatenate([np.arange(len(table)), np.flatnonzero(first)])  # one location recorded twice as long
-    same(at_levels(long.iloc[twice], p[twice])['subject'][1], a[1])
-    numbers = metrics_at_levels(table, p, 3)
+    same(Predictions(long.iloc[twice], p[twice]).at_level('subject').probabilities, a.probabilities)
+    numbers = Predictions(table, p).scores()
     assert [numbers[k]['n'] for k in ('cycle', 'recording', 'subject')] == [len(table), table['recording_id'].nunique(), 9]
 
 
