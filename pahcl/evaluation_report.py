@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from .basics import some, write_json, write_text
-from .scoring import COMPARED, INTERVALS, all_floors, class_areas, class_names
+from .scoring import all_floors, class_areas, class_names
 
 # %% ../nbs/06t_evaluation_report.ipynb #82da7f77
 WHO = ('fold', 'subject_id', 'person_id', 'recording_id', 'location', 'file_path', 'signal_quality')
@@ -39,7 +39,9 @@ def best_floor(
     name: str,       # a score
 ):                   # (its greatest value among the floors, that floor's name), or (None, '')
     "The floor that is hardest to beat."
-    known = [(s[name], floor) for floor, s in all_floors(results).items() if s.get(name) is not None and name in COMPARED]
+    from pahcl.metrics import metric_names
+    if name not in metric_names('compare'): return None, ''
+    known = [(s[name], floor) for floor, s in all_floors(results).items() if s.get(name) is not None]
     return max(known, key=lambda k: k[0]) if known else (None, '')
 
 # %% ../nbs/06t_evaluation_report.ipynb #7002c526
@@ -48,9 +50,10 @@ def level_column(
     level: str,     # cycle, recording or subject
 ) -> list:          # a cell a score
     "Scores with intervals; ▼ marks a subjects' score that does not exceed its floor."
+    from pahcl.metrics import metric_names
     from pahcl.report import with_interval
     scores, below = results['levels'][level], results.get('below_floor', {}) if level == 'subject' else {}
-    return [with_interval(scores[k], scores['intervals'][k]) + (' ▼' if k in below else '') for k in INTERVALS]
+    return [with_interval(scores[k], scores['intervals'][k]) + (' ▼' if k in below else '') for k in metric_names('interval')]
 
 # %% ../nbs/06t_evaluation_report.ipynb #5e1f0b02
 def class_table(
@@ -74,12 +77,14 @@ def score_tables(
 ):                  # (scores of the levels and the floor, scores a class of subjects)
     "The report's tables: what is shown to people."
     import pandas as pd
+    from pahcl.metrics import metric_names
     from pahcl.report import number
+    names = metric_names('interval')
     columns = {f'{level}s (n = {results["n"][level]:,})': level_column(results, level) for level in ('subject', 'recording', 'cycle')}
-    floors = [best_floor(results, k) for k in INTERVALS]
+    floors = [best_floor(results, k) for k in names]
     columns['best floor (subjects)'] = [f'{number(v)} ({name})' if name else '–' for v, name in floors]
     classes = class_table(results['levels']['subject'], class_names(results['label_map']), results.get('below_floor', ()))
-    return pd.DataFrame(columns, index=pd.Index(INTERVALS, name='score')), classes
+    return pd.DataFrame(columns, index=pd.Index(names, name='score')), classes
 
 # %% ../nbs/06t_evaluation_report.ipynb #935ac8dd
 def below_text(results: dict) -> str:

@@ -107,7 +107,7 @@ def scored(
     draws=2000, seed=0,
 ) -> dict:           # subjects, and each score with `_low`, `_high`, and its difference with both
     "The scores of a condition; both are drawn alike, so that what a draw of persons does to both cancels in the difference."
-    from pahcl.compare import SCORES, experiment_values, person_of, stacked
+    from pahcl.compare import experiment_values, paired_scores, person_of, stacked
     from pahcl.resampling import interval, number_persons, resampling_weights
     y, out = subjects['label'].to_numpy(int), dict(subjects=len(subjects))
     index, persons = number_persons(person_of(subjects))
@@ -117,7 +117,7 @@ def scored(
     def add(name, values):
         found = float(values[0]), *interval(values, persons)
         out.update(zip((name, f'{name}_low', f'{name}_high'), found))
-    for s in SCORES:
+    for s in paired_scores():
         add(s, own[s])
         if other: add(f'{s}_difference', own[s]-other[s])
     return out

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .basics import PahclError, write_text
-from .compare import SCORES, check_pair, experiment_scores, experiment_values, person_of, read_subjects, stacked
+from .compare import check_pair, experiment_scores, experiment_values, paired_scores, person_of, read_subjects, stacked
 from .resampling import interval, number_persons, p_value, resampling_weights
 from .figures import STYLE, save_figure
 from .report import flat
@@ -49,7 +49,7 @@ def scores_and_draws(
 # %% ../nbs/06r_variant_table.ipynb #003b06e2
 def difference_of(
     first, second,   # of `scores_and_draws`: the reference, the variant
-    score: str,      # of `SCORES`
+    score: str,      # of `paired_scores`
     persons: int,    # as many as were resampled
 ) -> dict:           # difference (second - first), its interval, p
     "How a variant differs from the reference in one score."
@@ -72,7 +72,7 @@ def variant_rows(
     of = lambda tables: scores_and_draws(tables, index, weights, seed)
     scores, values = of(list(own.values()))
     pair = [of([e[s] for s in common]) for e in (other, own)] if common else None
-    for s in SCORES:
+    for s in paired_scores():
         low, high = interval(values[s], persons)
         deviation = float(scores[s].std(ddof=1)) if len(own) > 1 else None
         rows.append(dict(score=s, mean=float(scores[s].mean()), deviation=deviation, low=low, high=high) | (difference_of(*pair, s, persons) if pair else {}))
@@ -106,7 +106,7 @@ def rows_of_variant(
     "What the table says of one variant on one task."
     own, missing = trained_runs(a, variant, task, folder)
     about = dict(task=task, variant=variant, changes=changed(a.variants[variant]), seeds_asked=len(a.seeds), seeds=len(own), missing='; '.join(missing))
-    if not own: return [about | dict(score=s) for s in SCORES]
+    if not own: return [about | dict(score=s) for s in paired_scores()]
     names, subjects = (f'{task}_{variant}', f'{task}_{a.reference}'), len(next(iter(own.values())))
     return [about | dict(subjects=subjects) | r for r in variant_rows(own, {} if variant == a.reference else reference, names, draws, seed)]
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
-from pahcl.metrics import (OFFICIAL, aggregate, any_present, at_levels, auprc, auroc, bootstrap, classification_metrics, confusion_matrix,
-                           made_cycles, metrics_at_levels, murmur_weighted_accuracy, outcome_cost, precision_sum, sensitivity_specificity_mean)
+from pahcl.metrics import (OFFICIAL, aggregate, any_present, at_levels, bootstrap, classification_metrics, confusion_matrix, made_cycles,
+                           metrics_at_levels, murmur_weighted_accuracy, outcome_cost, precision_sum, sensitivity_specificity_mean)
+from pahcl.ranking import auprc, auroc
 from sklearn import metrics as sk
 
 
