@@ -209,9 +209,10 @@ def delong_table(
 ):                     # DataFrame, a row a class: auroc_a, auroc_b, difference, low, high, p
     "DeLong's test of each class against the rest; of two classes, of the second alone."
     tables = [list(e.values()) for e in (a, b)]
-    columns = [c for c in tables[0][0] if c.startswith('probability_')]
-    y, runs = tables[0][0]['label'].to_numpy(int), [stacked(t) for t in tables]
+    one, runs = tables[0][0], [stacked(t) for t in tables]
+    names = [c.removeprefix('probability_') for c in one if c.startswith('probability_')]
+    y, persons = one['label'].to_numpy(int), person_of(one)
     def row(c):
-        about = dict(class_name=columns[c].removeprefix('probability_'), subjects=int((y == c).sum()))
-        return about | delong(y == c, runs[0][..., c], runs[1][..., c], person_of(tables[0][0]))
-    return pd.DataFrame([row(c) for c in (range(1, 2) if len(columns) == 2 else range(len(columns)))])
+        test = delong(y == c, runs[0][..., c], runs[1][..., c], persons)
+        return dict(class_name=names[c], subjects=int((y == c).sum())) | test
+    return pd.DataFrame([row(c) for c in (range(1, 2) if len(names) == 2 else range(len(names)))])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PRINTED', 'trained_runs', 'scores_and_draws', 'difference_of', 'variant_rows', 'holm', 'changed',
-           'rows_of_variant', 'ablation_table', 'cell', 'printed', 'draw_variants', 'ablation_figure', 'table_notes',
+           'rows_of_variant', 'ablation_table', 'printed', 'draw_variants', 'ablation_figure', 'table_notes',
            'write_ablation']
 
 # %% ../nbs/06r_variant_table.ipynb #23a8fa59
@@ -19,8 +19,7 @@ from .basics import PahclError, write_text
 from .compare import check_pair, experiment_scores, experiment_values, paired_scores, person_of, read_subjects, stacked
 from .resampling import interval, number_persons, p_value, resampling_weights
 from .figures import STYLE, save_figure
-from .report import flat
-from .summarize import p_text, write_table
+from .report import flat, p_text, with_interval, write_table
 
 # %% ../nbs/06r_variant_table.ipynb #dbe20fa7
 def trained_runs(
@@ -128,15 +127,6 @@ def ablation_table(
     table['p_holm'] = table.groupby(['task', 'score'])['p'].transform(lambda p: holm(p))
     return table
 
-# %% ../nbs/06r_variant_table.ipynb #87902b2e
-def cell(
-    mean, low, high,   # numbers; NaN where there is none
-    sign='',           # '+': also before what is above 0
-) -> str:
-    "A number with its interval, or a dash."
-    if pd.isna(mean): return '–'
-    return f'{mean:{sign}.3f}' + ('' if pd.isna(low) else f' [{low:{sign}.3f}, {high:{sign}.3f}]')
-
 # %% ../nbs/06r_variant_table.ipynb #8e6e0a31
 PRINTED = dict(f1_macro='F1 macro', auroc='AUROC')
 
@@ -151,7 +141,8 @@ def printed(
         row = {'Task': task, 'Variant': variant, 'Changes': first['changes'], 'Seeds': f'{first["seeds"]} of {first["seeds_asked"]}'}
         for s, name in PRINTED.items():
             alone, gap = by.loc[s, ['mean', 'low', 'high']], by.loc[s, ['difference', 'difference_low', 'difference_high']]
-            row |= {name: cell(*alone), f'Δ {name}': cell(*gap, '+'), f'p {name}': p_text(by.loc[s, 'p_holm'])}
+            row |= {name: with_interval(alone.iloc[0], alone.iloc[1:]), f'Δ {name}': with_interval(gap.iloc[0], gap.iloc[1:], sign='+'),
+                    f'p {name}': p_text(by.loc[s, 'p_holm'])}
         rows.append(row | {'Missing': first['missing'] or '–'})
     out = pd.DataFrame(rows)
     return out.drop(columns='Missing') if (out['Missing'] == '–').all() else out
