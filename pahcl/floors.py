@@ -151,9 +151,9 @@ def score_floor(
     areas = dict(per_class=dict(auroc=scores['per_class']['auroc']))
     scores = {m: scores[m] for m in metric_names('interval')} | areas
     if not official: return scores
-    there = levels[official['level']][0]
+    there = levels[official.level][0]
     decided = pd.Series(probabilities.argmax(1), rows['subject_id'].astype(str)).loc[there['subject_id'].astype(str)].to_numpy()
-    return scores | dict(official=official['function'](there['label'].to_numpy(), decided))
+    return scores | dict(official=official.of_decisions(there['label'].to_numpy(), decided))
 
 # %% ../nbs/06i_floors.ipynb #08290540
 def training_subjects(
