@@ -73,12 +73,12 @@ def fit_temperature(
 
 # %% ../nbs/06k_calibration.ipynb #5f975a1d
 LESS = dict(roles=(), higher_is_better=False)
-register_metric('calibration_error', 'probabilities', 'mean gap between how sure it is and how often it is right: '
-                '0 is honest', **LESS)(calibration_error)
-register_metric('brier', 'probabilities', 'squared distance between probabilities and truth; lower is better',
-                **LESS)(brier)
-register_metric('surprise', 'probabilities', 'mean of −log(probability given to the truth); lower is better',
-                **LESS)(surprise);
+register_metric('calibration_error', 'probabilities', 'mean gap between how sure it is and how often '
+                'it is right: 0 is honest', **LESS)(calibration_error)
+register_metric('brier', 'probabilities', 'squared distance between probabilities and truth; '
+                'lower is better', **LESS)(brier)
+register_metric('surprise', 'probabilities', 'mean of −log(probability given to the truth); '
+                'lower is better', **LESS)(surprise);
 
 # %% ../nbs/06k_calibration.ipynb #e6291c66
 def calibration_scores(

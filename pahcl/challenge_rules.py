@@ -21,22 +21,23 @@ UNSURE = -1   # the answer that is neither normal nor abnormal
 def quality_weighted_rate(
     y_true, y_pred, noisy,   # arrays, as in `quality_weighted_mean`
     c: int,                  # class
-    weights: dict,           # class -> share of its recordings that is clean; of others that at hand
-):                           # share of the class that is answered right, or None where nobody has it
+    weights: dict,           # class -> share of its recordings that is clean, where it is given
+):                           # share of the class answered right; None where nobody has it
     "Sensitivity (class 1) or specificity (class 0) with the signal-quality rules."
     own, right = y_true == c, (y_pred == c) | (noisy & (y_pred == UNSURE))
     if not own.any(): return None
     share = weights.get(c, (own & ~noisy).sum()/own.sum())
     parts = [(share, own & ~noisy), (1-share, own & noisy)]
     if empty := [w for w, part in parts if w and not part.any()]:
-        raise PahclError(f'class {c} has no recording of a quality that weighs {empty[0]:.3f}. Leave weights out.')
+        raise PahclError(f'class {c} has no recording of a quality that weighs {empty[0]:.3f}. '
+                         'Leave weights out.')
     return sum(w*right[part].mean() for w, part in parts if w)
 
 def quality_weighted_mean(
     y_true,        # true classes of recordings [n]: 1 abnormal, 0 normal
     y_pred,        # answers [n]: 1 abnormal, 0 normal, `UNSURE`
     noisy,         # booleans [n]: quality label is poor
-    weights=None,  # {class: share of its recordings that is clean}; None: the shares of these recordings.
+    weights=None,  # {class: share of its recordings that is clean}; None: the shares at hand.
                    # The challenge took those of its hidden test set
 ) -> dict:         # score, sensitivity, specificity; None where a class is absent
     "PhysioNet/CinC 2016's score with its signal-quality rules."
@@ -62,10 +63,11 @@ def by_quality(
                       # `unsure`, `unlabelled`: how many recordings
     "What the rule gives for clean and for noisy recordings alone."
     y_true, y_pred, quality = np.asarray(y_true), np.asarray(y_pred), np.asarray(quality, object)
-    unlabelled = ~np.isin(quality, ['good', 'poor'])
-    noisy, out = quality == 'poor', dict(unsure=int((y_pred == UNSURE).sum()), unlabelled=int(unlabelled.sum()))
+    noisy, unlabelled = quality == 'poor', ~np.isin(quality, ['good', 'poor'])
+    out = dict(unsure=int((y_pred == UNSURE).sum()), unlabelled=int(unlabelled.sum()))
     for name, own in (('good', ~noisy), ('poor', noisy)):
-        out[name] = dict(recordings=int(own.sum())) | quality_weighted_mean(y_true[own], y_pred[own], noisy[own])
+        scores = quality_weighted_mean(y_true[own], y_pred[own], noisy[own])
+        out[name] = dict(recordings=int(own.sum())) | scores
     return out
 
 # %% ../nbs/02c_challenge_rules.ipynb #585d2b1b
@@ -100,7 +102,8 @@ def binary_extras(
     se, sp = sensitivity_specificity(np.asarray(y_true) == positive, np.asarray(y_pred) == positive)
     scores = dict(youden=youden(se, sp), discriminant_power=discriminant_power(se, sp))
     why = 'the truth has one class only'
-    if None not in (se, sp): why = f'sensitivity {se:.3f} or specificity {sp:.3f} is 0 or 1, where it is infinite'
+    if None not in (se, sp):
+        why = f'sensitivity {se:.3f} or specificity {sp:.3f} is 0 or 1, where it is infinite'
     return scores | dict(reasons={k: why for k, v in scores.items() if v is None})
 
 # %% ../nbs/02c_challenge_rules.ipynb #9d866174

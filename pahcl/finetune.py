@@ -83,7 +83,8 @@ def validation_scores(
     from pahcl.metrics import metric_names
     score, instead = scores[primary], 'the accuracy chooses the best epoch instead.'
     if score is None: logger().warning(f'WARNING: {primary} is undefined on the validation split (one class only); {instead}')
-    return {k: scores[k] for k in dict.fromkeys(('loss', *metric_names('tracked'), primary))} | dict(score=scores['accuracy'] if score is None else score)
+    kept = {k: scores[k] for k in dict.fromkeys(('loss', *metric_names('tracked'), primary))}
+    return kept | dict(score=scores['accuracy'] if score is None else score)
 
 # %% ../nbs/05_finetune.ipynb #7667fdeb
 def training_scores(

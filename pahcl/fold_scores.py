@@ -55,7 +55,8 @@ def part_scores(
     pick = lambda of: {m: of[m] for m in metric_names('paired') if m in of}
     told = dict(subjects=own['n'], support=own['support'], **pick(own), intervals=pick(own['intervals']), reasons=pick(own['reasons']))
     kept = {k: official[k] for k in ('name', 'value', 'low', 'high') if k in official}
-    return told | dict(official=kept or None, best_floor={m: best_floor(results, m) for m in metric_names('paired')}, below_floor=results['below_floor'])
+    best = {m: best_floor(results, m) for m in metric_names('paired')}
+    return told | dict(official=kept or None, best_floor=best, below_floor=results['below_floor'])
 
 # %% ../nbs/06u_fold_scores.ipynb #eed53896
 def part_of(

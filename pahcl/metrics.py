@@ -61,16 +61,19 @@ def check_metric(
 ):
     "Raise `PahclError` where a metric cannot be what it says."
     known = METRICS.get(metric.name)
-    same = known and known.function.__qualname__ == metric.function.__qualname__   # a cell run again
-    if known and not same: raise PahclError(f'two metrics are called {metric.name}.')
+    again = known and known.function.__qualname__ == metric.function.__qualname__   # of a notebook
+    if known and not again: raise PahclError(f'two metrics are called {metric.name}.')
     if metric.kind not in METRIC_KINDS:
-        raise PahclError(f'{metric.name}: no such kind: {metric.kind!r}. Use one of {", ".join(METRIC_KINDS)}.')
+        known = ', '.join(METRIC_KINDS)
+        raise PahclError(f'{metric.name}: no such kind: {metric.kind!r}. Use one of {known}.')
     if odd := [r for r in metric.roles if r not in METRIC_ROLES]:
-        raise PahclError(f'{metric.name}: no such role: {odd[0]!r}. Use some of {", ".join(METRIC_ROLES)}.')
-    if metric.kind not in FROM_MATRICES and not metric.weighted and {'interval', 'paired'} & {*metric.roles}:
+        known = ', '.join(METRIC_ROLES)
+        raise PahclError(f'{metric.name}: no such role: {odd[0]!r}. Use some of {known}.')
+    drawn = {'interval', 'paired'} & {*metric.roles}
+    if drawn and metric.kind not in FROM_MATRICES and not metric.weighted:
         raise PahclError(f'{metric.name} has no interval without a function `weighted`.')
     if 'primary' in metric.roles and not metric.higher_is_better:
-        raise PahclError(f'{metric.name} cannot choose an epoch: of a primary metric more is better.')
+        raise PahclError(f'{metric.name} cannot choose an epoch: less of it is better.')
 
 # %% ../nbs/02b_metrics.ipynb #23c06b2d
 def register_metric(
@@ -83,10 +86,11 @@ def register_metric(
 ):                  # decorator of the metric's function, which stays as it is
     """Make a metric known to scores, intervals, reports, comparisons and the configuration.
 
-    The function of a kind of `FROM_MATRICES` takes a stack of confusion matrices, rows are the truth,
-    and gives a number a draw, or one a draw and class. That of 'ranking' takes (truth, score) of one class
-    against the rest, that of 'probabilities' (true classes, probabilities); with `weighted` these take the
-    person of each row and weights [draws, persons] as well, and give a number a draw.
+    The function of a kind of `FROM_MATRICES` takes a stack of confusion matrices, rows are the
+    truth, and gives a number a draw, or one a draw and class. That of 'ranking' takes (truth,
+    score) of one class against the rest, that of 'probabilities' (true classes, probabilities);
+    `weighted` takes the person of each row and weights [draws, persons] as well, and gives a
+    number a draw.
     """
     def register(function):
         at = max((m.place for m in METRICS.values()), default=-1)+1 if place is None else place
@@ -106,7 +110,7 @@ def metric_names(
     return [m.name for m in sorted(found, key=lambda m: m.place)]
 
 def drawn_metrics() -> list:
-    "The metrics that are computed of every draw: of whole matrices, then by class, then of probabilities."
+    "The metrics that are computed of every draw: of matrices, by class, of probabilities."
     kinds = (('matrices', 'class means'), ('classes',), ('ranking',), ('probabilities',))
     drawn = [m for m in METRICS.values() if {'interval', 'paired'} & {*m.roles}]
     return [m for kind in kinds for m in drawn if m.kind in kind]
@@ -134,7 +138,8 @@ def matrix_totals(
     matrices,   # [draws, classes, classes], rows are the truth
 ) -> MatrixTotals:
     "Add up a stack of confusion matrices."
-    return MatrixTotals(matrices.sum((1, 2)), np.einsum('dii->di', matrices), matrices.sum(2), matrices.sum(1))
+    hits = np.einsum('dii->di', matrices)
+    return MatrixTotals(matrices.sum((1, 2)), hits, matrices.sum(2), matrices.sum(1))
 
 # %% ../nbs/02b_metrics.ipynb #d5d33d4e
 def none_for_nan(
@@ -159,7 +164,8 @@ def of_decisions(self: Metric,
     classes=None,   # as many; None: as the challenge has
 ):                  # float or None
     "Score decisions."
-    return none_for_nan(self.of_matrices(confusion_matrix(y_true, y_pred, classes or self.classes)[None])[0])
+    matrix = confusion_matrix(y_true, y_pred, classes or self.classes)
+    return none_for_nan(self.of_matrices(matrix[None])[0])
 
 # %% ../nbs/02b_metrics.ipynb #e32c9d26
 @patch
@@ -177,11 +183,12 @@ def of_draws(self: Metric,
 
 @patch
 def __getitem__(self: Metric, key: str):
-    "A field by its name, and the score of decisions as `function`, for callers that take dictionaries."
+    "A field by its name, and `of_decisions` as `function`, for callers that take dictionaries."
     return self.of_decisions if key == 'function' else getattr(self, key)
 
 # %% ../nbs/02b_metrics.ipynb #6e42e482
-@register_metric('accuracy', 'matrices', 'share of right decisions; a rare illness hardly counts in it',
+@register_metric('accuracy', 'matrices',
+                 'share of right decisions; a rare illness hardly counts in it',
                  roles=('primary', 'interval', 'compare', 'paired', 'tracked'), place=0)
 def accuracies(
     matrices,   # [draws, classes, classes], rows are the truth
@@ -191,7 +198,8 @@ def accuracies(
     return divide(t.hits.sum(1), t.total)
 
 # %% ../nbs/02b_metrics.ipynb #a5b64a76
-@register_metric('precision', 'classes', 'of those called ill, the share that is: positive predictive value, '
+@register_metric('precision', 'classes',
+                 'of those called ill, the share that is: positive predictive value, '
                  'higher where illness is common; with three classes the mean over classes',
                  roles=('primary', 'interval', 'tracked', 'share'), place=6)
 def class_precisions(
@@ -202,7 +210,8 @@ def class_precisions(
     return np.where(t.support > 0, np.nan_to_num(divide(t.hits, t.decided)), np.nan)
 
 # %% ../nbs/02b_metrics.ipynb #4645de97
-@register_metric('recall', 'classes', 'of the ill, the share that is found (sensitivity); '
+@register_metric('recall', 'classes',
+                 'of the ill, the share that is found (sensitivity); '
                  'with three classes the mean over classes',
                  roles=('primary', 'interval', 'tracked', 'share'), place=7)
 def class_recalls(
@@ -213,8 +222,9 @@ def class_recalls(
     return divide(t.hits, t.support)
 
 # %% ../nbs/02b_metrics.ipynb #b448ff6e
-@register_metric('specificity', 'classes', 'of those who do not have the class, the share that is not said to '
-                 'have it; with three classes the mean over classes',
+@register_metric('specificity', 'classes',
+                 'of those who do not have the class, the share that is not said to have it; '
+                 'with three classes the mean over classes',
                  roles=('primary', 'interval', 'share'), two_classes=True, place=8)
 def class_specificities(
     matrices,   # [draws, classes, classes], rows are the truth
@@ -225,11 +235,14 @@ def class_specificities(
     return divide(rest-t.decided+t.hits, rest)
 
 # %% ../nbs/02b_metrics.ipynb #08fe5e03
-@register_metric('f1_macro', 'class means', 'mean of the classes\' F1: a rare class counts as much as a common '
-                 'one; with few persons it comes out a little too low',
+@register_metric('f1_macro', 'class means',
+                 'mean of the classes\' F1: a rare class counts as much as a common one; '
+                 'with few persons it comes out a little too low',
                  roles=('primary', 'interval', 'compare', 'paired', 'tracked'), place=2)
-@register_metric('f1', 'classes', 'harmonic mean of precision and recall of the ill; with three classes the mean '
-                 'over classes', roles=('primary', 'interval', 'compare', 'tracked'), place=1)
+@register_metric('f1', 'classes',
+                 'harmonic mean of precision and recall of the ill; '
+                 'with three classes the mean over classes',
+                 roles=('primary', 'interval', 'compare', 'tracked'), place=1)
 def class_f1(
     matrices,   # [draws, classes, classes], rows are the truth
 ):              # [draws, classes]; NaN for a class absent from the truth
@@ -238,7 +251,8 @@ def class_f1(
     return np.where(t.support > 0, divide(2*t.hits, t.support+t.decided), np.nan)
 
 # %% ../nbs/02b_metrics.ipynb #d8f0a826
-@register_metric('f1_weighted', 'matrices', 'mean of the classes\' F1, each class counted by its size', place=3)
+@register_metric('f1_weighted', 'matrices',
+                 'mean of the classes\' F1, each class counted by its size', place=3)
 def weighted_f1(
     matrices,   # [draws, classes, classes], rows are the truth
 ):              # [draws]
@@ -247,13 +261,18 @@ def weighted_f1(
     return divide(np.nansum(t.support*class_f1(matrices), 1), t.total)
 
 # %% ../nbs/02b_metrics.ipynb #faef6068
-register_metric('auroc', 'ranking', 'chance that an ill subject scores higher than a healthy one (0.5 is guessing, '
-                '1 perfect); with three classes the mean of each against the rest', weighted=weighted_auroc,
-                roles=('primary', 'interval', 'compare', 'paired', 'tracked'), place=4)(auroc)
-register_metric('auprc', 'ranking', 'average precision over all thresholds: a blind answer gets the share of the '
-                'ill', weighted=weighted_auprc, roles=('primary', 'interval', 'compare', 'tracked'), place=5)(auprc)
-register_metric('uar', 'class means', 'unweighted average recall: with two classes the mean of sensitivity and '
-                'specificity', roles=('primary', 'interval', 'compare', 'paired'), place=9)(class_recalls);
+register_metric('auroc', 'ranking',
+                'chance that an ill subject scores higher than a healthy one (0.5 is guessing, '
+                '1 perfect); with three classes the mean of each against the rest',
+                roles=('primary', 'interval', 'compare', 'paired', 'tracked'),
+                weighted=weighted_auroc, place=4)(auroc)
+register_metric('auprc', 'ranking',
+                'average precision over all thresholds: a blind answer gets the share of the ill',
+                roles=('primary', 'interval', 'compare', 'tracked'),
+                weighted=weighted_auprc, place=5)(auprc)
+register_metric('uar', 'class means', 'unweighted average recall: with two classes the mean of '
+                'sensitivity and specificity', place=9,
+                roles=('primary', 'interval', 'compare', 'paired'))(class_recalls);
 
 # %% ../nbs/02b_metrics.ipynb #90e8a3d3
 @register_metric('mcc', 'matrices', 'correlation of decision and truth: 0 is guessing, 1 perfect',
@@ -261,7 +280,10 @@ register_metric('uar', 'class means', 'unweighted average recall: with two class
 def matthews_correlations(
     matrices,   # [draws, classes, classes], rows are the truth
 ):              # [draws], -1 to 1; 0 for constant decisions; NaN where the truth has one class only
-    "Matthews' coefficient for any number of classes (Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006)."
+    """Matthews' correlation coefficient for any number of classes.
+
+    Source: Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006.
+    """
     t = matrix_totals(matrices)
     spread_truth = t.total**2-(t.support**2).sum(1)
     spread_decided = t.total**2-(t.decided**2).sum(1)
@@ -343,6 +365,11 @@ def why_undefined(
 
 # %% ../nbs/02b_metrics.ipynb #fd24373c
 @patch
+def by_class(self: Metric) -> bool:
+    "Whether it is first scored class by class."
+    return self.kind in ('classes', 'class means', 'ranking')
+
+@patch
 def of_classes(self: Metric,
     y_true, probabilities,   # true classes [n], and [n, classes]
     matrix,                  # confusion matrix [classes, classes]
@@ -369,30 +396,33 @@ def classification_metrics(
     y_true,            # true classes, integers [n]
     probabilities,     # [n, num_classes]; the decision is the most probable class
     num_classes: int,  # classes of the task, also those that do not occur here
-    absent='none',     # means over classes where one is absent: 'none' (undefined, the honest report)
-                       # or 'skip' (mean of the others, for choosing an epoch)
-    decided=None,      # decided classes [n], where a threshold decides; None: the most probable class
+    absent='none',     # means over classes where one is absent: 'none' (undefined, the honest
+                       # report) or 'skip' (mean of the others, for choosing an epoch)
+    decided=None,      # decided classes [n]; None: the most probable class
 ) -> dict:             # the scores; undefined ones are None, and why stands in `reasons`
     """Score a classification by every metric there is.
 
-    With two classes `f1`, `precision`, `recall`, `specificity`, `auroc` and `auprc` speak of class 1, with
-    more they are means over classes.
+    With two classes `f1`, `precision`, `recall`, `specificity`, `auroc` and `auprc` speak of
+    class 1, with more they are means over classes.
     """
     y_true, probabilities = checked(y_true, probabilities, num_classes)
-    matrix = confusion_matrix(y_true, probabilities.argmax(1) if decided is None else decided, num_classes)
-    shown = [METRICS[name] for name in metric_names('primary', 'interval')]
-    single = [m for m in shown if m.kind in ('matrices', 'probabilities')]
-    by_class = {m.name: m.of_classes(y_true, probabilities, matrix) for m in shown if m not in single}
-    scores = {m.name: m.of_answer(y_true, probabilities, matrix, by_class.get(m.name), absent) for m in shown}
-    per_class = {n: by_class[n] for n in METRICS if n in by_class and METRICS[n].kind != 'class means'}
-    counts = dict(confusion_matrix=matrix.tolist(), support=matrix.sum(1).tolist(), per_class=per_class,
-                  n=len(y_true), f1_macro_union=f1_macro_union(matrix))
+    decided = probabilities.argmax(1) if decided is None else decided
+    matrix = confusion_matrix(y_true, decided, num_classes)
+    answer, shown = (y_true, probabilities, matrix), metric_names('primary', 'interval')
+    classwise = [m for m in METRICS.values() if m.name in shown and m.by_class()]
+    values = {m.name: m.of_classes(*answer) for m in classwise}
+    scores = {n: METRICS[n].of_answer(*answer, values.get(n), absent) for n in shown}
+    per_class = {m.name: values[m.name] for m in classwise if m.kind != 'class means'}
+    counts = dict(confusion_matrix=matrix.tolist(), support=matrix.sum(1).tolist(),
+                  per_class=per_class, n=len(y_true), f1_macro_union=f1_macro_union(matrix))
     notes = dict(notes=metric_notes(matrix, absent), reasons=why_undefined(scores, matrix.sum(1)))
     return scores | counts | notes
 
 # %% ../nbs/02b_metrics.ipynb #04854837
-@register_metric('murmur_weighted_accuracy', 'matrices', 'score of the 2022 challenge: accuracy in which a Present '
-                 'counts 5, an Unknown 3, an Absent 1', task='circor_murmur', level='subject', classes=3, roles=())
+@register_metric('murmur_weighted_accuracy', 'matrices',
+                 'score of the 2022 challenge: accuracy in which a Present counts 5, '
+                 'an Unknown 3, an Absent 1',
+                 task='circor_murmur', level='subject', classes=3, roles=())
 def weighted_murmur_accuracies(
     matrices,   # [draws, 3, 3]: Present, Absent, Unknown; rows are the truth
 ):              # [draws], 0 to 1
@@ -414,11 +444,12 @@ def murmur_weighted_accuracy(
 def screening_cost(
     share,   # share of subjects that is referred, 0 to 1; a number or an array
 ):           # cost per subject
-    "What PhysioNet 2022 counts for the algorithm (10) and for the expert, dearer the more are referred."
+    "What PhysioNet 2022 counts for the algorithm (10) and the expert, dearer if more are referred."
     return 10 + 25 + 397*share - 1718*share**2 + 11296*share**4
 
-@register_metric('outcome_cost', 'matrices', 'score of the 2022 challenge: modelled cost of screening, referral and '
-                 'missed illness per subject; lower is better', higher_is_better=False,
+@register_metric('outcome_cost', 'matrices',
+                 'score of the 2022 challenge: modelled cost of screening, referral and missed '
+                 'illness per subject; lower is better', higher_is_better=False,
                  task='circor_outcome', level='subject', roles=())
 def outcome_costs(
     matrices,   # [draws, 2, 2]: 1 is abnormal, and referred; rows are the truth
@@ -439,19 +470,24 @@ def outcome_cost(
     return METRICS['outcome_cost'].of_decisions(y_true, y_pred)
 
 # %% ../nbs/02b_metrics.ipynb #69844cc5
-register_metric('sensitivity_specificity_mean', 'class means', 'score of the 2016 challenge: mean of sensitivity '
-                'and specificity', task='physionet2016', level='recording', roles=())(class_recalls)
+register_metric('sensitivity_specificity_mean', 'class means',
+                'score of the 2016 challenge: mean of sensitivity and specificity', task='physionet2016', level='recording', roles=())(class_recalls)
 
 def sensitivity_specificity_mean(
     y_true,  # true classes of recordings [n]: 1 abnormal
     y_pred,  # decided classes [n]
 ):           # 0 to 1, or None where the truth has one class only
-    "Score of PhysioNet/CinC 2016 without its quality labels: (sensitivity + specificity)/2 (Clifford et al. 2016)."
+    """Score of PhysioNet/CinC 2016 without its quality labels: (sensitivity + specificity)/2.
+
+    Source: Clifford et al. 2016.
+    """
     return METRICS['sensitivity_specificity_mean'].of_decisions(y_true, y_pred)
 
 # %% ../nbs/02b_metrics.ipynb #8f80322c
-@register_metric('precision_sum', 'matrices', 'sum of the classes\' precisions, over both sets of PASCAL in one: '
-                 'not the challenge\'s score, which is by set', task='pascal', level='recording', classes=3, roles=())
+@register_metric('precision_sum', 'matrices',
+                 'sum of the classes\' precisions, over both sets of PASCAL in one: '
+                 'not the challenge\'s score, which is by set',
+                 task='pascal', level='recording', classes=3, roles=())
 def precision_sums(
     matrices,   # [draws, classes, classes], rows are the truth
 ):              # [draws], 0 to the number of classes

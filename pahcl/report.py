@@ -177,7 +177,8 @@ img {{ max-width: 100%; height: auto; background: #fff }} figcaption {{ font-siz
 SIGNS = {   # what stands beside numbers
     '▼': 'this score does not exceed a floor: something that needs no network does as well, so the score is no evidence that what the model has learnt is of use',
     '–': 'not defined here (the notes say why), or not set',
-    '[': 'square brackets hold the 95 % interval: how far the score moves when other persons like these are drawn'}
+    '[': 'square brackets hold the 95 % interval: how far the score moves when other persons like these '
+         'are drawn'}
 
 WORDS = {   # floors, rules and probes
     'heart rate': 'floor: a logistic regression that knows only how long cycles and systoles are',

@@ -94,8 +94,8 @@ def interval(
     values,        # a score of each row of `resampling_weights` [1 + persons + draws]; NaN where it is undefined
     persons: int,  # as many as were resampled
     level=0.95,    # how often the interval is to hold the truth
-):                 # (low, high), around the score; (None, None) where the score or over half of the draws
-                   # are undefined, or there is one person only
+):                 # (low, high), around the score; (None, None) where there is one person only,
+                   # or the score or over half of the draws are undefined
     "The interval of a score or of a difference over persons."
     own = Resampled.of(values, persons)
     if not own.has_interval(): return None, None

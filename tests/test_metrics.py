@@ -234,7 +234,7 @@ def test_a_new_metric_is_known_everywhere_and_stands_in_no_list(made_up):
 def test_a_metric_that_cannot_be_is_refused():
     nothing = lambda matrices: 0
     for message, keys in [('two metrics', dict(name='f1')), ('no such kind', dict(kind='rows')), ('no such role', dict(roles=['best'])),
-                          ('no interval', dict(kind='ranking')), ('more is better', dict(higher_is_better=False))]:
+                          ('no interval', dict(kind='ranking')), ('less of it is better', dict(higher_is_better=False))]:
         with pytest.raises(PahclError, match=message):
             register_metric(**dict(name='made up', kind='matrices', meaning='') | keys)(nothing)
     assert 'made up' not in METRICS
