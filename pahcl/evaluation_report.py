@@ -14,9 +14,9 @@ from fastcore.basics import patch
 
 from .basics import PahclError, write_json
 from .calibration import with_temperature
-from .metrics import positive_class
+from .metrics import metric_names, positive_class
 from .report import number, with_interval
-from .scoring import INTERVALS, Evaluation, class_areas
+from .scoring import Evaluation, class_areas
 
 # %% ../nbs/06t_evaluation_report.ipynb #7002c526
 def level_column(
@@ -27,7 +27,7 @@ def level_column(
     scores = evaluation.scores[level]
     below = evaluation.results.get('below_floor', {}) if level == 'subject' else {}
     mark = lambda k: ' ▼' if k in below else ''
-    return [with_interval(scores[k], scores['intervals'][k]) + mark(k) for k in INTERVALS]
+    return [with_interval(scores[k], scores['intervals'][k]) + mark(k) for k in metric_names('interval')]
 
 # %% ../nbs/06t_evaluation_report.ipynb #5e1f0b02
 def class_table(
@@ -46,11 +46,11 @@ def class_table(
 @patch
 def tables(self: Evaluation):   # DataFrames: (scores of the levels and best floor, scores a class)
     "Tabulate the scores for people."
-    n = self.results['n']
+    n, names = self.results['n'], metric_names('interval')
     columns = {f'{level}s (n = {n[level]:,})': level_column(self, level) for level in ('subject', 'recording', 'cycle')}
-    best = [self.best_baseline(k) for k in INTERVALS]
+    best = [self.best_baseline(k) for k in names]
     columns['best floor (subjects)'] = [f'{number(v)} ({name})' if name else '–' for v, name in best]
-    return pd.DataFrame(columns, index=pd.Index(INTERVALS, name='score')), class_table(self)
+    return pd.DataFrame(columns, index=pd.Index(names, name='score')), class_table(self)
 
 # %% ../nbs/06t_evaluation_report.ipynb #19602109
 def quality_line(

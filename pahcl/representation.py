@@ -76,9 +76,8 @@ def detector_row(
     draws=2000, seed=0,
 ) -> dict:                 # subjects, ill, auroc, low, high
     "The AUROC of a detector on the subjects who were judged."
-    from pahcl.metrics import auroc
+    from pahcl.ranking import auroc, weighted_auroc
     from pahcl.resampling import interval, number_persons, resampling_weights
-    from pahcl.uncertainty import weighted_auroc
     judged = subjects[subjects['label'].isin([normal, *ill])]
     positive, value = judged['label'].isin(ill).to_numpy(), judged['value'].to_numpy()
     index, persons = number_persons(judged['person_id'])

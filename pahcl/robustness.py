@@ -98,7 +98,7 @@ def scored(
     draws=2000, seed=0,
 ) -> dict:           # subjects, and each score with `_low`, `_high`, and its difference with both
     "The scores of a condition; both are drawn alike, so that what a draw of persons does to both cancels in the difference."
-    from pahcl.compare import SCORES, experiment_values
+    from pahcl.compare import experiment_values, paired_scores
     from pahcl.resampling import interval, number_persons, resampling_weights
     y, out = subjects.table['label'].to_numpy(int), dict(subjects=len(subjects))
     index, persons = number_persons(subjects.persons)
@@ -108,7 +108,7 @@ def scored(
     def add(name, values):
         found = float(values[0]), *interval(values, persons)
         out.update(zip((name, f'{name}_low', f'{name}_high'), found))
-    for s in SCORES:
+    for s in paired_scores():
         add(s, own[s])
         if other: add(f'{s}_difference', own[s]-other[s])
     return out
@@ -232,13 +232,11 @@ def printed(
 ):           # DataFrame of strings
     "The table for people."
     from pahcl.report import with_interval
-    three = lambda r, s: [r[s], r[f'{s}_low'], r[f'{s}_high']]
-    cell = lambda r, s: with_interval(r[s], three(r, s)[1:]) if pd.notna(r[s]) else '–'
-    gap = lambda r, s: '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*three(r, s)) if pd.notna(r[s]) else '–'
+    cell = lambda r, s, sign='': with_interval(r[s], (r[f'{s}_low'], r[f'{s}_high']), sign=sign)
     rows = []
     for _, r in table.iterrows():
         name = r['condition'] if r['kind'] == 'stored' else f'{r["kind"]}: {r["condition"]}'
-        scores = {'AUROC': cell(r, 'auroc'), 'F1 macro': cell(r, 'f1_macro'), 'Δ AUROC': gap(r, 'auroc_difference')}
+        scores = {'AUROC': cell(r, 'auroc'), 'F1 macro': cell(r, 'f1_macro'), 'Δ AUROC': cell(r, 'auroc_difference', '+')}
         rows.append({'Condition': name, 'Subjects': r['subjects'], **scores})
     return pd.DataFrame(rows)
 
@@ -249,17 +247,15 @@ def write_robustness(
 ):
     "Write `robustness.csv`, `.md`, `.tex`, `.html` and `.png`."
     from pahcl.figures import save_figure
-    from pahcl.report import write_report
-    from pahcl.summarize import as_latex, as_markdown
+    from pahcl.report import write_table
     changed = ('noise', 'sample rate')
     parts = [k for k in (changed, tuple(set(table['kind'])-{'stored', *changed})) if k]   # two pictures, which a phone can show
     figures = [robustness_figure(table, *score, only) for only in parts for score in (('auroc', 'AUROC'), ('f1_macro', 'F1 macro'))]
     write_text(folder/'robustness.csv', table.to_csv(index=False))
-    write_text(folder/'robustness.md', as_markdown(printed(table)) + ''.join(f'\n{n}\n' for n in notes))
-    write_text(folder/'robustness.tex', as_latex(printed(table)))
     save_figure(robustness_figure(table), folder/'robustness.png')
     gap = 'Δ AUROC: difference to the cycles as they are stored, of the same persons.'
-    write_report(folder/'robustness.html', title, {'Scores of subjects': [gap, printed(table), notes], 'Figures': figures})
+    sections = {'Scores of subjects': [gap, printed(table), notes], 'Figures': figures}
+    write_table(folder/'robustness', printed(table), title, notes, sections)
 
 # %% ../nbs/06l_robustness.ipynb #0a17a391
 def robustness(

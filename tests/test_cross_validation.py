@@ -9,7 +9,8 @@ from pahcl.calibration import decide
 from pahcl.cross_validation import cross_validate, device_splits, planned_folds
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.finetune import finetune
-from pahcl.metrics import auroc, classification_metrics
+from pahcl.metrics import classification_metrics
+from pahcl.ranking import auroc
 from pahcl.tables import Task
 
 

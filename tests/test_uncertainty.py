@@ -10,11 +10,12 @@ from pahcl.basics import UsageError
 from pahcl.calibration import brier, calibration_error, choose_threshold, decide, fit_temperature, surprise, with_temperature
 from pahcl.challenge_rules import UNSURE, quality_weighted_mean
 from pahcl.floors import below_floors, demographics, shortcut_floors
-from pahcl.metrics import OFFICIAL, Predictions, auprc, auroc, classification_metrics, made_cycles, positive_class
+from pahcl.metrics import METRICS, OFFICIAL, Predictions, classification_metrics, made_cycles, positive_class
+from pahcl.ranking import auprc, auroc
 from pahcl import resampling
 from pahcl.resampling import interval, number_persons, p_value, resampling_weights
-from pahcl.uncertainty import bootstrap_scores, class_intervals, class_persons, intervals, matrix_scores, weighted_matrices
 from pahcl.tables import Task
+from pahcl.uncertainty import bootstrap_scores, class_intervals, class_persons, drawn_matrices, intervals, matrix_scores, weighted_matrices
 from scipy import stats
 from sklearn import metrics as sk
 
@@ -54,7 +55,7 @@ def test_shares_of_a_class_lie_in_their_intervals(case):
     person, y, p, k = case
     index, persons = number_persons(person)
     weights, decided = resampling_weights(persons, draws=200), p.argmax(1)
-    found, scores = class_intervals(y, decided, index, weights, k), classification_metrics(y, p, k)
+    found, scores = class_intervals(drawn_matrices(y, decided, index, weights, k), persons), classification_metrics(y, p, k)
     for name, pairs in found.items():
         for (low, high), share in zip(pairs, scores['per_class'][name]):
             assert low is None or share is None or -1e-6 <= low <= share+1e-6 and share-1e-6 <= high <= 1+1e-6
@@ -69,8 +70,7 @@ def test_intervals_hold_the_score_and_stay_in_its_range(case, seed):
     person, y, p, k = case
     index, persons = number_persons(person)
     official = 'murmur_weighted_accuracy' if k == 3 else 'outcome_cost'
-    function = next(o['function'] for o in OFFICIAL.values() if o['name'] == official)
-    scores = classification_metrics(y, p, k) | dict(official=function(y, p.argmax(1)))
+    scores = classification_metrics(y, p, k) | dict(official=METRICS[official].of_decisions(y, p.argmax(1)))
     values = bootstrap_scores(y, p, p.argmax(1), index, resampling_weights(persons, 100, seed), official)
     found, why = intervals(values, scores, persons)
     for name, (low, high) in found.items():
@@ -180,7 +180,7 @@ def test_quality_rules_are_the_published_formula(rows):
         clean = ((y == c) & ~noisy & (z == c)).sum()/n[0] if n[0] else 0
         poor = ((y == c) & noisy & ((z == c) | (z == UNSURE))).sum()/n[1] if n[1] else 0
         rates.append((n[0]*clean + n[1]*poor)/sum(n))
-    assert quality_weighted_mean(y, z, noisy) == pytest.approx((sum(rates)/2, *rates))
+    assert tuple(quality_weighted_mean(y, z, noisy).values()) == pytest.approx((sum(rates)/2, *rates))
 
 
 def task_on_disk(folder, persons=60):
