@@ -182,11 +182,6 @@ def of_draws(self: Metric,
     each = [self.weighted(y_true == c, probabilities[:, c], index, weights) for c in classes]
     return np.mean(each, 0)
 
-@patch
-def __getitem__(self: Metric, key: str):
-    "A field by its name, and `of_decisions` as `function`, for callers that take dictionaries."
-    return self.of_decisions if key == 'function' else getattr(self, key)
-
 # %% ../nbs/02b_metrics.ipynb #6e42e482
 @register_metric('accuracy', 'matrices',
                  'share of right decisions; a rare illness hardly counts in it',
