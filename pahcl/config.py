@@ -229,7 +229,7 @@ class FinetuneConfig(Section):
     experiment: ExperimentSection = ExperimentSection()
     task: TaskSection = TaskSection()
     data: DataSection = DataSection()
-    model: ModelSection = ModelSection()
+    model: ModelSection = Field(default_factory=ModelSection)   # made anew: keys may be registered later
     classifier: ClassifierSection = ClassifierSection()
     downstream: DownstreamSection = DownstreamSection()
     training: FinetuningSection = FinetuningSection()
@@ -243,9 +243,9 @@ class PretrainConfig(Section):
     "Everything `pahcl_pretrain` reads."
     experiment: ExperimentSection = ExperimentSection(name='pahcl_pretrain')
     data: DataSection = DataSection()
-    model: ModelSection = ModelSection()
+    model: ModelSection = Field(default_factory=ModelSection)   # made anew: keys may be registered later
     contrast: ContrastSection = ContrastSection()
-    augmentation: AugmentationSection = AugmentationSection()
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)   # made anew: keys may be registered later
     training: TrainingSection = TrainingSection()
     probe: ProbeSection = ProbeSection()
     include_heldout_subjects: bool = False                # also learn from the tasks' validation and test subjects
