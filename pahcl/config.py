@@ -17,7 +17,7 @@ import os
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 import yaml
 from fastcore.basics import patch
@@ -51,9 +51,11 @@ def register_keys(
     section: type,   # a class of `OpenSection`
     **keys,          # key -> (type, pydantic `Field`); keys that the section has are left as they are
 ):
-    "Make a section accept further keys."
+    "Make a section accept further keys; one that is registered twice may have either type."
     known = REGISTERED_KEYS.setdefault(section.__name__, {})
-    known |= {k: v for k, v in keys.items() if k not in section.model_fields}
+    for k, (kind, field) in keys.items():
+        if k in section.model_fields: continue
+        known[k] = (Union[known[k][0], kind] if k in known else kind, field)
 
 # %% ../nbs/00b_config.ipynb #e726e0a1
 def load_extensions():
