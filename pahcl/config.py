@@ -41,7 +41,7 @@ class OpenSection(Section):
 
     @model_validator(mode='after')
     def check_registered_keys(self):
-        "Check the keys that stand in no section, and give their defaults to those that are left out."
+        "Check the keys that no section has, and give defaults to those that are left out."
         keys = REGISTERED_KEYS.get(type(self).__name__, {})
         if keys or self.model_extra:
             own = create_model('RegisteredKeys', __base__=Section, **keys)
@@ -51,7 +51,7 @@ class OpenSection(Section):
 # %% ../nbs/00b_config.ipynb #ad09eada
 def register_keys(
     section: type,   # a class of `OpenSection`
-    **keys,          # key -> (type, pydantic `Field`); keys that the section has are left as they are
+    **keys,          # key -> (type, pydantic `Field`); keys that the section has stay as they are
 ):
     "Make a section accept further keys; one that is registered twice may have either type."
     known = REGISTERED_KEYS.setdefault(section.__name__, {})
@@ -61,7 +61,7 @@ def register_keys(
 
 # %% ../nbs/00b_config.ipynb #e726e0a1
 def load_extensions():
-    "Import the modules that `PAHCL_EXTENSIONS` names; one that cannot be imported is a `PahclError`."
+    "Import the modules that `PAHCL_EXTENSIONS` names; a missing one is a `PahclError`."
     for name in filter(None, os.environ.get('PAHCL_EXTENSIONS', '').split(',')):
         try: importlib.import_module(name.strip())
         except ImportError as e:
@@ -244,7 +244,7 @@ class FinetuneConfig(Section):
     experiment: ExperimentSection = ExperimentSection()
     task: TaskSection = TaskSection()
     data: DataSection = DataSection()
-    model: ModelSection = Field(default_factory=ModelSection)   # made anew: keys may be registered later
+    model: ModelSection = Field(default_factory=ModelSection)   # anew: keys may have been registered
     classifier: ClassifierSection = ClassifierSection()
     downstream: DownstreamSection = DownstreamSection()
     training: FinetuningSection = FinetuningSection()
@@ -258,9 +258,9 @@ class PretrainConfig(Section):
     "Everything `pahcl_pretrain` reads."
     experiment: ExperimentSection = ExperimentSection(name='pahcl_pretrain')
     data: DataSection = DataSection()
-    model: ModelSection = Field(default_factory=ModelSection)   # made anew: keys may be registered later
+    model: ModelSection = Field(default_factory=ModelSection)   # anew: keys may have been registered
     contrast: ContrastSection = ContrastSection()
-    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)   # made anew: keys may be registered later
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)   # likewise
     training: TrainingSection = TrainingSection()
     probe: ProbeSection = ProbeSection()
     include_heldout_subjects: bool = False                # also learn from the tasks' validation and test subjects

@@ -202,7 +202,10 @@ def mamba_settings(
 SAMPLE_RATE = 5000  # Hz, of the cycles that `pahcl.cycles` writes; only `frame_rate` depends on it
 
 class Encoder(nn.Module):
-    """[B, 1, T] → [B, C]. `config` rebuilds it, `stride` is samples a frame, `out_dim` is C, `frame_rate` frames a second at `SAMPLE_RATE`.
+    """[B, 1, T] → [B, C].
+
+    `config` rebuilds it, `stride` is samples a frame, `out_dim` is C, `frame_rate` frames a second
+    at `SAMPLE_RATE`.
 
     An encoder of your own says in `encode_frames` how cycles become frames; all else is inherited.
     """
@@ -283,7 +286,8 @@ def rename_weights(
         for old, new in getattr(module, 'old_names', {}).items():
             begin = f'{prefix}{place}.' if place else prefix
             if any(k.startswith(f'{begin}{new}.') for k in state): continue
-            name = lambda k: begin+new+k.removeprefix(begin+old) if k.startswith(f'{begin}{old}.') else k
+            is_old = lambda k: k.startswith(f'{begin}{old}.')
+            name = lambda k: begin+new+k.removeprefix(begin+old) if is_old(k) else k
             state = {name(k): v for k, v in state.items()}
     return state
 
@@ -313,7 +317,8 @@ def register_encoder(
     def add(encoder_class):
         there = ENCODERS.get(name)
         if there and there.encoder_class.__qualname__ != encoder_class.__qualname__:
-            raise PahclError(f'two encoders are called {name}: give that of {encoder_class.__name__} another name.')
+            own = encoder_class.__name__
+            raise PahclError(f'two encoders are called {name}: give that of {own} another name.')
         kind = lambda v: Any if v is None else Optional[type(v)]
         register_keys(ModelSection, **{k: (kind(v), None) for k, v in preset.items()})
         ENCODERS[name] = RegisteredEncoder(encoder_class, preset)
@@ -330,7 +335,10 @@ MAMBA = dict(mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=Non
 
 # %% ../nbs/03_encoder.ipynb #3442bb1e
 class CNNEncoder(Encoder):
-    "Convolutional stack and projection to `mamba_d_model` where the channels differ; subclasses mix the frames."
+    """Convolutional stack and projection to `mamba_d_model` where the channels differ.
+
+    Subclasses mix the frames.
+    """
     def __init__(self,
         config: dict,  # complete settings, see `resolve_settings`
     ):
@@ -351,7 +359,8 @@ class CNNEncoder(Encoder):
 
 # %% ../nbs/03_encoder.ipynb #bf0e7873
 @register_encoder('cnn', **CONVOLUTIONS, mamba_d_model=256)
-@register_encoder('cnn_mamba_small', **FEW_CONVOLUTIONS, **MAMBA, mamba_d_model=96, mamba_n_layers=2)
+@register_encoder('cnn_mamba_small', **FEW_CONVOLUTIONS, **MAMBA, mamba_d_model=96,
+                  mamba_n_layers=2)
 @register_encoder('cnn_mamba', **CONVOLUTIONS, **MAMBA, mamba_d_model=256, mamba_n_layers=4)
 class CNNMamba(CNNEncoder):
     "Convolutions, then Mamba layers (none for `cnn`)."

@@ -158,7 +158,7 @@ class Converted(NamedTuple):
     "A foreign encoder in our form."
     weights: dict   # with our names
     model: dict     # keys of `model:`
-    notes: dict     # folded: statistics of batch norms; skipped: names that no encoder has; partial: some weights are not in the file
+    notes: dict     # folded: statistics of batch norms; skipped: names; partial: some are missing
 
 def from_resnet(
     state: dict,  # an encoder's weights with torchvision's names

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .encoder import (CONVOLUTIONS, MAMBA, SAMPLE_RATE, CNNEncoder, Dropout, Encoder, MambaStack,
-                           ValidGroupNorm, first_mask, frames, mamba_settings, register_encoder, reverse)
+from .encoder import (CONVOLUTIONS, MAMBA, SAMPLE_RATE, CNNEncoder, Dropout, Encoder,
+                           MambaStack, ValidGroupNorm, first_mask, frames, mamba_settings,
+                           register_encoder, reverse)
 from .scan import MambaBlock
 
 # %% ../nbs/03c_other_encoders.ipynb #8aca11fd
@@ -68,7 +69,8 @@ class LSTMStack(nn.Module):
         return self.norm(x)
 
 # %% ../nbs/03c_other_encoders.ipynb #7dc1ae68
-@register_encoder('cnn_transformer', **CONVOLUTIONS, mamba_d_model=256, mamba_n_layers=4, mamba_expand=2)
+@register_encoder('cnn_transformer', **CONVOLUTIONS, mamba_d_model=256, mamba_n_layers=4,
+                  mamba_expand=2)
 class CNNTransformer(CNNEncoder):
     "The convolutions of `cnn_mamba`, then self-attention."
     old_names = dict(mamba='transformer')
@@ -76,7 +78,8 @@ class CNNTransformer(CNNEncoder):
     def __init__(self, config):
         super().__init__(config)
         c = config
-        self.transformer = TransformerStack(self.out_dim, c['mamba_n_layers'], c['dropout'], c['mamba_expand'])
+        self.transformer = TransformerStack(self.out_dim, c['mamba_n_layers'], c['dropout'],
+                                            c['mamba_expand'])
 
     def mix_frames(self, y, length): return self.transformer(y, length)
 

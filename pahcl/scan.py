@@ -123,7 +123,8 @@ def chunk_backward(
     dA, q,          # [b, N, D] is added to; room to work in
 ) -> ChunkGradients:
     "Go through the steps of a chunk backwards."
-    d_drive, d_delta, dB, dC = d = ChunkGradients(*(torch.empty_like(v) for v in (drive, delta, B, C)))
+    d = ChunkGradients(*(torch.empty_like(v) for v in (drive, delta, B, C)))
+    d_drive, d_delta, dB, dC = d
     for k in reversed(range(len(drive))):
         g.addcmul_(dy[k, :, None], C[k, :, :, None])
         torch.bmm(h[k+1], dy[k, :, :, None], out=dC[k, :, :, None])
@@ -339,27 +340,33 @@ class MambaBlock(nn.Module):
 def start_step_sizes(self: MambaBlock, smallest=0.001, largest=0.1, floor=1e-4):
     "Draw dt_proj as published (constants: mamba_ssm's `Mamba`)."
     nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
-    dt = torch.empty(self.d_inner).uniform_(math.log(smallest), math.log(largest)).exp().clamp(min=floor)
+    dt = torch.empty(self.d_inner).uniform_(math.log(smallest), math.log(largest)).exp()
+    dt = dt.clamp(min=floor)
     with torch.no_grad(): self.dt_proj.bias.copy_(inverse_softplus(dt))
     self.dt_proj.bias._no_reinit = True
 
 # %% ../nbs/03a_selective_scan.ipynb #5b090bb6
 @patch
 def convolve(self: MambaBlock, x):
-    "[B, L, d_inner] → [B, L + d_conv - 1, d_inner], the first L causal. In 2-D: on CPUs that one runs with the channels last, the 1-D one does not."
+    """[B, L, d_inner] → [B, L + d_conv - 1, d_inner], the first L causal.
+
+    In 2-D: on CPUs that one runs with the channels last, the 1-D one does not.
+    """
     image, weight = x.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None]
-    x = F.conv2d(image, weight, self.conv1d.bias, padding=(0, self.conv1d.padding[0]), groups=self.d_inner)
+    padding = (0, self.conv1d.padding[0])
+    x = F.conv2d(image, weight, self.conv1d.bias, padding=padding, groups=self.d_inner)
     return x.squeeze(2).transpose(1, 2)
 
 # %% ../nbs/03a_selective_scan.ipynb #dd08b5b6
 @patch
 def forward(self: MambaBlock, x):
-    x, z = self.in_proj(x).chunk(2, -1)                                                         # [B, L, d_inner] each
+    x, z = self.in_proj(x).chunk(2, -1)   # [B, L, d_inner] each
     x = F.silu(self.convolve(x)[:, :z.shape[1]])
     dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
-    delta = F.linear(dt, self.dt_proj.weight)                                                   # its bias is added within the scan
+    delta = F.linear(dt, self.dt_proj.weight)   # its bias is added within the scan
     u, delta, B, C, z = (v.transpose(1, 2) for v in (x, delta, B, C, z))
-    y = selective_scan(u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z, self.dt_proj.bias.float(), True, backend=self.backend)
+    A, bias = -torch.exp(self.A_log.float()), self.dt_proj.bias.float()
+    y = selective_scan(u, delta, A, B, C, self.D.float(), z, bias, True, backend=self.backend)
     return self.out_proj(y.transpose(1, 2))
 
 # %% ../nbs/03a_selective_scan.ipynb #fdae3bbe

@@ -312,9 +312,9 @@ def change_rows(
 
 # %% ../nbs/04a_views.ipynb #ba8c6219
 class Augmentation:
-    "A random change of cycles; it happens to a sample with the probability `NAME_probability` of the configuration."
+    "A random change of cycles, with the probability `NAME_probability` of the configuration."
     name = ''              # set by `register_augmentation`
-    columns = ()           # its random numbers; by default one, called as it is, which decides whether it happens
+    columns = ()           # its random numbers; by default one of its name: does it happen?
     defaults = {}          # keys that it adds to the configuration -> values
     changes_sound = True   # False: standardised cycles stay standardised
 
@@ -366,11 +366,15 @@ def register_augmentation(
     name: str,    # begins the names of its keys and random numbers
     **defaults,   # keys that it adds to the section `augmentation` -> values
 ):                # a decorator for subclasses of `Augmentation`
-    "Make an augmentation known to `Views` and to configurations. It is off until its probability is set."
+    """Make an augmentation known to `Views` and to configurations.
+
+    It is off until its probability is set.
+    """
     def add(cls):
         there = AUGMENTATIONS.get(name)
         if there and there.__qualname__ != cls.__qualname__:
-            raise PahclError(f'two augmentations are called {name}: give {cls.__name__} another name.')
+            own = cls.__name__
+            raise PahclError(f'two augmentations are called {name}: give {own} another name.')
         cls.name, cls.columns = name, cls.columns or (name,)
         by_chance = {f'{name}_probability': 0.} if cls.columns[0] == name else {}
         cls.defaults = by_chance | defaults
@@ -412,12 +416,14 @@ class Respiration(Augmentation):
     columns = ('respiration', 'respiration_rate', 'respiration_angle', 'respiration_depth')
 
     def draw(self, u):
-        return super().draw(u) | dict(respiration_rate=between(u['respiration_rate'], RESPIRATION_HZ),
-                                      respiration_depth=u['respiration_depth']*self.config.respiration_depth)
+        rate = between(u['respiration_rate'], RESPIRATION_HZ)
+        depth = u['respiration_depth']*self.config.respiration_depth
+        return super().draw(u) | dict(respiration_rate=rate, respiration_depth=depth)
 
     def apply(self, x, drawn):
+        rate, depth = drawn['respiration_rate'], drawn['respiration_depth']
         angle = 2*math.pi*drawn['respiration_angle']
-        return respire(x, drawn.batch.sample_rate, drawn['respiration_rate'], angle, drawn['respiration_depth'])
+        return respire(x, drawn.batch.sample_rate, rate, angle, depth)
 
 # %% ../nbs/04a_views.ipynb #16073bb5
 def read_limits(
@@ -439,11 +445,13 @@ class Noise(Augmentation):
         self.limits = dict(noise_snr_db=read_limits(config, 'noise_snr_db'))
 
     def draw(self, u):
-        return super().draw(u) | dict(noise_snr_db=between(u['noise_snr_db'], self.limits['noise_snr_db']),
-                                      noise_colour=u['noise_colour']*self.config.noise_colour)
+        level = between(u['noise_snr_db'], self.limits['noise_snr_db'])
+        colour = u['noise_colour']*self.config.noise_colour
+        return super().draw(u) | dict(noise_snr_db=level, noise_colour=colour)
 
     def apply(self, x, drawn):
-        noise = coloured_noise(drawn.words, x.shape[-1], drawn.batch.sample_rate, drawn['noise_colour'], self.band)
+        T, sample_rate = x.shape[-1], drawn.batch.sample_rate
+        noise = coloured_noise(drawn.words, T, sample_rate, drawn['noise_colour'], self.band)
         return add_noise(x, drawn.length, noise, drawn['noise_snr_db'])
 
 # %% ../nbs/04a_views.ipynb #3402f761
@@ -464,16 +472,18 @@ class Filters:
         x, parts = batch.x, self.parts
         frequency = torch.fft.rfftfreq(x.shape[-1], 1/batch.sample_rate, device=x.device)
         def change(x, rows):
-            gains = [p.gain(frequency, DrawnCycles(batch, rows, p.stream(batch.seed))) for p in parts]
+            drawn = lambda p: DrawnCycles(batch, rows, p.stream(batch.seed))
+            gains = [p.gain(frequency, drawn(p)) for p in parts]
             return apply_gain(x, reduce(torch.mul, gains), batch.length[rows])
-        batch.x = change_rows(x, reduce(torch.logical_or, [batch.draw[p.name] for p in parts]), change)
+        any_drawn = reduce(torch.logical_or, [batch.draw[p.name] for p in parts])
+        batch.x = change_rows(x, any_drawn, change)
 
 # %% ../nbs/04a_views.ipynb #6c729db6
 def clip_limits(
     limits, band,   # [smallest, largest], Hz: where a filter may cut, and where there is sound
     name: str,      # of the key, for the message
 ) -> list:          # the limits within the band
-    "Limit where a filter cuts to where there is sound; one that would change nothing is a `PahclError`."
+    "Limit a filter to where there is sound; one that would change nothing is a `PahclError`."
     if limits[1] < band[0] or limits[0] > band[1]:
         where = f'the cycles hold {band[0]:g} to {band[1]:g} Hz'
         advice = 'Give limits within them, or band_filter_probability 0.'
@@ -490,7 +500,8 @@ class BandFilter(FrequencyAugmentation):
         self.limits = {k: read_limits(config, k) for k in self.columns[1:]}
         if self.active: self.limits = {k: clip_limits(v, band, k) for k, v in self.limits.items()}
 
-    def draw(self, u): return super().draw(u) | {k: between(u[k], v) for k, v in self.limits.items()}
+    def draw(self, u):
+        return super().draw(u) | {k: between(u[k], v) for k, v in self.limits.items()}
 
     def gain(self, frequency, drawn):
         gain = band_gain(frequency, drawn['band_filter_low_hz'], drawn['band_filter_high_hz'])
@@ -559,7 +570,8 @@ def draws(self: Views,
     draw, table = {}, dict(zip(DRAWS, uniforms(seed, keys, len(DRAWS)).unbind(1)))
     for a in self.augmentations:
         stream, u = a.stream(seed), table
-        if stream != seed: u = dict(zip(a.columns, uniforms(stream, keys, len(a.columns)).unbind(1)))
+        if stream != seed:
+            u = dict(zip(a.columns, uniforms(stream, keys, len(a.columns)).unbind(1)))
         draw |= a.draw({c: u[c] for c in a.columns})
     return draw
 
