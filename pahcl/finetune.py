@@ -325,7 +325,7 @@ def pahcl_finetune(
     data_dir: str = None,                   # folder of the prepared tasks (default: data/downstream)
     output_dir: str = 'outputs',            # the run's folder is made in it
     experiment_name: str = None,            # the run's folder is <task>_<experiment name> (default: downstream)
-    encoder_type: str = None,               # of a random start: cnn_mamba (default), cnn_mamba_small, cnn, cnn_transformer, cnn_lstm, resnet34_1d, sincnext_bm
+    encoder_type: str = None,               # of a random start; a wrong name is answered with all
     linear_eval: bool = False,              # freeze the encoder; only the head learns
     few_shot: bool = False,                 # train on a share of the subjects
     shot_ratio: float = None,               # that share (default: 0.1); given alone it means --few-shot too

@@ -327,7 +327,7 @@ def pahcl_pretrain(
     downstream_dir: str = None,              # prepared tasks, whose validation and test subjects are left out (default: data/downstream)
     output_dir: str = 'outputs',             # the run's folder is made in it
     experiment_name: str = None,             # name of the run's folder (default: pahcl_pretrain)
-    encoder_type: str = None,                # cnn_mamba (default), cnn_mamba_small, cnn, cnn_transformer, cnn_lstm, resnet34_1d, sincnext_bm
+    encoder_type: str = None,                # default cnn_mamba; a wrong name is answered with all
     moco: bool = False,                      # momentum encoder and queue instead of SimCLR
     epochs: int = None,                      # training epochs (default: from the configuration)
     lr: float = None,                        # learning rate
