@@ -71,7 +71,7 @@ def split_scores(
     import numpy as np
     from pahcl.metrics import Predictions
     predictions = Predictions(table, probabilities)
-    trained = predictions.at_level(list(predictions.answers)[-1])   # cycles, or the bags
+    trained = predictions.at_level(list(predictions.level_probabilities)[-1])   # cycles, or the bags
     own = trained.probabilities[np.arange(len(trained)), trained.table['label']]
     return predictions.scores(absent='skip')[level] | dict(loss=float(-np.log(np.maximum(own, 1e-12)).mean()))
 

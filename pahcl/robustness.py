@@ -148,7 +148,7 @@ def device_rows(
     "Score each device left out of the test, and alone."
     own = devices(predictions.table, dataset)
     if own is None: return [], [f'{dataset} {ONE_DEVICE}']
-    if len(predictions.answers) > 1: return [], [BAGS_OF_DEVICES]
+    if len(predictions.level_probabilities) > 1: return [], [BAGS_OF_DEVICES]
     rows, notes = [], [LEFT_OUT_OF_TEST]
     for kind, keep in [('device left out', lambda n: own != n), ('device alone', lambda n: own == n)]:
         for n in (n for n in sorted(set(own)) if keep(n).any()):
