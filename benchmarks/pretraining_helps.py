@@ -92,12 +92,12 @@ def run_part(task, setting, start, number, checkpoint, a):
 def scores(task, level, labels, values):
     "What is compared: macro F1, AUROC, and the official score at its own level."
     found, official = classification_metrics(labels, values, values.shape[1], absent='skip'), OFFICIAL[task]
-    return dict(accuracy=found['accuracy'], f1_macro=found['f1_macro'], auroc=found['auroc'], official=official['function'](labels, values.argmax(1)) if official['level'] == level else None)
+    return dict(accuracy=found['accuracy'], f1_macro=found['f1_macro'], auroc=found['auroc'], official=official.of_decisions(labels, values.argmax(1)) if official.level == level else None)
 
 def values(task, level, part, index, weights):
     "Scores of one part with each row of weights, the official one at its own level; NaN where undefined."
     rows, p = part.table, part.probabilities
-    official = OFFICIAL[task]['name'] if OFFICIAL[task]['level'] == level else ''
+    official = OFFICIAL[task].name if OFFICIAL[task].level == level else ''
     return bootstrap_scores(rows['label'].to_numpy(), p, p.argmax(1), index, weights, official)
 
 def paired(task, parts, draws=500):
@@ -114,12 +114,12 @@ def paired(task, parts, draws=500):
             gap = pretrained-random
             each = [pd.Series(v[:, 0], seeds) for v in (pretrained, random, gap)]
             within = interval((gap.T*shares).sum(1), persons)
-            out.append(summary(m, level, len(rows), *each, within) | dict(name=OFFICIAL[task]['name'] if m == 'official' else m))
+            out.append(summary(m, level, len(rows), *each, within) | dict(name=OFFICIAL[task].name if m == 'official' else m))
     return out
 
 def level_metrics(task):
     "Which scores are compared at which level: {level: names}."
-    level = OFFICIAL[task]['level']
+    level = OFFICIAL[task].level
     return {'subject': METRICS} if level == 'subject' else {'subject': METRICS[:2], level: METRICS[2:]}
 
 def summary(metric, level, units, pretrained, random, d, persons):

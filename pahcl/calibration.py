@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LESS', 'THRESHOLDS', 'brier', 'reliability', 'calibration_error', 'with_temperature', 'surprise', 'fit_temperature',
-           'calibration_scores', 'decide', 'both_rates', 'sensitivity_goal', 'threshold_goal', 'candidates',
-           'choose_threshold']
+           'calibration_scores', 'decide', 'sensitivity_goal', 'threshold_goal', 'candidates', 'choose_threshold']
 
 # %% ../nbs/06k_calibration.ipynb #7aa3b6b3
 import numpy as np
@@ -13,7 +12,7 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 
 from .basics import PahclError, UsageError
-from .metrics import METRICS, murmur_weighted_accuracy, outcome_cost, register_metric
+from .metrics import METRICS, murmur_weighted_accuracy, outcome_cost, register_metric, sensitivity_specificity
 
 # %% ../nbs/06k_calibration.ipynb #a905cd67
 def brier(
@@ -104,14 +103,6 @@ def decide(
     others = np.where(np.arange(p.shape[1]) == positive, -1., p).argmax(1)
     return np.where(p[:, positive] >= threshold, positive, others)
 
-# %% ../nbs/06k_calibration.ipynb #b8a8bf30
-def both_rates(
-    y_true, decided,   # classes [n]
-    positive: int,     # the class that is sought
-):                     # (sensitivity, specificity)
-    "Share of those who have it that were found, and of those who do not that were let go."
-    return (decided == positive)[y_true == positive].mean(), (decided != positive)[y_true != positive].mean()
-
 # %% ../nbs/06k_calibration.ipynb #6a5a0028
 THRESHOLDS = 'argmax, youden, f1, cost or sensitivity=0.9'
 
@@ -125,7 +116,7 @@ def sensitivity_goal(
     except ValueError: target = 0
     if name != 'sensitivity' or not 0 < target <= 1: raise UsageError(f'--threshold is {how}; give {THRESHOLDS}.')
     def goal(y, z):
-        sensitivity, specificity = both_rates(y, z, positive)
+        sensitivity, specificity = sensitivity_specificity(y == positive, z == positive)
         return specificity if sensitivity >= target - 1e-9 else sensitivity-2
     return goal
 
@@ -136,7 +127,7 @@ def threshold_goal(
     task='',         # `cost` is the challenge's own: of circor_outcome and circor_murmur
 ):                   # function (y_true, decisions) -> number, the more the better
     "What a threshold is chosen for; an unknown one is a `UsageError`."
-    if how == 'youden': return lambda y, z: sum(both_rates(y, z, positive))
+    if how == 'youden': return lambda y, z: sum(sensitivity_specificity(y == positive, z == positive))
     if how == 'f1': return lambda y, z: 2*((z == positive) & (y == positive)).sum()/((z == positive).sum()+(y == positive).sum())
     if how == 'cost' and task == 'circor_outcome': return lambda y, z: -outcome_cost(y, z)
     if how == 'cost' and task == 'circor_murmur': return murmur_weighted_accuracy

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSURE', 'quality_weighted_rate', 'quality_weighted_mean', 'as_committed', 'by_quality', 'youden',
-           'discriminant_power', 'sensitivity_specificity', 'binary_extras', 'pascal_sets', 'problem_scores']
+           'discriminant_power', 'binary_extras', 'pascal_sets', 'problem_scores']
 
 # %% ../nbs/02c_challenge_rules.ipynb #ac3b6e3c
 import math
@@ -12,8 +12,7 @@ import math
 import numpy as np
 
 from .basics import PahclError
-from .metrics import confusion_matrix, none_for_nan, precision_sum
-from .ranking import divide
+from .metrics import precision_sum, sensitivity_specificity
 
 # %% ../nbs/02c_challenge_rules.ipynb #02620f7b
 UNSURE = -1   # the answer that is neither normal nor abnormal
@@ -86,14 +85,6 @@ def discriminant_power(
     return math.sqrt(3)/math.pi*(math.log10(sensitivity/(1-sensitivity)) + math.log10(specificity/(1-specificity)))
 
 # %% ../nbs/02c_challenge_rules.ipynb #b54b2788
-def sensitivity_specificity(
-    ill, called,   # booleans [n]: who has it, and of whom it is said
-) -> tuple:        # (sensitivity, specificity), None where nobody has it, or everybody
-    "The share of the ill that is called so, and of the others that is not."
-    matrix = confusion_matrix(ill, called, 2)
-    found = divide(np.diag(matrix), matrix.sum(1))
-    return none_for_nan(found[1]), none_for_nan(found[0])
-
 def binary_extras(
     y_true, y_pred,   # classes [n]
     positive: int,    # the class that is sought

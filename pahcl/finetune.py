@@ -201,9 +201,9 @@ def final_scores(
     levels = predictions.scores()
     out = {f'test_{m}': levels[config.evaluation.level][m] for m in config.evaluation.metrics}
     if official := OFFICIAL.get(task['task_name']):
-        scored = predictions.at_level(official['level'])
+        scored = predictions.at_level(official.level)
         truth, decided = scored.table['label'].to_numpy(), scored.probabilities.argmax(1)
-        out[f'test_{official["name"]}'] = official['function'](truth, decided)
+        out[f'test_{official.name}'] = official.of_decisions(truth, decided)
     return out | dict(level=config.evaluation.level, levels=levels)
 
 # %% ../nbs/05_finetune.ipynb #afc59098

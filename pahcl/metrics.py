@@ -6,12 +6,12 @@
 __all__ = ['FROM_MATRICES', 'METRIC_KINDS', 'METRIC_ROLES', 'METRICS', 'OFFICIAL', 'MURMUR_RULES', 'LEVELS', 'IDENTITY_COLUMNS',
            'Metric', 'check_metric', 'register_metric', 'metric_names', 'drawn_metrics', 'confusion_matrix',
            'MatrixTotals', 'matrix_totals', 'none_for_nan', 'accuracies', 'class_precisions', 'class_recalls',
-           'class_specificities', 'class_f1', 'weighted_f1', 'matthews_correlations', 'checked', 'macro',
-           'absence_note', 'f1_macro_union', 'metric_notes', 'why_undefined', 'classification_metrics',
-           'weighted_murmur_accuracies', 'murmur_weighted_accuracy', 'screening_cost', 'outcome_costs', 'outcome_cost',
-           'sensitivity_specificity_mean', 'precision_sums', 'precision_sum', 'blind_cost', 'any_present',
-           'two_loudest', 'trimmed_mean', 'aggregate', 'rarest_labels', 'group_labels', 'Predictions', 'class_names',
-           'positive_class', 'persons_of', 'made_cycles', 'bootstrap']
+           'class_specificities', 'class_f1', 'weighted_f1', 'matthews_correlations', 'sensitivity_specificity',
+           'checked', 'macro', 'absence_note', 'f1_macro_union', 'metric_notes', 'why_undefined',
+           'classification_metrics', 'weighted_murmur_accuracies', 'murmur_weighted_accuracy', 'screening_cost',
+           'outcome_costs', 'outcome_cost', 'sensitivity_specificity_mean', 'precision_sums', 'precision_sum',
+           'blind_cost', 'any_present', 'two_loudest', 'trimmed_mean', 'aggregate', 'rarest_labels', 'group_labels',
+           'Predictions', 'class_names', 'positive_class', 'persons_of', 'made_cycles', 'bootstrap']
 
 # %% ../nbs/02b_metrics.ipynb #f800fdd8
 from dataclasses import dataclass, replace
@@ -182,11 +182,6 @@ def of_draws(self: Metric,
     each = [self.weighted(y_true == c, probabilities[:, c], index, weights) for c in classes]
     return np.mean(each, 0)
 
-@patch
-def __getitem__(self: Metric, key: str):
-    "A field by its name, and `of_decisions` as `function`, for callers that take dictionaries."
-    return self.of_decisions if key == 'function' else getattr(self, key)
-
 # %% ../nbs/02b_metrics.ipynb #6e42e482
 @register_metric('accuracy', 'matrices',
                  'share of right decisions; a rare illness hardly counts in it',
@@ -291,6 +286,15 @@ def matthews_correlations(
     together = t.hits.sum(1)*t.total-(t.support*t.decided).sum(1)
     correlation = np.nan_to_num(divide(together, np.sqrt(spread_truth*spread_decided)))
     return np.where(spread_truth > 0, correlation, np.nan)
+
+# %% ../nbs/02b_metrics.ipynb #cc957d39
+def sensitivity_specificity(
+    ill, called,   # booleans [n]: who has it, and of whom it is said
+) -> tuple:        # (sensitivity, specificity), None where nobody has it, or everybody
+    "The share of the ill that is called so, and of the others that is not."
+    matrix = confusion_matrix(ill, called, 2)
+    found = divide(np.diag(matrix), matrix.sum(1))
+    return none_for_nan(found[1]), none_for_nan(found[0])
 
 # %% ../nbs/02b_metrics.ipynb #aec7b04e
 def checked(
