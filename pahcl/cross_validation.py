@@ -55,8 +55,8 @@ def person_devices(
     task='this task',
 ) -> dict:         # person -> name of the device
     "Which device recorded whom; where there is one only there is none to leave out."
-    from pahcl.robustness import devices
-    own = devices(recordings, dataset)
+    from pahcl.download import recording_devices
+    own = recording_devices(recordings, dataset)
     if own is None or len(set(own)) < 2:
         why = 'was recorded with one device: there is none to leave out'
         if own is not None: why = f'has recordings of {own[0]} only, and no other device to learn from'

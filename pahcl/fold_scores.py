@@ -76,9 +76,9 @@ def device_parts(
 ) -> dict:                           # device -> `levels` and `shortcuts` of its subjects; nothing where there is one device
     "The pooled answers device by device."
     import pandas as pd
-    from pahcl.robustness import devices
+    from pahcl.download import recording_devices
     recordings = levels['recording'][0]
-    own = devices(recordings, dataset)
+    own = recording_devices(recordings, dataset)
     if own is None or len(set(own)) < 2: return {}
     of = pd.Series(own, recordings['subject_id'].astype(str)).groupby(level=0).first()
     where = {level: of.reindex(rows['subject_id'].astype(str)).to_numpy() for level, (rows, _) in levels.items()}

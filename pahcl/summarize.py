@@ -29,10 +29,11 @@ def run_folders(
 # %% ../nbs/06d_summarize.ipynb #553eb17c
 def names_of(
     folder: str,   # a run's folder name, `<task>_<experiment>`
-    tasks=('circor_murmur', 'circor_outcome', 'physionet2016', 'pascal'),
+    tasks=None,    # names; None: all that are registered
 ):                 # (task or None, experiment)
     "Task and experiment from a folder's name."
-    task = next((t for t in tasks if folder.startswith(f'{t}_')), None)
+    from pahcl.download import TASKS
+    task = next((t for t in tasks or TASKS if folder.startswith(f'{t}_')), None)
     return task, folder[len(task)+1:] if task else folder
 
 # %% ../nbs/06d_summarize.ipynb #59f4d15c
