@@ -58,7 +58,7 @@ def frozen(task, data_dir, start, seed, pooling='cycle'):
     config = load_config('finetune', None, overrides=dict(task=task, data_dir=data_dir, pretrained=start, seed=seed, encoder_type=COMMON['encoder_type']))
     data, content, _ = task_data(config)
     heldout = person_of_id(data['val'].table, data['test'].table)
-    encoder = starting_model(config, content['num_classes'], heldout)[0].encoder
+    encoder = starting_model(config, content['num_classes'], heldout).model.encoder
     return {s: (data[s].table, encode(encoder, data[s], pooling=pooling)) for s in ('train', 'test')}, content['num_classes']
 
 def logistic(task, data_dir, start, seed, shots=None, number=0, pooling='cycle'):

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['TRACKED', 'cycle_losses', 'make_objective', 'split_scores', 'validation_scores', 'training_scores', 'predictor',
-           'epoch_figures', 'validator', 'head_modules', 'learning_groups', 'units_of', 'learn', 'final_scores',
-           'write_confusion', 'mode_of', 'opening_lines', 'best_scores', 'run_experiment', 'checked_config', 'finetune',
-           'pahcl_finetune']
+           'split_features', 'epoch_figures', 'head_modules', 'learning_groups', 'FinetuneRecipe', 'final_scores',
+           'write_confusion', 'mode_of', 'opening_lines', 'best_scores', 'result_facts', 'run_experiment',
+           'checked_config', 'finetune', 'pahcl_finetune']
 
 # %% ../nbs/05_finetune.ipynb #2c9c4aa3
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from .basics import UsageError, logger, script, write_text
 from .config import load_config
@@ -42,23 +44,26 @@ def make_objective(
     label_map: dict,    # class name -> number
     frozen: bool,       # encoder frozen
 ):                      # module: `objective(batch) -> (loss, {'probabilities', 'label'})`
-    "What `pahcl.training.fit` minimises."
+    "Build what a `pahcl.training.Trainer` minimises."
     import torch
     weights = class_weights(labels, label_map) if settings.use_class_weights else None
     class Objective(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.model = model
-            self.register_buffer('weights', torch.tensor(weights) if weights else None, persistent=False)
+            weight = torch.tensor(weights) if weights else None
+            self.register_buffer('weights', weight, persistent=False)
         def train(self, mode=True):
             super().train(mode)
             if frozen: self.model.encoder.eval()
             return self
+        def features(self, batch):
+            if 'features' in batch: return batch['features']
+            return self.model.features(batch['x'], batch['valid_length'], batch.get('phases'))
         def forward(self, batch):
-            features = batch['features'] if 'features' in batch else self.model.features(batch['x'], batch['valid_length'], batch.get('phases'))
-            logits = self.model.head(features, batch.get('bag'))
-            loss = cycle_losses(logits, batch['label'], self.weights, settings.label_smoothing, settings.loss_type).mean()
-            return loss, dict(probabilities=logits.softmax(-1), label=batch['label'])
+            logits, labels = self.model.head(self.features(batch), batch.get('bag')), batch['label']
+            losses = cycle_losses(logits, labels, self.weights, settings.label_smoothing, settings.loss_type)
+            return losses.mean(), dict(probabilities=logits.softmax(-1), label=labels)
     return Objective()
 
 # %% ../nbs/05_finetune.ipynb #70aa8e13
@@ -110,6 +115,14 @@ def predictor(
     now = lambda: predict_shared(run, every, lambda rows: encode(model.encoder, cycles, device, batch_size, rows, model.pooling))
     return lambda: answers(model, now() if features is None else features, cycles.table)
 
+# %% ../nbs/05_finetune.ipynb #4bcb42e2
+def split_features(
+    run, config, model, cycles,   # a `Run`, a `FinetuneConfig`, a `Classifier`, all `Cycles` of a split
+):                                # [n, C]
+    "Features of a split from a frozen encoder, cached beside the task."
+    cache = Path(config.data.base_dir)/config.task.name/'.features'
+    return cached_features(run, model.encoder, cycles, cache, pooling=model.pooling)
+
 # %% ../nbs/05_finetune.ipynb #2560501c
 def epoch_figures(
     table, probabilities,  # as in `split_scores`
@@ -123,18 +136,6 @@ def epoch_figures(
     names, (rows, said) = sorted(label_map, key=label_map.get), at_levels(table, probabilities)[level]
     matrix, title = confusion_matrix(rows['label'], said.argmax(1), len(names)), f'{title}, {len(rows)} {level}s'
     return {'validation/confusion_matrix': confusion_figure(matrix, names, title), 'validation/curves': curves_figure(rows['label'], said, names, title)}
-
-# %% ../nbs/05_finetune.ipynb #5964896d
-def validator(
-    run, config, cycles, label_map, primary,   # as in `learn`; the validation `Cycles`
-    say,                                       # of `predictor`
-):                                             # function epoch -> scores
-    "What happens at an epoch's end: scores, and figures where somebody watches."
-    def validate(epoch):
-        said = say()
-        if run.trackers: run.trackers.figures(epoch_figures(cycles.table, said, label_map, config.evaluation.level, f'epoch {epoch+1}'), epoch+1)
-        return validation_scores(split_scores(cycles.table, said, len(label_map), config.evaluation.level), primary)
-    return validate
 
 # %% ../nbs/05_finetune.ipynb #88aeed2c
 def head_modules(
@@ -153,40 +154,74 @@ def learning_groups(
     scale = 1. if config.pretrain.checkpoint_path == 'none' else config.training.encoder_lr_scale
     return parameter_groups(dict(encoder=model.encoder, classifier=head_modules(model)), config.training.weight_decay, dict(encoder=scale))
 
-# %% ../nbs/05_finetune.ipynb #e59654a8
-def units_of(
-    run, config, cycles,   # a `Run`, a `FinetuneConfig`, the training `Cycles`
-    features,              # of a frozen encoder, or None
-):                         # see `pahcl.training_data`
-    "What an epoch goes through: cycles, or bags of them."
-    device = run.accelerator.device
-    if config.training.aggregation == 'cycle': return Cyclewise(config, cycles, device, features)
-    return Bagwise(config, cycles, device, features, run.processes)
-
 # %% ../nbs/05_finetune.ipynb #2103bf0a
-def learn(
-    run, config, model, data: dict,                # an entered `Run`, a `FinetuneConfig`, a `Classifier`, splits
-    primary: str,                                  # metric that chooses the epoch
-    label_map: dict,
-    seen=(),                                       # persons that the model has learnt from before
-) -> dict:                                         # of `pahcl.training.fit`
-    "Fit the model on the training split, watching the validation split."
-    from pahcl.classifier import classifier_content, encode
-    from pahcl.training import fit
-    frozen, settings, train, device = config.pretrain.freeze_encoder, config.training, data['train'], run.accelerator.device
-    cache = Path(config.data.base_dir)/config.task.name/'.features'
-    features = {s: cached_features(run, model.encoder, data[s], cache, pooling=model.pooling) if frozen else None for s in ('train', 'val')}
+class FinetuneRecipe:
+    "What fine-tuning is to a `pahcl.training.Trainer`: labelled cycles, or bags of them."
+    def __init__(self,
+        run, config,       # an entered `Run`, a `FinetuneConfig`
+        model,             # a `pahcl.classifier.Classifier`
+        data: dict,        # 'train', 'val' -> `Cycles`
+        task: dict,        # `task_config.json`
+        seen=(),           # persons that the model has learnt from before
+    ):
+        self.run, self.config, self.model, self.task, self.validation = run, config, model, task, data['val']
+        self.frozen, self.settings = config.pretrain.freeze_encoder, config.training
+        self.score_name = config.evaluation.primary_metric or task['primary_metric']
+        self.persons = {*seen, *data['train'].table['person_id']}
+        features = self.prepare_features(data)
+        self.set_units(data['train'], features['train'])
+        self.predict = predictor(run, model, data['val'], self.settings.batch_size, features['val'])
+        self.groups, labels = learning_groups(config, model), self.units.labels
+        self.objective = make_objective(model, self.settings, labels, task['label_map'], self.frozen)
+        if self.frozen:   # features are there already: nothing is to be read ahead
+            self.settings = self.settings.model_copy(update=dict(num_workers=0))
+
+    def after_step(self, share): pass
+
+    def training_scores(self, values): return training_scores(values)
+
+    def checkpoint(self):
+        from pahcl.classifier import classifier_content
+        name, settings = self.config.task.name, self.config.model_dump()
+        return classifier_content(self.model, name, self.task['label_map'], settings, self.persons)
+
+# %% ../nbs/05_finetune.ipynb #44c9626e
+@patch
+def prepare_features(self: FinetuneRecipe,
+    data: dict,   # 'train', 'val' -> `Cycles`
+) -> dict:        # 'train', 'val' -> [n, C], or None where the encoder learns
+    "Compute once what a frozen encoder says, and fit the normalisation of features."
+    from pahcl.classifier import encode
+    run, config, model, device = self.run, self.config, self.model, self.run.accelerator.device
+    find = lambda cycles: split_features(run, config, model, cycles) if self.frozen else None
+    features = {split: find(data[split]) for split in ('train', 'val')}
     model.to(device)
     if model.head_settings['standardise']:
         known = features['train']
-        model.standardise.fit(encode(model.encoder, train, device, pooling=model.pooling) if known is None else known)
-    units, groups = units_of(run, config, train, features['train']), learning_groups(config, model)
-    objective = make_objective(model, settings, units.labels, label_map, frozen)
-    validate = validator(run, config, data['val'], label_map, primary, predictor(run, model, data['val'], settings.batch_size, features['val']))
-    content = lambda: classifier_content(model, config.task.name, label_map, config.model_dump(), {*seen, *train.table['person_id']})
-    settings = settings.model_copy(update=dict(num_workers=0)) if frozen else settings   # features are there already
-    return fit(run, objective, groups, units.rows_of, units.batch, validate, content, settings,
-               train_scores=training_scores, score_name=primary, batch_rows=units.batch_rows)
+        if known is None: known = encode(model.encoder, data['train'], device, pooling=model.pooling)
+        model.standardise.fit(known)
+    return features
+
+@patch
+def set_units(self: FinetuneRecipe, cycles, features):
+    "Set what an epoch goes through: cycles, or bags of them (see `pahcl.training_data`)."
+    config, device = self.config, self.run.accelerator.device
+    if config.training.aggregation == 'cycle': self.units = Cyclewise(config, cycles, device, features)
+    else: self.units = Bagwise(config, cycles, device, features, self.run.processes)
+    self.epoch_rows, self.make_batch = self.units.rows_of, self.units.batch
+    self.batch_rows = self.units.batch_rows
+
+# %% ../nbs/05_finetune.ipynb #d8aed09b
+@patch
+def validate(self: FinetuneRecipe, epoch: int) -> dict:   # of `validation_scores`
+    "Score the validation split, and draw figures where somebody watches."
+    table, label_map, level = self.validation.table, self.task['label_map'], self.config.evaluation.level
+    probabilities, trackers = self.predict(), self.run.trackers
+    if trackers:
+        figures = epoch_figures(table, probabilities, label_map, level, f'epoch {epoch+1}')
+        trackers.figures(figures, epoch+1)
+    scores = split_scores(table, probabilities, len(label_map), level)
+    return validation_scores(scores, self.score_name)
 
 # %% ../nbs/05_finetune.ipynb #dbcfcd6e
 def final_scores(
@@ -237,37 +272,55 @@ def opening_lines(
 def best_scores(
     run, config, cycles, task,   # an entered `Run`, a `FinetuneConfig`, the test `Cycles`, `task_config.json`
 ):                               # (of `final_scores`, the best checkpoint's content)
-    "What the best epoch says about the test split, and write its confusion matrix."
+    "Test the best epoch, and write its confusion matrix."
     from pahcl.classifier import load_model
     best, saved = load_model(run.folder/'best_model.pt')
-    cache = Path(config.data.base_dir)/config.task.name/'.features'
-    features = cached_features(run, best.encoder, cycles, cache, pooling=best.pooling) if config.pretrain.freeze_encoder else None
-    probabilities = predictor(run, best.to(run.accelerator.device), cycles, config.training.batch_size, features)()
+    frozen, size = config.pretrain.freeze_encoder, config.training.batch_size
+    features = split_features(run, config, best, cycles) if frozen else None
+    probabilities = predictor(run, best.to(run.accelerator.device), cycles, size, features)()
     scores = final_scores(cycles.table, probabilities, task, config)
-    matrix = scores['levels'][scores['level']]['confusion_matrix']
-    if config.evaluation.save_confusion_matrix and run.is_main: write_confusion(run.folder, matrix, task['label_map'])
+    if config.evaluation.save_confusion_matrix and run.is_main:
+        matrix = scores['levels'][scores['level']]['confusion_matrix']
+        write_confusion(run.folder, matrix, task['label_map'])
     return scores, saved
+
+# %% ../nbs/05_finetune.ipynb #9b673c36
+def result_facts(
+    config, train,         # a `FinetuneConfig`, the training cycles' table
+    saved: dict,           # the best checkpoint's content
+    primary: str,          # metric that chose it
+    loaded: dict,          # of `pahcl.starting_model.StartingPoint`
+    history: list,         # a dict an epoch
+) -> dict:
+    "What `final_metrics.json` says about a run, apart from scores."
+    return dict(
+        task=config.task.name, experiment=config.experiment.name, mode=mode_of(config),
+        primary_metric=primary, seed=config.seed, best_epoch=saved['epoch'], epochs=len(history),
+        encoder_type=saved['encoder_type'], pretrained=config.pretrain.checkpoint_path, loaded=loaded,
+        training_subjects=int(train['subject_id'].nunique()), training_cycles=len(train))
 
 # %% ../nbs/05_finetune.ipynb #5eeace1a
 def run_experiment(
     run, config, data, task,   # an entered `Run`, a `FinetuneConfig`, of `task_data`
-    model, found, told, seen,  # of `starting_model`
+    start,                     # a `pahcl.starting_model.StartingPoint`
+    messages=(),               # of `task_data`
 ) -> dict:                     # what stands in final_metrics.json
     "Train, take the best epoch, test it once."
     from pahcl.scan import scan_lines
-    train = data['train'].table
-    opening = [*scan_lines(model, run.accelerator.device), *opening_lines(config, train, model, told)]
-    for line in opening: run.say(line)
-    primary = config.evaluation.primary_metric or task['primary_metric']
-    if config.few_shot and run.is_main: write_text(run.folder/'few_shot.csv', train.to_csv(index=False))
-    history = learn(run, config, model, data, primary, task['label_map'], seen)['history']
+    from pahcl.training import Trainer
+    train, model = data['train'].table, start.model
+    opening = opening_lines(config, train, model, [*start.messages, *messages])
+    for line in (*scan_lines(model, run.accelerator.device), *opening): run.say(line)
+    if config.few_shot and run.is_main:
+        write_text(run.folder/'few_shot.csv', train.to_csv(index=False))
+    recipe = FinetuneRecipe(run, config, model, data, task, start.persons)
+    history = Trainer(run, recipe).fit().history
     run.accelerator.wait_for_everyone()
     scores, saved = best_scores(run, config, data['test'], task)
-    validation = history[saved['epoch']-1] if history else {}
-    about = dict(task=config.task.name, experiment=config.experiment.name, mode=mode_of(config), primary_metric=primary, seed=config.seed)
-    trained = dict(best_epoch=saved['epoch'], epochs=len(history), encoder_type=saved['encoder_type'], pretrained=config.pretrain.checkpoint_path, loaded=found,
-                   training_subjects=int(train['subject_id'].nunique()), training_cycles=len(train))
-    return about | trained | scores | {k.replace('/', '_'): v for k, v in validation.items() if k.startswith('validation/')} | dict(history=history)
+    facts = result_facts(config, train, saved, recipe.score_name, start.loaded, history)
+    best = history[saved['epoch']-1] if history else {}
+    watched = {k.replace('/', '_'): v for k, v in best.items() if k.startswith('validation/')}
+    return facts | scores | watched | dict(history=history)
 
 # %% ../nbs/05_finetune.ipynb #4cffa6f8
 def checked_config(
@@ -290,27 +343,27 @@ def finetune(
     wandb_entity=None,
     output_dir='outputs',  # the run's folder is `<output_dir>/<task>_<experiment name>`
     overwrite=False,       # start anew where the folder holds a run
-    **overrides,           # by flag or dotted key, e.g. `task='pascal', pretrained='none', epochs=3, **{'training.loss_type': 'focal'}`
+    **overrides,           # by flag or dotted key, e.g. `task='pascal', pretrained='none', epochs=3`
 ) -> dict:                 # what stands in `final_metrics.json`
     "Fine-tune on a task; a run that is finished is not repeated, one that was killed goes on."
-    from pahcl.basics import read_json
-    config = checked_config(config, overrides)
-    data, task, notes = task_data(config)
-    heldout = person_of_id(data['val'].table, data['test'].table)
-    model, found, told, seen = starting_model(config, len(task['label_map']), heldout)  # first: a checkpoint that does not fit leaves no folder behind
-    inputs = {name: c.fingerprint() for name, c in data.items()} | {'pretrained': pretrained_fingerprint(config.pretrain.checkpoint_path)}
     from pahcl.runs import Run
     from pahcl.training import explain_memory
-    folder = Path(output_dir)/f'{config.task.name}_{config.experiment.name}'
-    run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, inputs=inputs,
-              tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity, group=config.task.name)
-    if run.state == 'finished':
-        run.say(f'{folder} is finished already; --overwrite repeats it')
-        return read_json(folder/'final_metrics.json')
+    config = checked_config(config, overrides)
+    data, task, messages = task_data(config)
+    heldout = person_of_id(data['val'].table, data['test'].table)
+    start = starting_model(config, len(task['label_map']), heldout)   # a mistake leaves no folder behind
+    inputs = {name: c.fingerprint() for name, c in data.items()}
+    inputs |= dict(pretrained=pretrained_fingerprint(config.pretrain.checkpoint_path))
+    name, folder = config.task.name, Path(output_dir)/f'{config.task.name}_{config.experiment.name}'
+    run = Run.open(folder, config, inputs, overwrite, group=name, tensorboard=tensorboard,
+                   wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity)
+    if run.finished: return run.metrics()
     with run:
-        with explain_memory(config.training.batch_size): metrics = run_experiment(run, config, data, task, model, found, [*told, *notes], seen)
+        with explain_memory(config.training.batch_size):
+            metrics = run_experiment(run, config, data, task, start, messages)
         run.finish(metrics)
-        run.say(', '.join(f'{k} {v:.4f}' for k, v in metrics.items() if k.startswith('test_') and isinstance(v, float)))
+        run.say(', '.join(f'{k} {v:.4f}' for k, v in metrics.items()
+                          if k.startswith('test_') and isinstance(v, float)))
     return metrics
 
 # %% ../nbs/05_finetune.ipynb #6b534d0c
