@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PahclError', 'UsageError', 'existing', 'some', 'atomic_path', 'write_text', 'plain', 'write_json', 'read_json',
-           'fingerprint', 'file_fingerprint', 'generator', 'progress', 'logger', 'log_to', 'both_spellings',
-           'report_error', 'command_name', 'answer_interrupt', 'plain_switches', 'script']
+           'file_hash', 'fingerprint', 'file_fingerprint', 'generator', 'progress', 'logger', 'log_to',
+           'both_spellings', 'report_error', 'command_name', 'answer_interrupt', 'plain_switches', 'script']
 
 # %% ../nbs/00c_basics.ipynb #3019fa11
 import hashlib
@@ -92,6 +92,13 @@ def read_json(
     "The content of a JSON file; missing or broken is a `PahclError` that names it."
     try: return json.loads(existing(path, what, remedy).read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise PahclError(f'{what} {path} is not valid JSON ({e}). {remedy}') from e
+
+# %% ../nbs/00c_basics.ipynb #714a44b7
+def file_hash(
+    path,    # of a file
+) -> str:    # 16 hexadecimal digits: two files of a project are never taken for one another
+    "Return what stands for the content of a file."
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 # %% ../nbs/00c_basics.ipynb #b522489a
 def fingerprint(

@@ -17,7 +17,7 @@ from .basics import UsageError, logger, script, write_text
 from .config import load_config
 from .splits import class_weights, count_people, person_of_id
 from .starting_model import pretrained_fingerprint, starting_model
-from .training_data import Bagwise, Cyclewise, cached_features, task_data
+from .training_data import Bagwise, Cyclewise, cached_features, heard_only, task_data
 
 # %% ../nbs/05_finetune.ipynb #6412fe6b
 def cycle_losses(
@@ -161,18 +161,18 @@ class FinetuneRecipe:
         run, config,       # an entered `Run`, a `FinetuneConfig`
         model,             # a `pahcl.classifier.Classifier`
         data: dict,        # 'train', 'val' -> `Cycles`
-        task: dict,        # `task_config.json`
+        task,              # the `Task`
         seen=(),           # persons that the model has learnt from before
     ):
         self.run, self.config, self.model, self.task, self.validation = run, config, model, task, data['val']
         self.frozen, self.settings = config.pretrain.freeze_encoder, config.training
-        self.score_name = config.evaluation.primary_metric or task['primary_metric']
+        self.score_name = config.evaluation.primary_metric or task.primary_metric
         self.persons = {*seen, *data['train'].table['person_id']}
         features = self.prepare_features(data)
         self.set_units(data['train'], features['train'])
         self.predict = predictor(run, model, data['val'], self.settings.batch_size, features['val'])
         self.groups, labels = learning_groups(config, model), self.units.labels
-        self.objective = make_objective(model, self.settings, labels, task['label_map'], self.frozen)
+        self.objective = make_objective(model, self.settings, labels, task.label_map, self.frozen)
         if self.frozen:   # features are there already: nothing is to be read ahead
             self.settings = self.settings.model_copy(update=dict(num_workers=0))
 
@@ -183,7 +183,7 @@ class FinetuneRecipe:
     def checkpoint(self):
         from pahcl.classifier import classifier_content
         name, settings = self.config.task.name, self.config.model_dump()
-        return classifier_content(self.model, name, self.task['label_map'], settings, self.persons)
+        return classifier_content(self.model, name, self.task.label_map, settings, self.persons)
 
 # %% ../nbs/05_finetune.ipynb #44c9626e
 @patch
@@ -215,7 +215,7 @@ def set_units(self: FinetuneRecipe, cycles, features):
 @patch
 def validate(self: FinetuneRecipe, epoch: int) -> dict:   # of `validation_scores`
     "Score the validation split, and draw figures where somebody watches."
-    table, label_map, level = self.validation.table, self.task['label_map'], self.config.evaluation.level
+    table, label_map, level = self.validation.table, self.task.label_map, self.config.evaluation.level
     probabilities, trackers = self.predict(), self.run.trackers
     if trackers:
         figures = epoch_figures(table, probabilities, label_map, level, f'epoch {epoch+1}')
@@ -226,14 +226,14 @@ def validate(self: FinetuneRecipe, epoch: int) -> dict:   # of `validation_score
 # %% ../nbs/05_finetune.ipynb #dbcfcd6e
 def final_scores(
     table, probabilities,   # the test cycles and what the best model says about them
-    task: dict,             # `task_config.json`
+    task,                   # the `Task`
     config,                 # a `FinetuneConfig`
 ) -> dict:                  # `test_<metric>` at `evaluation.level`, `levels`, `official`
     "What goes into `final_metrics.json`."
-    from pahcl.metrics import OFFICIAL, at_levels, metrics_at_levels
-    levels = metrics_at_levels(table, probabilities, task['num_classes'])
+    from pahcl.metrics import at_levels, metrics_at_levels
+    levels = metrics_at_levels(table, probabilities, task.num_classes)
     out = {f'test_{m}': levels[config.evaluation.level][m] for m in config.evaluation.metrics}
-    if official := OFFICIAL.get(task['task_name']):
+    if official := task.official_metric:
         rows, values = at_levels(table, probabilities)[official['level']]
         out[f'test_{official["name"]}'] = official['function'](rows['label'].to_numpy(), values.argmax(1))
     return out | dict(level=config.evaluation.level, levels=levels)
@@ -270,7 +270,7 @@ def opening_lines(
 
 # %% ../nbs/05_finetune.ipynb #6b9af94a
 def best_scores(
-    run, config, cycles, task,   # an entered `Run`, a `FinetuneConfig`, the test `Cycles`, `task_config.json`
+    run, config, cycles, task,   # an entered `Run`, a `FinetuneConfig`, the test `Cycles`, the `Task`
 ):                               # (of `final_scores`, the best checkpoint's content)
     "Test the best epoch, and write its confusion matrix."
     from pahcl.classifier import load_model
@@ -281,7 +281,7 @@ def best_scores(
     scores = final_scores(cycles.table, probabilities, task, config)
     if config.evaluation.save_confusion_matrix and run.is_main:
         matrix = scores['levels'][scores['level']]['confusion_matrix']
-        write_confusion(run.folder, matrix, task['label_map'])
+        write_confusion(run.folder, matrix, task.label_map)
     return scores, saved
 
 # %% ../nbs/05_finetune.ipynb #9b673c36
@@ -303,7 +303,7 @@ def result_facts(
 def run_experiment(
     run, config, data, task,   # an entered `Run`, a `FinetuneConfig`, of `task_data`
     start,                     # a `pahcl.starting_model.StartingPoint`
-    messages=(),               # of `task_data`
+    messages=(),               # of `heard_only`
 ) -> dict:                     # what stands in final_metrics.json
     "Train, take the best epoch, test it once."
     from pahcl.scan import scan_lines
@@ -349,9 +349,10 @@ def finetune(
     from pahcl.runs import Run
     from pahcl.training import explain_memory
     config = checked_config(config, overrides)
-    data, task, messages = task_data(config)
+    data, task = task_data(config)
+    data['train'], messages = heard_only(config, data['train'])
     heldout = person_of_id(data['val'].table, data['test'].table)
-    start = starting_model(config, len(task['label_map']), heldout)   # a mistake leaves no folder behind
+    start = starting_model(config, task.num_classes, heldout)   # a mistake leaves no folder behind
     inputs = {name: c.fingerprint() for name, c in data.items()}
     inputs |= dict(pretrained=pretrained_fingerprint(config.pretrain.checkpoint_path))
     name, folder = config.task.name, Path(output_dir)/f'{config.task.name}_{config.experiment.name}'

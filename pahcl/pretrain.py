@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from .basics import PahclError, fingerprint, generator, script
 from .config import load_config
+from .tables import cut_difference
 
 # %% ../nbs/04_pretrain.ipynb #027a221e
 HEARD = ('validation and test persons of the downstream tasks are learnt from too. '
@@ -68,10 +69,10 @@ def check_settings(
     folder,          # where they were found, for the message
 ):
     "Raise `PahclError` where the configuration does not fit the data, or sets what has no effect."
-    for key in ('sample_rate', 'target_length', 'length_mode'):
+    if key := cut_difference(config.data.model_dump(), found):
         asked = getattr(config.data, key)
-        if key in found and found[key] != asked:
-            raise PahclError(f'data.{key} is {asked}, but the cycles in {folder} were made with {found[key]}. Set it to {found[key]}, or preprocess again.')
+        raise PahclError(f'data.{key} is {asked}, but the cycles in {folder} were made with {found[key]}. '
+                         f'Set it to {found[key]}, or preprocess again.')
     if config.contrast.second_view == 'other' and config.contrast.positives == 'view':
         raise PahclError('contrast.second_view is other, but contrast.positives is view: there is no other cycle that counts as the same. '
                          'Set positives to recording or subject.')
@@ -126,9 +127,10 @@ def codes(
     "Numbers for persons and for groups of positives."
     import pandas as pd
     import torch
+    from pahcl.loader import recording_ids
     number = lambda names: pd.factorize(names, sort=True)[0]
     person = number(table['person_id'].astype(str))
-    groups = dict(view=range(len(table)), recording=number(table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str)), subject=person)
+    groups = dict(view=range(len(table)), recording=number(recording_ids(table)), subject=person)
     return torch.tensor(person), torch.tensor(groups[positives])
 
 # %% ../nbs/04_pretrain.ipynb #74e0647c

@@ -7,7 +7,6 @@ __all__ = ['HELDOUT', 'check_pretraining', 'head_settings', 'substructure_note',
            'load_whole', 'StartingPoint', 'starting_model', 'pretrained_fingerprint']
 
 # %% ../nbs/05c_starting_model.ipynb #145fcdc9
-import hashlib
 from dataclasses import dataclass
 
 from .basics import PahclError, some
@@ -132,5 +131,6 @@ def pretrained_fingerprint(
     source,   # a path, `packaged` or `none`
 ) -> str:
     "What a run started from: 16 hexadecimal digits of the file's content, or `none`."
+    from pahcl.basics import file_hash
     from pahcl.classifier import find_checkpoint
-    return 'none' if source == 'none' else hashlib.sha256(find_checkpoint(source).read_bytes()).hexdigest()[:16]
+    return 'none' if source == 'none' else file_hash(find_checkpoint(source))
