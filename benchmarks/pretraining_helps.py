@@ -74,8 +74,8 @@ def logistic(task, data_dir, start, seed, shots=None, number=0, pooling='cycle')
 def neural(task, data_dir, start, seed, name, a, overrides):
     "The package's own training and test; -> (table, probabilities) of the test split."
     finetune(None, output_dir=a.output, task=task, experiment_name=name, data_dir=data_dir, seed=seed, pretrained=start, **COMMON | overrides | a.more)
-    cycles, config, _ = open_split(task, data_dir, 'test')
-    return cycles.table, predict_split(a.output/f'{task}_{name}'/'best_model.pt', cycles, config)[0]
+    cycles, prepared = open_split(task, data_dir, 'test')
+    return cycles.table, predict_split(a.output/f'{task}_{name}'/'best_model.pt', cycles, prepared)[0]
 
 def run_part(task, setting, start, number, checkpoint, a):
     "Learn once and predict the test split, unless that is done; -> (table, probabilities)."

@@ -191,21 +191,22 @@ def validation_weights(
 ):                               # [members]
     "`learnt_weights` on the task's validation subjects."
     from pahcl.metrics import at_levels
-    cycles, config, _ = open_split(task, data_dir, 'val')
+    cycles, prepared = open_split(task, data_dir, 'val')
     check_unseen(members, cycles.table)
-    said = [at_levels(cycles.table, predict_split(p, cycles, config, batch_size)[0], rule, subject_rule)['subject'] for p in paths]
+    said = [at_levels(cycles.table, predict_split(p, cycles, prepared, batch_size)[0], rule, subject_rule)['subject'] for p in paths]
     return learnt_weights([values for _, values in said], said[0][0]['label'].astype(int))
 
 # %% ../nbs/06c_ensemble.ipynb #c6b95780
 def ensemble_notes(
     answers: list,      # of `predict_split`, one a member
-    table, task: str,   # of the cycles; what they are predicted for
+    table, task,        # of the cycles; the `Task` they are predicted for
     subject_rule=None,
 ) -> list:              # sentences
     "What must be known beside the ensemble's numbers."
-    saved, matched = answers[0][1:]
+    saved = answers[0][1]
     alone = ['one member only: this is no ensemble'] if len(answers) == 1 else []
-    across = [f'across data sets: {"; ".join(matched)}'] if saved['task'] != task else []
+    matched = '; '.join(task.describe_match(saved['label_map'], saved['task']))
+    across = [f'across data sets: {matched}'] if saved['task'] != task.name else []
     return [*alone, *across, *dict.fromkeys(note for a in answers for note in [*bag_note(a[1], subject_rule), *seen_note(a[1], table)])]
 
 # %% ../nbs/06c_ensemble.ipynb #166ea568
@@ -239,17 +240,18 @@ def ensemble(
 ) -> dict:                       # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
     paths, members = load_members(checkpoints)
-    cycles, config, missing = open_split(task, data_dir, split)
-    check_rules(config['label_map'], rule, subject_rule, ())
+    cycles, prepared = open_split(task, data_dir, split)
+    check_rules(prepared, rule, subject_rule, ())
     check_test_persons(members, cycles.table, split)
     weights = validation_weights(paths, members, task, data_dir, batch_size, rule, subject_rule) if weighted else None
-    answers = [predict_split(p, cycles, config, batch_size) for p in paths]
-    assessed = lambda mean: assess((cycles.table, mean), None, config, Path(data_dir)/task, split, missing, rule, subject_rule, draws, seed, raw_dir=raw_dir)
+    answers = [predict_split(p, cycles, prepared, batch_size) for p in paths]
+    assessed = lambda mean: assess((cycles.table, mean), None, prepared, split, rule, subject_rule, draws, seed, raw_dir=raw_dir)
     said = [a[0] for a in answers]
-    results, levels, told = score_ensemble(cycles.table, said, config['label_map'], task, paths, rule, subject_rule, draws, seed, weights, assessed)
-    saved, matched = answers[0][1:]
+    results, levels, told = score_ensemble(cycles.table, said, prepared.label_map, task, paths, rule, subject_rule, draws, seed, weights, assessed)
+    saved = answers[0][1]
+    matched = prepared.describe_match(saved['label_map'], saved['task'])
     about = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split, matched=matched)
-    results = about | results | dict(notes=[*ensemble_notes(answers, cycles.table, task, subject_rule), *results['notes']])
+    results = about | results | dict(notes=[*ensemble_notes(answers, cycles.table, prepared, subject_rule), *results['notes']])
     for note in all_notes(results): logger().info(note)
     folder = Path(output_dir) if output_dir else common_folder(paths)/f'ensemble_{task}_{split}'
     asked = dict(members=about['checkpoints'], task=task, data_dir=str(data_dir), split=split, draws=draws, seed=seed,

@@ -271,11 +271,11 @@ def robustness(
     rule='mean', subject_rule=None, draws=2000, seed=0,                                                # as there
 ):                                                                                                     # DataFrame of `robustness_table`
     "Score a checkpoint under every condition and write the table into the evaluation's folder."
-    from pahcl.evaluate import class_names, open_model, open_split
-    cycles, config, _ = open_split(task, data_dir, split)
-    model, _, columns, _ = open_model(checkpoint, config)
-    names = class_names(config['label_map'])
-    table, notes = robustness_table(model, cycles, columns, config.get('dataset', ''), rule, subject_rule, batch_size, draws, seed, names)
+    from pahcl.evaluate import open_model, open_split
+    cycles, prepared = open_split(task, data_dir, split)
+    model, saved = open_model(checkpoint, prepared)
+    columns = prepared.match_columns(saved['label_map'], saved['task'])
+    table, notes = robustness_table(model, cycles, columns, prepared.dataset, rule, subject_rule, batch_size, draws, seed, prepared.class_names)
     folder = Path(output_dir) if output_dir else Path(checkpoint).parent/f'evaluation_{task}_{split}'
     write_robustness(folder, table, notes, f'{task}, {split}: robustness of {Path(checkpoint).parent.name}/{Path(checkpoint).name}')
     print('\n'.join([printed(table).to_string(index=False), *(f'{n}.' for n in notes)]))

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from pahcl.basics import PahclError, write_json
 from pahcl.ensemble import ensemble, find_members, pahcl_ensemble
-from pahcl.evaluate import evaluate, match_classes, pahcl_evaluate, score_predictions
+from pahcl.evaluate import evaluate, pahcl_evaluate, score_predictions
 from pahcl.metrics import made_cycles, murmur_weighted_accuracy
 from pahcl.summarize import pahcl_summarize
+from pahcl.tables import Task
 
 MURMUR = {'Present': 0, 'Absent': 1, 'Unknown': 2}
 FILES = {'metrics.json', 'report.html', *(f'predictions_{l}.csv' for l in ('cycle', 'recording', 'subject')),
@@ -230,7 +231,7 @@ def test_a_person_under_two_ids_is_resampled_as_one():
 
 @pytest.mark.parametrize('trained', [dict(Normal=0), dict(Normal=0, Abnormal=1, Unknown=2), dict(Present=0, Absent=1)])
 def test_match_refuses(trained):
-    with pytest.raises(PahclError, match='do not agree'): match_classes(trained, dict(Normal=0, Abnormal=1))
+    with pytest.raises(PahclError, match='do not agree'): Task('.', dict(task_name='circor_outcome', label_map=dict(Normal=0, Abnormal=1))).match_columns(trained)
 
 
 @pytest.mark.parametrize('content', ['', '[1]', '{"test_accuracy": "high"}', '{"test_accuracy": true}', '\xff\xfe'])

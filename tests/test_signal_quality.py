@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pahcl.challenge_rules import UNSURE, as_committed, quality_weighted_mean
 from pahcl.cycles import preprocess
-from pahcl.evaluate import assess, missing_units
+from pahcl.evaluate import assess
 from pahcl.evaluation_report import official_lines
 from pahcl.floors import heart_rates
 from pahcl.metrics import sensitivity_specificity_mean
 from pahcl.simulate import simulate_dataset
 from pahcl.splits import prepare
+from pahcl.tables import Task
 
 LABELS = dict(normal=0, abnormal=1)
 
@@ -57,12 +58,13 @@ def made_task(folder, quality):
     heard = known.drop(index=[3, 7])
     heard.assign(s2_end=1500, valid_length=3000, duration_s=.8).to_csv(folder/'cycles.csv', index=False)
     abnormal = np.array([.9, .8, .2, .1, .6, .3])
-    return (heard.reset_index(drop=True), np.stack([1-abnormal, abnormal], 1)), missing_units(heard, ids, ids)
+    return (heard.reset_index(drop=True), np.stack([1-abnormal, abnormal], 1)), ids
 
 
 def score(folder, quality):
-    told, missing = made_task(folder, quality)
-    return assess(told, None, dict(task_name='physionet2016', dataset='physionet2016', label_map=LABELS), folder, 'test', missing, draws=50)[0]
+    told, ids = made_task(folder, quality)
+    config = dict(task_name='physionet2016', dataset='physionet2016', label_map=LABELS, split_subjects=dict(test=ids))
+    return assess(told, None, Task(folder, config), 'test', draws=50)[0]
 
 
 def test_the_rule_by_hand(tmp_path):

@@ -14,6 +14,7 @@ from pahcl.metrics import OFFICIAL, at_levels, auprc, auroc, classification_metr
 from pahcl import resampling
 from pahcl.resampling import interval, number_persons, p_value, resampling_weights
 from pahcl.uncertainty import bootstrap_scores, class_intervals, class_persons, intervals, matrix_scores, weighted_matrices
+from pahcl.tables import Task
 from scipy import stats
 from sklearn import metrics as sk
 
@@ -195,13 +196,13 @@ def task_on_disk(folder, persons=60):
 
 def test_the_folder_letter_is_found_out(tmp_path):
     task, levels = task_on_disk(tmp_path)
-    floors = shortcut_floors(task, tmp_path, levels, official=OFFICIAL['physionet2016'])
+    floors = shortcut_floors(Task(tmp_path, task), levels, official=OFFICIAL['physionet2016'])
     assert set(floors) == {'heart rate', 'folder letter', 'segmentation', 'log-mel statistics'} and floors['folder letter']['auroc'] == floors['folder letter']['official'] == 1
     assert abs(floors['heart rate']['auroc']-.5) < .25
     assert below_floors(dict(auroc=.95), floors, ['auroc']) == dict(auroc=['folder letter'])
     assert 'no column confidence, quality. Make it again' in floors['segmentation']['reason'] and 'task_config.json' in floors['log-mel statistics']['reason']
-    assert 'hides the rate' in shortcut_floors(task | dict(length_mode='phase'), tmp_path, levels)['heart rate']['reason']
-    assert '--raw-dir' in shortcut_floors(task | dict(dataset='circor'), tmp_path, levels)['demographics']['reason']
+    assert 'hides the rate' in shortcut_floors(Task(tmp_path, task | dict(length_mode='phase')), levels)['heart rate']['reason']
+    assert '--raw-dir' in shortcut_floors(Task(tmp_path, task | dict(dataset='circor')), levels)['demographics']['reason']
 
 
 def test_demographics_are_those_of_the_table(raw):
