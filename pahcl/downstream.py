@@ -15,7 +15,8 @@ from fastcore.script import Param
 
 from .basics import PahclError, existing, script
 from .config import load_config
-from .pipeline import MODES, Pipeline, PipelineSettings, Stage, content, data_key, files_of, raw_files
+from .pipeline import (MODES, Pipeline, PipelineSettings, Stage, content, data_key,
+                            evaluation_folder, files_of, raw_files)
 
 # %% ../nbs/06e_downstream.ipynb #0b5d0657
 DEMO_FOLDERS = dict(raw_dir='demo/raw', processed_dir='demo/processed', data_dir='demo/downstream', output_dir='demo/outputs')
@@ -151,7 +152,8 @@ def evaluate_stage(
         from pahcl.evaluate import evaluate
         evaluate(folder/'best_model.pt', task, data_dir, raw_dir=raw_dir)
     def inputs(): return dict(model=content([folder/'best_model.pt'], folder), data=data_key(data_dir, task))
-    return Stage('evaluate', folder, work, inputs, (f'evaluation_{task}_test/metrics.json',), after=('fine-tune',), note=task)
+    outputs = (f'{evaluation_folder("", task)}/metrics.json',)
+    return Stage('evaluate', folder, work, inputs, outputs, after=('fine-tune',), note=task)
 
 # %% ../nbs/06e_downstream.ipynb #209c1849
 def task_stages(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'USES', 'MODES', 'file_hash', 'content', 'Stage', 'differs', 'reason', 'remember', 'run_stage', 'files_of',
-           'raw_files', 'data_key', 'PipelineSettings', 'Pipeline', 'Command', 'pretrained_of', 'runs_of', 'Plan',
-           'run_task']
+           'raw_files', 'data_key', 'evaluation_folder', 'PipelineSettings', 'Pipeline', 'Command', 'pretrained_of',
+           'runs_of', 'Plan', 'run_task']
 
 # %% ../nbs/06w_pipeline.ipynb #c9c905d9
 import hashlib
@@ -145,6 +145,15 @@ def data_key(
     "Return the hashes of the tables of prepared tasks."
     tables = ('task_config.json', 'cycles.csv', 'train.csv', 'val.csv', 'test.csv')
     return content([p for name in tables for p in Path(data_dir).glob(f'{task}/{name}')], data_dir)
+
+# %% ../nbs/06w_pipeline.ipynb #a36eb1af
+def evaluation_folder(
+    run,                       # folder of a training
+    task: str, split='test',   # that its best model was evaluated on
+) -> Path:
+    "Return where an evaluation of a run lies."
+    return Path(run)/f'evaluation_{task}_{split}'
+
 
 # %% ../nbs/06w_pipeline.ipynb #85400949
 @dataclass(frozen=True)
