@@ -15,6 +15,7 @@ import pandas as pd
 import soxr
 
 from .basics import generator, logger, progress, write_text
+from .pipeline import evaluation_folder
 from .signal import bandpass
 
 # %% ../nbs/06l_robustness.ipynb #c44d779b
@@ -267,7 +268,7 @@ def robustness(
     model, saved = open_model(checkpoint, prepared)
     columns = prepared.match_columns(saved['label_map'], saved['task'])
     table, notes = robustness_table(model, cycles, columns, prepared.dataset, rule, subject_rule, batch_size, draws, seed, prepared.class_names)
-    folder = Path(output_dir) if output_dir else Path(checkpoint).parent/f'evaluation_{task}_{split}'
+    folder = Path(output_dir) if output_dir else evaluation_folder(Path(checkpoint).parent, task, split)
     write_robustness(folder, table, notes, f'{task}, {split}: robustness of {Path(checkpoint).parent.name}/{Path(checkpoint).name}')
     print('\n'.join([printed(table).to_string(index=False), *(f'{n}.' for n in notes)]))
     return table
