@@ -69,7 +69,7 @@ def check_settings(
     folder,          # where they were found, for the message
 ):
     "Raise `PahclError` where the configuration does not fit the data, or sets what has no effect."
-    if key := cut_difference(config.data.model_dump(), found):
+    if key := cut_difference(vars(config.data), found):
         asked = getattr(config.data, key)
         raise PahclError(f'data.{key} is {asked}, but the cycles in {folder} were made with {found[key]}. '
                          f'Set it to {found[key]}, or preprocess again.')

@@ -87,7 +87,7 @@ def make_probes(
     folder, found = Path(config.data.base_dir), []
     for name in probe_tasks(folder, config.probe.tasks):
         cycles = Cycles.from_task(folder/name, 'train')
-        other = cut_difference(cycles.settings, config.data.model_dump())
+        other = cut_difference(cycles.settings, vars(config.data))
         if other: found.append(f'{name} was prepared with another {other}')
         else: found.append(make_probe(name, cycles, persons, config.probe.cycles_per_recording, config.seed))
     return [f for f in found if isinstance(f, Probe)], [f for f in found if isinstance(f, str)]
