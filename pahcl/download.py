@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TASKS', 'APPENDIX_COLUMNS', 'PASCAL_TASK_LABELS', 'Source', 'TaskDefinition', 'Dataset',
-           'register_dataset', 'chosen', 'chosen_tasks', 'class_columns', 'read_table', 'one_of', 'persons',
+           'register_dataset', 'chosen', 'chosen_tasks', 'class_columns', 'read_label_table', 'one_of', 'persons',
            'read_circor', 'person_2016', 'read_physionet2016', 'pascal_name', 'sittings', 'read_pascal',
            'recording_devices', 'recording_columns', 'recordings', 'read_annotation', 'parse_sums', 'fetch_sums',
            'fetch', 'manual_status', 'download', 'pahcl_download']
@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from fastcore.basics import patch
 
-from .basics import PahclError, atomic_path, existing, logger, progress, script
+from .basics import PahclError, atomic_path, existing, logger, progress, read_table, script
 
 # %% ../nbs/00_data_download.ipynb #7ecc5b19
 @dataclass(frozen=True)
@@ -116,17 +116,16 @@ def label(self: TaskDefinition,
     return own.assign(label=own[self.column].map(self.label_map).astype(int))
 
 # %% ../nbs/00_data_download.ipynb #c87d027d
-def read_table(
-    path,           # a csv file
-    columns,        # names that must be there
-):                  # a DataFrame of text, missing cells empty
-    "Read a label table; a missing column is a `PahclError` that names file and column."
-    import pandas as pd
-    try: table = pd.read_csv(existing(path, 'label table'), dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except (ValueError, pd.errors.ParserError) as e: raise PahclError(f'{path} cannot be read as a table ({e}). Download it again.') from e
+def read_label_table(
+    path,        # a publisher's csv file
+    columns=(),  # names that must be there
+):               # DataFrame of text
+    "Read a table of labels, without blanks around its cells, missing ones empty; name a column that is not there."
+    table = read_table(path, (), 'label table', 'Download it again.').fillna('')
     table.columns = [c.strip() for c in table.columns]
     missing = [c for c in columns if c not in table.columns]
-    if missing: raise PahclError(f'{path} has no column {missing[0]!r}; it has {", ".join(table.columns[:8])}. Download it again.')
+    known = ', '.join(table.columns[:8])
+    if missing: raise PahclError(f'{path} has no column {missing[0]!r}; it has {known}. Download it again.')
     return table.apply(lambda column: column.str.strip())
 
 # %% ../nbs/00_data_download.ipynb #7a945011
@@ -179,7 +178,7 @@ def read_circor(folder):
     "rows of CirCor; nothing if there is no table"
     if not (folder/'training_data.csv').exists(): return []
     path = folder/'training_data.csv'
-    table = read_table(path, ['Patient ID', 'Murmur', 'Outcome']).replace('nan', '')
+    table = read_label_table(path, ['Patient ID', 'Murmur', 'Outcome']).replace('nan', '')
     labels = {r['Patient ID']: r for r in table.to_dict('records')}
     for patient, row in labels.items():
         one_of(row['Murmur'], ('Present', 'Absent', 'Unknown', ''), f'{path}, column Murmur, patient {patient},')
@@ -272,7 +271,7 @@ def person_2016(
 def _appendix(folder):
     "record → its row in the table that PhysioNet publishes beside the annotations; empty without it"
     tables = sorted((folder/'annotations').rglob('Online*Appendix*training*set.csv'))
-    rows = read_table(tables[0], APPENDIX_COLUMNS).to_dict('records') if tables else []
+    rows = read_label_table(tables[0], APPENDIX_COLUMNS).to_dict('records') if tables else []
     return {r['Challenge record name']: r for r in rows}
 
 # %% ../nbs/00_data_download.ipynb #2c1dd341
@@ -357,7 +356,7 @@ def read_pascal(folder):
         parts = {wav: pascal_name(wav.name) for wav in wavs}
         if table.exists():
             def key(p): return p['label'] if group == 'a' else p['subject'], p['stamp'], p['place']
-            listed = Counter(key(pascal_name(n)) for n in read_table(table, ['fname', 'label']).fname)
+            listed = Counter(key(pascal_name(n)) for n in read_label_table(table, ['fname', 'label']).fname)
             _warn_missing((listed-Counter(map(key, parts.values()))).total(), table, folder/f'set_{group}')
         sitting = sittings([p['stamp'] for p in parts.values()])
         for wav, p in parts.items():

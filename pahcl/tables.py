@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'CYCLE_COLUMNS', 'PREPARE_AGAIN', 'CUT_KEYS', 'made_recordings', 'made_cycle', 'made_processed',
-           'read_table', 'read_processed', 'sample_boundaries', 'read_cycles', 'kept_cycles', 'Task', 'prepared_tasks',
+           'read_processed', 'sample_boundaries', 'read_cycles', 'kept_cycles', 'Task', 'prepared_tasks',
            'cut_difference']
 
 # %% ../nbs/01e_cycle_tables.ipynb #0f9b17ba
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .basics import PahclError, existing, generator, progress, read_json, write_json
+from .basics import PahclError, existing, generator, progress, read_json, read_table, write_json
 from .download import DATASETS, class_columns
 
 # %% ../nbs/01e_cycle_tables.ipynb #8324bebc
@@ -91,23 +91,6 @@ def made_processed(
     settings = dict(sample_rate=5000, target_length=length, length_mode=length_mode, states='detected', band_hz=[25, 400])
     write_json(folder/'processing_stats.json', dict(settings=settings))
     return folder
-
-# %% ../nbs/01e_cycle_tables.ipynb #18afd2bf
-def read_table(
-    path,             # a csv file; a first line that starts with # is skipped
-    columns=(),       # names that must be there
-    what='table',     # what it is to the user
-    remedy='Run pahcl_preprocess again.',
-):                    # DataFrame of text; empty cells are missing values
-    "Read a csv without guessing types; a `PahclError` names what is missing."
-    import pandas as pd
-    try:
-        with open(existing(path, what, remedy), encoding='utf-8') as f: comment = f.readline().startswith('#')
-        table = pd.read_csv(path, dtype=str, skiprows=int(comment), keep_default_na=False, na_values=[''])
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e: raise PahclError(f'{what} {path} cannot be read ({e}). {remedy}') from e
-    lost = [c for c in columns if c not in table]
-    if lost: raise PahclError(f'{what} {path} has no column {", ".join(lost)}. {remedy}')
-    return table
 
 # %% ../nbs/01e_cycle_tables.ipynb #c6d680e4
 def read_processed(
