@@ -47,7 +47,7 @@ def made_cycle(
     length=4000,        # samples of a stored cycle
     length_mode='pad',  # pad or phase
     sample_rate=5000,   # Hz
-):                      # (sound [length] float32, edges of the four states in s [5], valid length)
+):                      # (sound [valid length, at most `length`] float32, edges of the four states in s [5])
     "Two bursts, S1 and S2, in noise 30 dB below them."
     import numpy as np
     duration = random.uniform(0.5, 1.1)
@@ -58,8 +58,7 @@ def made_cycle(
         burst = slice(int(start*rate), int(end*rate))
         t = np.arange(burst.stop-burst.start)
         whole[burst] += 0.3*np.hanning(len(t))*np.sin(2*np.pi*60/sample_rate*t)
-    valid = min(length, len(whole))
-    return np.pad(whole[:valid], (0, length-valid)).astype(np.float32), edges, valid
+    return whole[:length].astype(np.float32), edges
 
 # %% ../nbs/01e_cycle_tables.ipynb #85a0d178
 BOUNDS = ['onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s']   # of a cycle, in the recording
@@ -80,9 +79,10 @@ def made_processed(
         (folder/place).mkdir(parents=True)
         rows = []
         for c in range(cycles+1):
-            sound, edges, valid = made_cycle(random, length, length_mode)
+            sound, edges = made_cycle(random, length, length_mode)
+            valid = len(sound)
             file = f'cycle_{c:03d}.npy' if c < cycles else ''
-            if file: np.save(folder/place/file, sound)
+            if file: np.save(folder/place/file, np.pad(sound, (0, length-valid)))
             rows.append([c, file, *np.round(c*1.2+edges, 4), valid, 0.9, 0.8, bool(file), '' if file else 'quality'])
         columns = ['cycle', 'file', *BOUNDS, 'valid_length', 'confidence', 'quality', 'kept', 'reason']
         pd.DataFrame(rows, columns=columns).to_csv(folder/place/'cycles.csv', index=False)
