@@ -76,9 +76,8 @@ def detector_row(
     draws=2000, seed=0,
 ) -> dict:                 # subjects, ill, auroc, low, high
     "The AUROC of a detector on the subjects who were judged."
-    from pahcl.metrics import auroc
+    from pahcl.ranking import auroc, weighted_auroc
     from pahcl.resampling import interval, number_persons, resampling_weights
-    from pahcl.uncertainty import weighted_auroc
     judged = subjects[subjects['label'].isin([normal, *ill])]
     positive, value = judged['label'].isin(ill).to_numpy(), judged['value'].to_numpy()
     index, persons = number_persons(judged['person_id'])
@@ -109,10 +108,12 @@ def probes(
     "Scores of the judges on subjects, with intervals over persons."
     import pandas as pd
     from pahcl.probe import judged, judges
-    from pahcl.robustness import scored, subject_frame
+    from pahcl.metrics import Predictions
+    from pahcl.robustness import scored
     y, out = train[0]['label'].to_numpy(), []
     for name, model in judges(min(neighbours, len(y))).items():
-        out.append(dict(probe=name, **scored(subject_frame(test[0], judged(model, train[1], y, test[1], len(label_map))), None, draws, seed)))
+        predictions = Predictions(test[0], judged(model, train[1], y, test[1], len(label_map)), label_map)
+        out.append(dict(probe=name, **scored(predictions.at_level('subject'), None, draws, seed)))
     return pd.DataFrame(out)
 
 # %% ../nbs/06o_representation.ipynb #c3382076
