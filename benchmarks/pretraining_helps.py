@@ -20,7 +20,7 @@ from pahcl.classifier import encode
 from pahcl.compare import run_shares
 from pahcl.config import load_config
 from pahcl.evaluate import open_model, open_split
-from pahcl.finetune import finetune, starting_model, task_data
+from pahcl.finetune import finetune, heard_only, starting_model, task_data
 from pahcl.loader import cap_rows, few_shot_rows
 from pahcl.metrics import OFFICIAL, Predictions, classification_metrics
 from pahcl.pretrain import pretrain
@@ -56,10 +56,11 @@ def thin(downstream, output, tasks, most):
 def frozen(task, data_dir, start, seed, pooling='cycle'):
     "The task's cycles, and their features from an encoder that stays as it is: {split: (table, features)}."
     config = load_config('finetune', None, overrides=dict(task=task, data_dir=data_dir, pretrained=start, seed=seed, encoder_type=COMMON['encoder_type']))
-    data, content, _ = task_data(config)
+    data, prepared = task_data(config)
+    data['train'], _ = heard_only(config, data['train'])
     heldout = person_of_id(data['val'].table, data['test'].table)
-    encoder = starting_model(config, content['num_classes'], heldout)[0].encoder
-    return {s: (data[s].table, encode(encoder, data[s], pooling=pooling)) for s in ('train', 'test')}, content['num_classes']
+    encoder = starting_model(config, prepared.num_classes, heldout).model.encoder
+    return {s: (data[s].table, encode(encoder, data[s], pooling=pooling)) for s in ('train', 'test')}, prepared.num_classes
 
 def logistic(task, data_dir, start, seed, shots=None, number=0, pooling='cycle'):
     "Logistic regression on frozen features; -> (table, probabilities) of the test split."

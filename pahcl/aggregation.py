@@ -61,7 +61,7 @@ def subject_features(
     predictions: Predictions,   # of cycles
 ):                              # DataFrame [subjects, classes·6] by sorted subject id
     "Return what the learned rule sees: quantiles of the cycles' log odds, and their greatest mean."
-    odds, ids = log_odds(predictions.answers['cycle']), predictions.table.astype(str)
+    odds, ids = log_odds(predictions.level_probabilities['cycle']), predictions.table.astype(str)
     subjects, recordings = ids['subject_id'].to_numpy(), ids['recording_id'].to_numpy()
     by = odds.groupby(subjects, sort=True)
     means = odds.groupby([subjects, recordings]).mean()
@@ -119,7 +119,7 @@ def apply_rules(
     predictions: Predictions,   # of a split
 ) -> dict:                      # rule -> level -> `Predictions`
     "Aggregate by each rule of the task; `model` is the own answer of a model of bags."
-    bags = len(predictions.answers) > 1
+    bags = len(predictions.level_probabilities) > 1
     own = dict(model=predictions.at_levels()) if bags else {}
     rules = rules_of(predictions.label_map)
     return own | {name: predictions.cycles.at_levels(*way) for name, way in rules.items()}
@@ -135,7 +135,7 @@ def learn_rule(
     labels = subjects.table['label']
     own, other = left_out(x, labels, k, subjects.persons), fit_probe(x, labels, k)(z)
     def levels(p, values):
-        return replace(p, probabilities=dict(cycle=p.answers['cycle'], subject=values)).at_levels()
+        return replace(p, probabilities=dict(cycle=p.level_probabilities['cycle'], subject=values)).at_levels()
     return levels(fitted_on, own), levels(predictions, other)
 
 def follow_rules(
@@ -297,7 +297,7 @@ def _choose_rule(cls: Decisions,
     task, rule, subject_rule,               # as in `make`
 ) -> Decisions:
     "Choose the way from cycles to subjects, and tell how all the others do."
-    own = predictions.answers
+    own = predictions.level_probabilities
     if subject_rule == 'model' and len(own) < 2:
         raise PahclError('--subject-rule model is the own answer of a model of bags, and this model '
                          'answers for cycles. Give another rule.')

@@ -16,6 +16,7 @@ from scipy.stats import norm, rankdata, wilcoxon
 
 from .basics import PahclError, existing, generator, some
 from .metrics import drawn_metrics, persons_of
+from .pipeline import evaluation_folder
 from .resampling import interval, number_persons, p_value, resampling_weights
 from .uncertainty import bootstrap_scores
 
@@ -134,7 +135,8 @@ def read_subjects(
     "What a run's evaluation says about each subject; raises `PahclError` where the run was not evaluated."
     folder = Path(folder)
     hint = f'Make them with pahcl_evaluate --checkpoint {folder/"best_model.pt"} --task {task} --split {split}.'
-    path = existing(folder/f'evaluation_{task}_{split}'/'predictions_subject.csv', f'predictions of {folder.name}', hint)
+    path = evaluation_folder(folder, task, split)/'predictions_subject.csv'
+    existing(path, f'predictions of {folder.name}', hint)
     table = pd.read_csv(path, dtype=dict(subject_id=str, person_id=str), keep_default_na=False)
     lost = [c for c in ('subject_id', 'label') if c not in table] or ([] if any(c.startswith('probability_') for c in table) else ['probability_<class>'])
     if lost: raise PahclError(f'{path} has no column {", ".join(lost)}. Make it again with pahcl_evaluate.')

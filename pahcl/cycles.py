@@ -186,7 +186,8 @@ def tallies(
     "Counts by data set and class."
     rows = [(r, s) for r, s in zip(table.astype(object).where(table.notna(), None).to_dict('records'), summaries)]
     def by(values): return {v: tally(s for (_, s), w in zip(rows, values) if w == v) for v in sorted({v for v in values if v})}
-    columns = ('circor', 'murmur'), ('circor', 'outcome'), ('physionet2016', 'label'), ('pascal', 'label')
+    from pahcl.download import TASKS
+    columns = [(t.dataset, t.column) for t in TASKS.values()]
     classes = {f'{d} {c}': by([r[c] if r['dataset'] == d else None for r, _ in rows]) for d, c in columns}
     return dict(total=tally(summaries), datasets=by([r['dataset'] for r, _ in rows]), classes={k: v for k, v in classes.items() if v})
 
@@ -205,10 +206,10 @@ def _settle(output_dir, table, keys):
 def _done_before(raw_dir, output_dir, names, key_of):
     "`recordings` of other data sets that are in the folder, cut with the same settings"
     import pandas as pd
-    from pahcl.download import SOURCES, recordings
+    from pahcl.download import DATASETS, recordings
     found = {_done(p.parent).get('dataset') for p in Path(output_dir).glob('subject_*/*/.done.json')}
     tables = []
-    for name in (n for n in SOURCES if n in found and n not in names):
+    for name in (n for n in DATASETS if n in found and n not in names):
         try: table = recordings(raw_dir, name, unreadable=True, keep_withdrawn=True)   # those that were not asked for are not there
         except PahclError: continue                                            # its raw data are gone
         table = table[table.seconds.notna()].astype(dict(sample_rate=int))

@@ -41,9 +41,9 @@ def device_parts(
     dataset: str,
 ) -> dict:                  # device -> `Decisions` of its subjects; nothing where there is one device
     "Part the pooled decisions by device."
-    from pahcl.robustness import devices
+    from pahcl.download import recording_devices
     recordings = decisions.levels['recording'].table
-    own = devices(recordings, dataset)
+    own = recording_devices(recordings, dataset)
     if own is None or len(set(own)) < 2: return {}
     of = pd.Series(own, recordings['subject_id'].astype(str)).groupby(level=0).first()
     where = {level: of.reindex(d.table['subject_id'].astype(str)).to_numpy()

@@ -627,7 +627,7 @@ def positive_class(
     return label_map.get('Present', 1)
 
 @patch(as_prop=True)
-def answers(self: Predictions) -> dict:   # level -> [units, classes]; always of cycles
+def level_probabilities(self: Predictions) -> dict:   # level -> [units, classes]; always of cycles
     "Return the probabilities of each level that the model answers for by itself."
     own = self.probabilities
     return own if isinstance(own, dict) else {self.level: own}
@@ -636,7 +636,7 @@ def answers(self: Predictions) -> dict:   # level -> [units, classes]; always of
 def class_names(self: Predictions) -> list:
     "List the names of the classes in the order of the columns."
     if self.label_map: return class_names(self.label_map)
-    return [str(c) for c in range(np.shape(self.answers[self.level])[1])]
+    return [str(c) for c in range(np.shape(self.level_probabilities[self.level])[1])]
 
 @patch(as_prop=True)
 def num_classes(self: Predictions) -> int:
@@ -647,7 +647,7 @@ def num_classes(self: Predictions) -> int:
 @patch(as_prop=True)
 def cycles(self: Predictions) -> Predictions:
     "Keep what is said of the cycles alone."
-    return replace(self, probabilities=np.asarray(self.answers['cycle']))
+    return replace(self, probabilities=np.asarray(self.level_probabilities['cycle']))
 
 @patch
 def _group(self: Predictions,
@@ -674,7 +674,7 @@ def at_levels(self: Predictions,
     subject_rule=None,  # recordings to subjects; None: the same, or the model's own answer
 ) -> dict:              # level -> `Predictions`
     "Return the predictions of cycles, and of the recordings and subjects made from them."
-    own, table = self.answers, self.table.reset_index(drop=True)
+    own, table = self.level_probabilities, self.table.reset_index(drop=True)
     cycles = replace(self, table=table, probabilities=np.asarray(own['cycle'], float))
     recordings = cycles._group('recording', rule, own.get('recording'))
     answers = None if subject_rule else own.get('subject')
@@ -717,7 +717,7 @@ IDENTITY_COLUMNS = ('fold', 'subject_id', 'person_id', 'recording_id', 'location
 @patch
 def to_frame(self: Predictions):   # DataFrame
     "Tabulate who, truth, decision (`predicted`, or the most probable class) and probabilities."
-    table, values, names = self.table, np.asarray(self.answers[self.level]), self.class_names
+    table, values, names = self.table, np.asarray(self.level_probabilities[self.level]), self.class_names
     who = table[[c for c in IDENTITY_COLUMNS if c in table]]
     if 'rows' in table: who = who.assign(units_below=table['rows'])
     decided = table['predicted'] if 'predicted' in table else values.argmax(1)
@@ -749,8 +749,8 @@ def mean(cls: Predictions,
 ) -> Predictions:
     "Average the probabilities of several models."
     average = lambda values: np.average(np.stack(values), axis=0, weights=weights)
-    if all(len(m.answers) == 1 for m in members):
-        return replace(members[0], probabilities=average([m.answers[m.level] for m in members]))
+    if all(len(m.level_probabilities) == 1 for m in members):
+        return replace(members[0], probabilities=average([m.level_probabilities[m.level] for m in members]))
     levels = [m.at_levels(rule, subject_rule) for m in members]
     means = {level: average([own[level].probabilities for own in levels]) for level in LEVELS}
     return replace(members[0], probabilities=means)

@@ -223,8 +223,7 @@ def drawn(
     "A few cycles of each recording."
     from pahcl.loader import cap_rows
     if not per_recording: return cycles
-    recordings = cycles.table['subject_id'].astype(str)+'/'+cycles.table['recording_id'].astype(str)
-    return cycles.subset(cap_rows(recordings, per_recording, generator(seed, 'representation')))
+    return cycles.subset(cap_rows(cycles.recording_ids, per_recording, generator(seed, 'representation')))
 
 # %% ../nbs/06o_representation.ipynb #00c4d54d
 def alike_sets(

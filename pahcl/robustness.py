@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BAND', 'NOISE', 'RATES', 'ONE_DEVICE', 'BAGS_OF_DEVICES', 'LEFT_OUT_OF_TEST', 'SAID', 'add_noise', 'through_rate',
-           'standardised', 'Changed', 'devices', 'scored', 'conditions', 'lacking', 'device_rows', 'constant_note',
+           'standardised', 'Changed', 'scored', 'conditions', 'lacking', 'device_rows', 'constant_note',
            'robustness_table', 'draw_condition', 'robustness_figure', 'printed', 'write_robustness', 'robustness']
 
 # %% ../nbs/06l_robustness.ipynb #e3ce4324
@@ -16,6 +16,7 @@ import pandas as pd
 import soxr
 
 from .basics import generator, logger, progress, write_text
+from .pipeline import evaluation_folder
 from .signal import bandpass
 
 # %% ../nbs/06l_robustness.ipynb #c44d779b
@@ -81,16 +82,6 @@ class Changed:
         x = standardised(self.change(b['x'][:, 0].numpy(), valid, np.asarray(rows)), valid)
         return {k: v.to(device) if device else v for k, v in dict(b, x=torch.from_numpy(x)[:, None]).items()}
 
-# %% ../nbs/06l_robustness.ipynb #709210ff
-def devices(
-    table,           # of cycles: `recording_id, subject_id`
-    dataset: str,    # physionet2016, pascal or circor
-):                   # name of the device of each row, or None where there is one only
-    "Which device recorded each cycle."
-    if dataset == 'physionet2016': return ('folder '+table['recording_id'].astype(str).str[0]).to_numpy()
-    if dataset == 'pascal': return np.where(table['subject_id'].astype(str).str.startswith('pascal-a'), 'set A, telephone', 'set B, stethoscope')
-    return None
-
 # %% ../nbs/06l_robustness.ipynb #781a0ef9
 def scored(
     subjects,        # `Predictions` of subjects
@@ -146,9 +137,10 @@ def device_rows(
     dataset: str, rule='mean', subject_rule=None, draws=2000, seed=0,
 ):                 # (rows of the table, notes)
     "Score each device left out of the test, and alone."
-    own = devices(predictions.table, dataset)
+    from pahcl.download import recording_devices
+    own = recording_devices(predictions.table, dataset)
     if own is None: return [], [f'{dataset} {ONE_DEVICE}']
-    if len(predictions.answers) > 1: return [], [BAGS_OF_DEVICES]
+    if len(predictions.level_probabilities) > 1: return [], [BAGS_OF_DEVICES]
     rows, notes = [], [LEFT_OUT_OF_TEST]
     for kind, keep in [('device left out', lambda n: own != n), ('device alone', lambda n: own == n)]:
         for n in (n for n in sorted(set(own)) if keep(n).any()):
@@ -267,7 +259,7 @@ def robustness(
     cycles, prepared = open_split(task, data_dir, split)
     model = open_model(checkpoint, prepared)
     table, notes = robustness_table(model, cycles, prepared.dataset, rule, subject_rule, batch_size, draws, seed)
-    folder = Path(output_dir) if output_dir else Path(checkpoint).parent/f'evaluation_{task}_{split}'
+    folder = Path(output_dir) if output_dir else evaluation_folder(Path(checkpoint).parent, task, split)
     write_robustness(folder, table, notes, f'{task}, {split}: robustness of {Path(checkpoint).parent.name}/{Path(checkpoint).name}')
     print('\n'.join([printed(table).to_string(index=False), *(f'{n}.' for n in notes)]))
     return table

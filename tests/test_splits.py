@@ -130,7 +130,7 @@ def test_folder(house):
     for task, config in configs.items():
         folder = house.out/task
         assert set(KEYS) <= set(config) and read_json(folder/'task_config.json') == json.loads(json.dumps(config))
-        assert config['label_map'] == TASKS[task]['label_map'] and config['task_type'] == 'classification' and config['band_hz'] == [25, 400]
+        assert config['label_map'] == TASKS[task].label_map and config['task_type'] == 'classification' and config['band_hz'] == [25, 400]
         assert (folder/'train.csv').read_text().split('\n')[0] == f'# class_weights: {json.dumps(config["class_weights"])}'
         assert (folder/'val.csv').read_text().split('\n')[0] == (folder/'test.csv').read_text().split('\n')[0] == (folder/'train.csv').read_text().split('\n')[1] == ','.join(COLUMNS)
         cycles, recordings = read_table(folder/'cycles.csv'), read_table(folder/'recordings.csv')
@@ -368,7 +368,7 @@ def test_real_tables_split():
     from pahcl.download import recordings
     table = recordings(os.environ['PAHCL_RAW_DIR'])
     for name in ('circor', 'physionet2016', 'pascal'):
-        tasks = {n: t for n, t in TASKS.items() if t['dataset'] == name}
+        tasks = {n: t for n, t in TASKS.items() if t.dataset == name}
         own = splits.split_dataset(tasks, table[table['dataset'] == name].assign(cycles_kept=1))
         for task, rows in own.items():
             assert rows.groupby('person_id')['split'].nunique().max() == 1
