@@ -187,6 +187,7 @@ class TaskComparison:
 
     def sentences(self) -> list:
         "Say what has to be known of the task beside its table."
+        from pahcl.report import p_text
         said = [f'{self.task}: {note}.' for note in self.notes]
         for r in self.by_class.dropna().itertuples():
             areas = f'AUROC of {r.class_name} ({r.subjects} subjects): {r.auroc_a:.4f} and {r.auroc_b:.4f}'

@@ -60,7 +60,7 @@ def test_each_floor_finds_what_it_can_know(task, levels):
 def test_by_hand(task, levels):
     "Standardise, balanced logistic regression, the penalty with the best validation AUROC."
     x, train, val = spectrum_features(task), *(training_subjects(Task.open(task.parent, task.name), s) for s in ('train', 'val'))
-    ids = levels['subject'][0]['subject_id']
+    ids = levels['subject'].table['subject_id']
     filled = SimpleImputer(strategy='median').fit(x.loc[train.index])
     scaled = StandardScaler().fit(filled.transform(x.loc[train.index]))
     ready = lambda who: scaled.transform(filled.transform(x.loc[who]))

@@ -92,7 +92,7 @@ def test_without_labels_the_plain_mean_and_the_page_says_so(tmp_path):
 def test_unsure_answers_may_be_written_as_decisions(rows):
     "the plain mean of `as_committed` is the rule with the shares of the recordings at hand"
     y, z, noisy = map(np.array, zip(*rows))
-    rule, plain = quality_weighted_mean(y, z, noisy)[0], sensitivity_specificity_mean(y, as_committed(y, z, noisy))
+    rule, plain = quality_weighted_mean(y, z, noisy)['score'], sensitivity_specificity_mean(y, as_committed(y, z, noisy))
     assert rule == plain if rule is None else rule == pytest.approx(plain)
 
 
