@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROOM_NOISES', 'edge_response', 'resonance_response', 'equaliser_response', 'draw_response', 'through_device',
-           'slow_gain', 'room_noise', 'add_room_noise', 'change_device', 'changed_copy']
+           'slow_gain', 'room_noise', 'add_room_noise', 'change_device', 'ChangedCopy', 'changed_copy']
 
 # %% ../nbs/01i_device_changes.ipynb #fdbbb707
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.fft
 
-from .hard_cases import mixed, voices
-from .heart_sounds import add_at, coloured_noise, touch
-from .signal import resample
+from .heart_sounds import add_at, touch
+from .signal import coloured_noise, mixed, resample, voices
 
 # %% ../nbs/01i_device_changes.ipynb #bd654ffc
 def edge_response(
@@ -25,6 +26,7 @@ def edge_response(
     x = 1j*np.asarray(frequency)/edge
     return (x/(1+x) if kind == 'high' else 1/(1+x))**order
 
+# %% ../nbs/01i_device_changes.ipynb #2835d088
 def resonance_response(
     frequency,       # [n] Hz
     centre,          # Hz
@@ -35,6 +37,7 @@ def resonance_response(
     f = np.maximum(frequency, 1e-3)
     return 1+(10**(gain_db/20)-1)/(1+1j*sharpness*(f/centre-centre/f))
 
+# %% ../nbs/01i_device_changes.ipynb #f1cb5995
 def equaliser_response(
     frequency,                                   # [n] Hz
     gains_db,                                    # one a knot
@@ -59,6 +62,7 @@ def draw_response(
         gain = gain*resonance_response(frequency, _between(rng, 30, 400), _between(rng, 1, 8), rng.uniform(3, 18))
     return gain
 
+# %% ../nbs/01i_device_changes.ipynb #17b6feef
 def through_device(
     signal,          # [T]
     sample_rate,     # Hz
@@ -82,14 +86,17 @@ def slow_gain(
     knots = int(length/sample_rate/seconds)+3
     return 10**(np.interp(np.arange(length)/sample_rate/seconds, np.arange(knots), rng.normal(0, db, knots))/20)
 
+# %% ../nbs/01i_device_changes.ipynb #bac88a08
 def _rubbing(length, sample_rate, rng):
     "bursts of friction, of 50 ms to 1.5 s"
     out = 0.05*coloured_noise(length, sample_rate, rng, rng.uniform(0, 2))
     for start in rng.integers(0, length, rng.poisson(0.3*length/sample_rate)+1):
         size = max(16, int(rng.uniform(0.05, 1.5)*sample_rate))
-        add_at(out, int(start), coloured_noise(size, sample_rate, rng, rng.uniform(0, 2))*np.hanning(size)*rng.lognormal(0, 0.7))
+        burst = coloured_noise(size, sample_rate, rng, rng.uniform(0, 2))*np.hanning(size)*rng.lognormal(0, 0.7)
+        add_at(out, int(start), burst)
     return out
 
+# %% ../nbs/01i_device_changes.ipynb #c06822d4
 ROOM_NOISES = ('steady', 'gusts', 'speech', 'friction', 'breath')
 
 def room_noise(
@@ -103,7 +110,9 @@ def room_noise(
     noise = coloured_noise(length, sample_rate, rng, rng.uniform(0, 2))
     if kind == 'gusts': return noise*slow_gain(length, sample_rate, rng, rng.uniform(0.1, 2), 8)
     if kind == 'speech': return voices(length, sample_rate, rng)+0.1*noise
-    if kind == 'breath': return noise*(1+np.sin(2*np.pi*(np.arange(length)/sample_rate/rng.uniform(1, 5)+rng.random())))**2
+    if kind == 'breath':
+        phase = 2*np.pi*(np.arange(length)/sample_rate/rng.uniform(1, 5)+rng.random())
+        return noise*(1+np.sin(phase))**2
     return noise
 
 # %% ../nbs/01i_device_changes.ipynb #be5ad5da
@@ -117,12 +126,15 @@ def add_room_noise(
     noise = room_noise(ROOM_NOISES[rng.integers(len(ROOM_NOISES))], len(signal), sample_rate, rng)
     return mixed(signal, noise, -below_db)
 
+# %% ../nbs/01i_device_changes.ipynb #1e353e41
 def _touched(signal, sample_rate, rng):
     "touches of the stethoscope, two every three seconds"
     out = signal.copy()
-    for start in rng.integers(0, len(out), rng.poisson(0.7*len(out)/sample_rate)): add_at(out, int(start), 12*signal.std()*touch(sample_rate, rng))
+    for start in rng.integers(0, len(out), rng.poisson(0.7*len(out)/sample_rate)):
+        add_at(out, int(start), 12*signal.std()*touch(sample_rate, rng))
     return out
 
+# %% ../nbs/01i_device_changes.ipynb #b968451e
 def change_device(
     signal,          # [T]
     sample_rate,     # Hz
@@ -139,12 +151,21 @@ def change_device(
     if not first: x = through_device(x, sample_rate, rng)
     return x.astype(np.float32)
 
+# %% ../nbs/01i_device_changes.ipynb #0ff635aa
+@dataclass(frozen=True, eq=False)
+class ChangedCopy:
+    "A heart sound as another device would have recorded it, faster or slower."
+    signal: np.ndarray    # [T] float32
+    sample_rate: int      # Hz
+    speed: float          # what was at t s is at t / speed
+
 def changed_copy(
     signal,          # [T], as recorded
     sample_rate,     # Hz
     rng,             # a generator
     rate=2000,       # Hz, of the copy: all that the segmenter hears
-):                   # (signal float32, its sample rate in Hz, speed: what was at t s is at t / speed)
-    "A heart sound through another device, faster or slower."
+) -> ChangedCopy:
+    "Record a heart sound through another device, faster or slower."
     speed = float(np.exp(rng.uniform(-0.15, 0.15)))
-    return resample(change_device(resample(signal, sample_rate, rate), rate, rng), rate*speed, rate), rate, speed
+    changed = change_device(resample(signal, sample_rate, rate), rate, rng)
+    return ChangedCopy(resample(changed, rate*speed, rate), rate, speed)
