@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'LABELS', 'SHOWN', 'annotation_files', 'score_folders', 'f1_interval', 'score_line', 'recording_groups',
-           'recording_persons', 'score_report', 'pahcl_score_states']
+           'recording_persons', 'score_report', 'report_text', 'write_report', 'pahcl_score_states']
 
 # %% ../nbs/01f_score_states.ipynb #7354088e
 from pathlib import Path
@@ -40,12 +40,16 @@ def score_folders(
     predicted, truth = annotation_files(predicted_dir), annotation_files(truth_dir)
     missing = [name for name in truth if name not in predicted]
     if len(missing) == len(truth):
-        raise PahclError(f'{predicted_dir} and {truth_dir} have no recording in common: the first has {next(iter(predicted))}, the second {next(iter(truth))}.')
-    if missing: logger().warning(f'{len(missing)} of {len(truth)} annotated recordings have no prediction and {"are left out" if only_predicted else "count as missed"}')
+        raise PahclError(f'{predicted_dir} and {truth_dir} have no recording in common: '
+                         f'the first has {next(iter(predicted))}, the second {next(iter(truth))}.')
+    if missing:
+        fate = 'are left out' if only_predicted else 'count as missed'
+        logger().warning(f'{len(missing)} of {len(truth)} annotated recordings have no prediction and {fate}')
     nothing, scores = pd.DataFrame(dict(start_s=[], end_s=[], state=[]), dtype=float), {}
     for name in progress([n for n in truth if not (only_predicted and n in missing)], 'scoring'):
         found = read_annotation(predicted[name]) if name in predicted else nothing
-        end = found.end_s.max() if len(found) and truth[name].suffix == '.mat' else None       # a `.mat` does not say where its last state ends
+        # a `.mat` does not say where its last state ends
+        end = found.end_s.max() if len(found) and truth[name].suffix == '.mat' else None
         true = read_annotation(truth[name], end)
         scores[name] = {s: score_states(found, true, s) for s in TOLERANCES}
     return scores
@@ -66,9 +70,10 @@ def f1_interval(
     low, high = interval(f1, count)
     return (float('nan'), float('nan')) if low is None else (low, high)
 
+# %% ../nbs/01f_score_states.ipynb #0e0fda81
 def score_line(
     scores,        # recording → tolerance → score, from `score_folders`
-    person_of=None,# recording → person; None: every recording its own
+    person_of=None,  # recording → person; None: every recording its own
 ) -> dict:         # what is published about a group of recordings
     "All figures of some recordings."
     import numpy as np
@@ -77,11 +82,13 @@ def score_line(
     line = dict(recordings=len(scores), persons=len(set(persons)))
     for s in TOLERANCES:
         ms, pooled = round(1000*s), pool_scores(x[s] for x in scores.values())
-        for g in ('pooled', 's1', 's2'): line |= {f'{"" if g == "pooled" else g+"_"}{k}_{ms}': pooled[g][k] for k in ('sensitivity', 'ppv', 'f1')}
+        for g, prefix in (('pooled', ''), ('s1', 's1_'), ('s2', 's2_')):
+            line |= {f'{prefix}{k}_{ms}': pooled[g][k] for k in ('sensitivity', 'ppv', 'f1')}
         line[f'mean_error_ms_{ms}'] = 1000*pooled['onset_mean_error_s']
-    first, each = TOLERANCES[0], np.array([x[TOLERANCES[0]]['pooled']['f1'] for x in scores.values()])
-    low, high = f1_interval(persons, [x[first] for x in scores.values()])
-    return line | dict(f1_low=low, f1_high=high, onsets=pooled['pooled']['hits']+pooled['pooled']['missed'], below_half=float((each < 0.5).sum()/max((each == each).sum(), 1)),
+    first = [x[TOLERANCES[0]] for x in scores.values()]
+    each, (low, high) = np.array([x['pooled']['f1'] for x in first]), f1_interval(persons, first)
+    below_half = float((each < 0.5).sum()/max((each == each).sum(), 1))
+    return line | dict(f1_low=low, f1_high=high, onsets=pooled['pooled']['hits']+pooled['pooled']['missed'], below_half=below_half,
                        **{k: pooled[k] for k in ('frame_accuracy', 'frame_f1_macro', 'annotated_s')})
 
 # %% ../nbs/01f_score_states.ipynb #632e1b9b
@@ -121,6 +128,11 @@ def recording_persons(
     return {n: p for n, p in found.items() if p}
 
 # %% ../nbs/01f_score_states.ipynb #a321b135
+def _recording_row(score):
+    "a recording's figures at every tolerance"
+    counts = {f'{k}_{round(1000*t)}': score[t]['pooled'][k] for t in TOLERANCES for k in ('hits', 'missed', 'extra', 'f1')}
+    return counts | {k: score[TOLERANCES[0]][k] for k in ('frame_accuracy', 'annotated_s')}
+
 def score_report(
     predicted_dir,            # a `.tsv` a recording
     truth_dir,                # annotated
@@ -128,27 +140,52 @@ def score_report(
     columns=(),               # its columns of labels
     only_predicted=False,     # see `score_folders`
     persons=None,             # a csv file or the raw folder for `recording_persons`; None: `groups`
-):                            # (DataFrame of `score_line`, a row a group, `all` first; DataFrame, a row a recording)
+) -> tuple:                   # (DataFrame of `score_line`, a row a group, `all` first; DataFrame, a row a recording)
     "Score two folders, whole and in groups."
     import pandas as pd
     scores = score_folders(predicted_dir, truth_dir, only_predicted)
     found = {'all': list(scores), **(recording_groups(list(scores), groups, columns) if groups else {})}
     person_of = recording_persons(list(scores), persons or groups) if persons or groups else {}
     lines = {g: score_line({n: scores[n] for n in names}, person_of) for g, names in found.items() if names}
-    flat = [dict(recording=n, person=person_of.get(n), **{f'{k}_{round(1000*t)}': s[t]['pooled'][k] for t in TOLERANCES for k in ('hits', 'missed', 'extra', 'f1')},
-                 frame_accuracy=s[TOLERANCES[0]]['frame_accuracy'], annotated_s=s[TOLERANCES[0]]['annotated_s']) for n, s in scores.items()]
-    return pd.DataFrame(lines).T, pd.DataFrame(flat)
+    rows = [dict(recording=n, person=person_of.get(n)) | _recording_row(s) for n, s in scores.items()]
+    return pd.DataFrame(lines).T, pd.DataFrame(rows)
 
 # %% ../nbs/01f_score_states.ipynb #89bbc404
-SHOWN = dict(recordings='recs', onsets='onsets', sensitivity_60='Se', ppv_60='PPV', f1_60='F1', f1_low='low', f1_high='high', s1_f1_60='S1 F1', s2_f1_60='S2 F1',
-             f1_100='F1 100', mean_error_ms_60='ms', frame_accuracy='frames', frame_f1_macro='macro F1', below_half='below 0.5')
+SHOWN = dict(recordings='recs', onsets='onsets', sensitivity_60='Se', ppv_60='PPV', f1_60='F1', f1_low='low', f1_high='high',
+             s1_f1_60='S1 F1', s2_f1_60='S2 F1', f1_100='F1 100', mean_error_ms_60='ms', frame_accuracy='frames',
+             frame_f1_macro='macro F1', below_half='below 0.5')
 
 def _units(table, each):
     "what the interval is over"
     unknown = int(each.person.isna().sum())
     if unknown == len(each): return f'{len(each)} recordings (whose persons are not known; give --persons)'
-    return f'{table.persons["all"]:.0f} persons'+(f' ({unknown} recordings are of nobody known, and count as one each)' if unknown else '')
+    others = f' ({unknown} recordings are of nobody known, and count as one each)' if unknown else ''
+    return f'{table.persons["all"]:.0f} persons{others}'
 
+
+def report_text(
+    table,     # a row a group, from `score_report`
+    each,      # a row a recording
+) -> str:
+    "Say what is published, and what its columns mean."
+    import pandas as pd
+    shown = table[list(SHOWN)].rename(columns=SHOWN).astype({'recs': int, 'onsets': int})
+    with pd.option_context('display.width', 250, 'display.max_columns', 30):
+        text = shown.round(dict.fromkeys(shown, 4) | dict(ms=1)).to_string()
+    return (f'{text}\nSe, PPV, F1: S1 and S2 onsets within 60 ms (F1 100: 100 ms), with the 95 % interval over {_units(table, each)}; '
+            'ms: mean error of the onsets found; frames: share of time in the right state; below 0.5: share of recordings with an F1 below it')
+
+# %% ../nbs/01f_score_states.ipynb #72b39360
+def write_report(
+    path,      # a `.json`; the recordings' csv goes beside it
+    table,     # a row a group, from `score_report`
+    each,      # a row a recording
+):
+    "Write all figures of the groups, and a row a recording."
+    write_json(path, {g: row.to_dict() for g, row in table.iterrows()})
+    write_text(Path(path).with_suffix('.csv'), each.to_csv(index=False))
+
+# %% ../nbs/01f_score_states.ipynb #a4b29e75
 @script
 def pahcl_score_states(
     pred_dir: str,                  # folder of predicted states, a <recording>.tsv each (start, end, state)
@@ -160,12 +197,7 @@ def pahcl_score_states(
     output: str = None,             # also write everything to this .json, and a row a recording to the .csv beside it
 ):
     "Score heart states: S1 and S2 onsets within 60 and 100 ms, and states in time, in annotated stretches only."
-    import pandas as pd
-    table, each = score_report(pred_dir, truth_dir, groups, [c for c in columns.split(',') if c], only_predicted, persons)
-    shown = table[list(SHOWN)].rename(columns=SHOWN).astype({'recs': int, 'onsets': int})
-    with pd.option_context('display.width', 250, 'display.max_columns', 30): print(shown.round(dict.fromkeys(shown, 4) | dict(ms=1)).to_string())
-    print(f'Se, PPV, F1: S1 and S2 onsets within 60 ms (F1 100: 100 ms), with the 95 % interval over {_units(table, each)}; ms: mean error of the onsets found; frames: share of time in the '
-          'right state; below 0.5: share of recordings with an F1 below it')
-    if output:
-        write_json(output, {g: row.to_dict() for g, row in table.iterrows()})
-        write_text(Path(output).with_suffix('.csv'), each.to_csv(index=False))
+    names = [c for c in columns.split(',') if c]
+    table, each = score_report(pred_dir, truth_dir, groups, names, only_predicted, persons)
+    print(report_text(table, each))
+    if output: write_report(output, table, each)

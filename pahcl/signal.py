@@ -139,13 +139,14 @@ def homomorphic_envelope(
 # %% ../nbs/01a_signal.ipynb #558ea4d3
 @lru_cache(maxsize=16)
 def _band_matrices(window, sample_rate, bands):
-    "cos and sin rows [window, lines] of a Hann-windowed DFT, and which line belongs to which band [lines, bands]"
-    frequency = np.fft.rfftfreq(2*window, 1/sample_rate)      # twice as many lines as samples need: narrow bands hold several
+    "cos and sin [2, window, lines] of a Hann-windowed DFT, and which line belongs to which band [lines, bands]"
+    frequency = np.fft.rfftfreq(2*window, 1/sample_rate)      # twice as many lines as needed: narrow bands hold several
     lines = frequency[(frequency >= bands[0][0]) & (frequency <= bands[-1][1])]
     phase = 2*np.pi*np.outer(np.arange(window)-(window-1)/2, lines)/sample_rate
     taper = scipy.signal.get_window('hann', window)[:, None]*np.sqrt(8/3)/window
     inside = np.stack([(lines >= low) & (lines < high) for low, high in bands], 1)
-    return (taper*np.cos(phase)).astype(np.float32), (taper*np.sin(phase)).astype(np.float32), (inside/inside.sum(0)).astype(np.float32)
+    waves = np.stack([taper*np.cos(phase), taper*np.sin(phase)]).astype(np.float32)
+    return waves, (inside/inside.sum(0)).astype(np.float32)
 
 # %% ../nbs/01a_signal.ipynb #2be75ab5
 def band_powers(
@@ -161,7 +162,7 @@ def band_powers(
     padded = np.pad(np.asarray(signal, np.float32), (window, window))
     starts = np.round(centre-window/2).astype(int)+window
     pieces = np.lib.stride_tricks.sliding_window_view(padded, window)[starts]
-    real, imaginary, inside = _band_matrices(window, sample_rate, tuple(map(tuple, bands)))
+    (real, imaginary), inside = _band_matrices(window, sample_rate, tuple(map(tuple, bands)))
     return ((pieces@real)**2+(pieces@imaginary)**2)@inside
 
 # %% ../nbs/01a_signal.ipynb #3f5aeb44

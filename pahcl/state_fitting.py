@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'annotated', 'AnnotatedRecording', 'read_annotated', 'person_fold', 'beats', 'fit_durations',
            'StateNetwork', 'network_arrays', 'drawing_chances', 'draw_batch', 'train_network', 'fit_emission',
-           'beats_right', 'beat_means', 'Evidence', 'beat_evidence', 'noise_evidence', 'noise_features',
-           'fit_confidence', 'fit_heartbeat', 'fit_states', 'fit_crosswise', 'fit_parameters', 'write_parameters']
+           'fit_states', 'fit_crosswise', 'fit_parameters', 'write_parameters']
 
 # %% ../nbs/01c_state_fitting.ipynb #dfbab7a6
 import json
@@ -22,7 +21,9 @@ from torch import nn
 from .basics import PahclError, generator, plain, progress, write_text
 from .device_changes import ChangedCopy, changed_copy
 from .download import read_annotation, recordings
-from .signal import coloured_noise, read_recording, voices
+from .segmenter_confidence import (Evidence, beat_evidence, fit_confidence, fit_heartbeat, noise_evidence,
+                                        noise_features)
+from .signal import read_recording
 from .states import (FRAME_RATE, PERIODS, SegmenterParameters, frame_features, load_parameters, segment_features,
                           standardise, state_at)
 
@@ -210,115 +211,6 @@ def fit_emission(
     fits = [train_network(curves, states, places, seed=seed+n, **options) for n in range(networks)]
     trained, common = zip(*fits)
     return dict(network_arrays(trained), log_prior=np.log(np.mean(common, 0)))
-
-# %% ../nbs/01c_state_fitting.ipynb #c26954e3
-def beats_right(
-    predicted,           # from `segment`
-    truth,               # annotated
-    tolerance_s=0.06,    # s
-) -> tuple:              # (row of the S1 of each whole beat in annotated time [beats], whether it is right [beats] bool)
-    "Which of the beats that were found are true."
-    start, state = predicted.start_s.to_numpy(), predicted.state.to_numpy()
-    first = np.flatnonzero((state[:-4] == 1) & (start[:-4] > 0))
-    first = first[(state_at(truth, start[first]) > 0) & (state_at(truth, start[first+4]-0.01) > 0)]
-    right = np.ones(len(first), bool)
-    for step, k in ((0, 1), (2, 3), (4, 1)):
-        true = np.r_[-np.inf, np.sort(truth.start_s[truth.state == k]), np.inf]
-        after = np.searchsorted(true, start[first+step])
-        right &= np.minimum(true[after]-start[first+step], start[first+step]-true[after-1]) <= tolerance_s
-    return first, right
-
-# %% ../nbs/01c_state_fitting.ipynb #2c8dc9a7
-def beat_means(
-    table,     # from `segment`
-    values,    # [segments, …] something about each segment
-    first,     # [beats] rows
-):             # [beats, …] means over each beat's time
-    "What four segments in a row have on average."
-    four = np.asarray(first)[:, None]+np.arange(4)
-    width = (table.end_s-table.start_s).to_numpy()[four]
-    return np.einsum('bs,bs...->b...', width/width.sum(1, keepdims=True), np.asarray(values)[four])
-
-# %% ../nbs/01c_state_fitting.ipynb #8579aa42
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    "What beats and recordings give to be sure by, and which beats are right."
-    beats: np.ndarray        # [beats, 3] means of `StateSequence.evidence`
-    right: np.ndarray        # [beats] bool
-    recordings: np.ndarray   # [recordings, 2] of `Segmentation.heartbeat_evidence`
-
-    @classmethod
-    def concat(cls, parts):
-        "Put the evidence of several groups of recordings together."
-        empty = cls(np.zeros((0, 3)), np.zeros(0, bool), np.zeros((0, 2)))
-        parts = [empty, *parts]
-        return cls(*(np.concatenate([vars(p)[k] for p in parts]) for k in vars(empty)))
-
-# %% ../nbs/01c_state_fitting.ipynb #93218ace
-def _evidence(found, truth=None):
-    "the `Evidence` of one `Segmentation`; without a truth there is no heart in it"
-    first, right = beats_right(found.states, found.states if truth is None else truth)
-    means = beat_means(found.states, found.evidence, first)
-    return Evidence(means, right & (truth is not None), found.heartbeat_evidence()[None])
-
-def beat_evidence(
-    data,              # from `read_annotated`
-    parameters,        # fitted on others
-) -> Evidence:
-    "Segment recordings with what was fitted on others, and tell which beats are right."
-    return Evidence.concat(_evidence(d.segment(parameters), d.annotation) for d in data)
-
-def noise_evidence(
-    sounds,            # [frames, 7] each, from `noise_features`
-    parameters,        # `SegmenterParameters`
-) -> Evidence:         # no beat is right
-    "Segment sounds in which there is no heart."
-    return Evidence.concat(_evidence(segment_features(f, len(f)/FRAME_RATE, parameters=parameters)) for f in sounds)
-
-# %% ../nbs/01c_state_fitting.ipynb #74567942
-def noise_features(
-    count=60,      # of each kind
-    seconds=20,    # of each
-    seed=0,
-) -> list:         # of [frames, 7]
-    "Make noise of any colour, steady, gusty, and with voices: there is no heart in it."
-    rng, out = generator(seed, 'heartless'), []
-    for n in range(3*count):
-        sound = coloured_noise(2000*seconds, 2000, rng, rng.uniform(0, 2))
-        if n%3 == 1: sound = sound*np.repeat(rng.lognormal(0, 1, 5*seconds), 400)
-        if n%3 == 2: sound = 0.1*sound+voices(len(sound), 2000, rng)
-        out.append(frame_features(sound.astype(np.float32), 2000))
-    return out
-
-# %% ../nbs/01c_state_fitting.ipynb #14698f58
-def _logistic(x, y, weight, penalty):
-    "weights and bias of a logistic regression"
-    from sklearn.linear_model import LogisticRegression
-    fitted = LogisticRegression(C=penalty).fit(x, y, sample_weight=weight)
-    return dict(weights=fitted.coef_[0], bias=fitted.intercept_[0])
-
-def fit_confidence(
-    hearts,            # `Evidence` of recordings
-    noise,             # of sounds without a heart
-    share=0.01,        # what these count for against all beats: annotated stretches are the good ones, the
-                       # rest of a recording is not
-) -> dict:             # what `SegmenterParameters.beat_confidence` reads
-    "Fit the probability that a beat is right."
-    count, others = len(hearts.right), len(noise.right)
-    weight = np.r_[np.ones(count), np.full(others, share*count/max(others, 1))]
-    return _logistic(np.r_[hearts.beats, noise.beats], np.r_[hearts.right, noise.right], weight, 10)
-
-def fit_heartbeat(
-    hearts,            # `Evidence` of recordings
-    noise,             # of sounds without a heart
-    share=0.2,         # what the sounds count for against all recordings: so that one in twenty of the
-                       # noisiest class is taken for no heart, and one in two hundred of the others
-) -> dict:             # what `Segmentation.heartbeat_probability` reads
-    "Fit the probability that there is a heart."
-    count, others = len(hearts.recordings), len(noise.recordings)
-    weight = np.r_[np.ones(count), np.full(others, share*count/others)]
-    heard = np.r_[np.ones(count), np.zeros(others)]
-    return _logistic(np.r_[hearts.recordings, noise.recordings], heard, weight, 100)
 
 # %% ../nbs/01c_state_fitting.ipynb #27876c4b
 def _rounded(group, digits=4):

@@ -7,8 +7,9 @@ from scipy.optimize import linear_sum_assignment
 from pahcl.basics import PahclError
 from pahcl.simulate import simulate_recording
 from pahcl.signal import voices
-from pahcl.left_out_scores import beat_confidence, left_out_parts, reliability, score_left_out, score_recordings
-from pahcl.state_fitting import (StateNetwork, annotated, beats, beats_right, draw_batch, drawing_chances, fit_crosswise,
+from pahcl.left_out_scores import left_out_parts, score_left_out, score_recordings
+from pahcl.segmenter_confidence import beat_confidence, beats_right, reliability
+from pahcl.state_fitting import (StateNetwork, annotated, beats, draw_batch, drawing_chances, fit_crosswise,
                                  fit_parameters, network_arrays, person_fold, read_annotated)
 from pahcl.states import (HEARD, PERIODS, SegmenterParameters, best_states, dilated_convolution, duration_tables,
                           frame_features, load_parameters, match_onsets, network_outputs, pool_scores, score_states,
