@@ -13,15 +13,22 @@ from .heart_sounds import Murmur
 from .signal import mixed, voices
 from .simulate import simulate_recording
 
-# %% ../nbs/01h_hard_cases.ipynb #3439676f
-RATES = (40, 60, 90, 120, 150, 170, 180)      # beats a minute
-
-def silenced(signal, states, low_s, high_s, sample_rate):
-    "a recording with a stretch of digital silence, where its states are not annotated"
+# %% ../nbs/01h_hard_cases.ipynb #148fa034
+def silenced(
+    signal,          # [T]
+    states,          # DataFrame `start_s, end_s, state`
+    low_s,           # s, where the silence begins
+    high_s,          # s, and where it ends
+    sample_rate,     # Hz
+) -> tuple:          # copies of both
+    "Silence a stretch of a recording, where its states are then not annotated."
     signal, states = signal.copy(), states.copy()
     signal[int(low_s*sample_rate):int(high_s*sample_rate)] = 0
     states.loc[(states.end_s > low_s) & (states.start_s < high_s), 'state'] = 0
     return signal, states
+
+# %% ../nbs/01h_hard_cases.ipynb #3439676f
+RATES = (40, 60, 90, 120, 150, 170, 180)      # beats a minute
 
 def hard_case(
     name,            # one of `HARD_CASES`

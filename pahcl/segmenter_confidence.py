@@ -102,6 +102,7 @@ def _logistic(x, y, weight, penalty):
     fitted = LogisticRegression(C=penalty).fit(x, y, sample_weight=weight)
     return dict(weights=fitted.coef_[0], bias=fitted.intercept_[0])
 
+# %% ../nbs/01k_segmenter_confidence.ipynb #bc272cb4
 def fit_confidence(
     hearts,            # `Evidence` of recordings
     noise,             # of sounds without a heart
@@ -113,6 +114,7 @@ def fit_confidence(
     weight = np.r_[np.ones(count), np.full(others, share*count/max(others, 1))]
     return _logistic(np.r_[hearts.beats, noise.beats], np.r_[hearts.right, noise.right], weight, 10)
 
+# %% ../nbs/01k_segmenter_confidence.ipynb #b20cb5f3
 def fit_heartbeat(
     hearts,            # `Evidence` of recordings
     noise,             # of sounds without a heart

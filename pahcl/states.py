@@ -23,12 +23,13 @@ from scipy.special import expit, ndtr
 
 from .basics import PahclError, read_json, write_text
 from .heart_sounds import STATES
-from .signal import (autocorrelation, band_powers, bandpass, frame_means, hilbert_envelope, homomorphic_envelope,
-                          remove_spikes, resample)
+from .signal import (autocorrelation, band_powers, bandpass, frame_means, hilbert_envelope,
+                          homomorphic_envelope, remove_spikes, resample)
 
 # %% ../nbs/01b_heart_states.ipynb #7ccb9f5a
 FRAME_RATE = 50                               # frames a second (Springer et al. 2016)
-PERIODS = tuple(np.geomspace(60/200, 60/35, 22).tolist())  # s, the beat lengths tried, 9 % apart: closer together finds nothing more
+# s, the beat lengths tried, 9 % apart: closer together finds nothing more
+PERIODS = tuple(np.geomspace(60/200, 60/35, 22).tolist())
 
 # %% ../nbs/01b_heart_states.ipynb #8f40e6de
 @dataclass(frozen=True, eq=False)
@@ -57,8 +58,9 @@ def load_parameters(
     groups = read_json(path, 'heart state parameters', 'Install the package again.')
     for group in ('emission', 'durations', 'confidence', 'heartbeat'):
         groups[group] = {k: np.asarray(v) for k, v in groups[group].items()}
-    groups['emission'] = {k: v.astype(np.float32) if k[:4] in ('weig', 'bias') else v    # twice as fast
-                          for k, v in groups['emission'].items()}
+    network = groups['emission']
+    for k in network:
+        if k[:4] in ('weig', 'bias'): network[k] = network[k].astype(np.float32)     # twice as fast
     return SegmenterParameters(**groups)
 
 # %% ../nbs/01b_heart_states.ipynb #4d2a9065
@@ -70,7 +72,8 @@ def frame_features(
     heard = remove_spikes(bandpass(resample(signal, sample_rate, 1000), 1000), 1000)
     envelope = hilbert_envelope(heard)
     smooth = homomorphic_envelope(heard, 1000, envelope=envelope)
-    return np.c_[frame_means(envelope, 1000, FRAME_RATE), frame_means(smooth, 1000, FRAME_RATE), band_powers(heard, 1000, frame_rate=FRAME_RATE)]
+    curves = [frame_means(x, 1000, FRAME_RATE) for x in (envelope, smooth)]
+    return np.c_[curves[0], curves[1], band_powers(heard, 1000, frame_rate=FRAME_RATE)]
 
 # %% ../nbs/01b_heart_states.ipynb #4bca4e64
 def standardise(
@@ -136,7 +139,8 @@ def mean_durations(self:SegmenterParameters,
     d = self.durations
     line = d['constant_s']+d['per_root']*np.sqrt(period_s)
     three = np.maximum(line, 1/FRAME_RATE)       # a line through few hearts may cross zero elsewhere
-    return np.r_[three, max(period_s-three.sum(), 1/FRAME_RATE)], np.r_[d['spread_s'], d['diastole_spread']*period_s]
+    mean = np.r_[three, max(period_s-three.sum(), 1/FRAME_RATE)]
+    return mean, np.r_[d['spread_s'], d['diastole_spread']*period_s]
 
 # %% ../nbs/01b_heart_states.ipynb #9b13f5a0
 @dataclass(frozen=True, eq=False)
@@ -224,7 +228,8 @@ def rhythm(
 ) -> np.ndarray:      # [periods] −1 … 1: largest autocorrelation of the curves within 6 % of each
     "How well the sound comes back after each beat length."
     lags = autocorrelation(standardise(features), int(np.ceil(1.06*max(periods)*FRAME_RATE)))
-    return np.array([lags[int(p*FRAME_RATE/1.06):int(np.ceil(p*FRAME_RATE*1.06))+1].max() for p in periods])
+    spans = [(int(p*FRAME_RATE/1.06), int(np.ceil(p*FRAME_RATE*1.06))+1) for p in periods]
+    return np.array([lags[a:b].max() for a, b in spans])
 
 # %% ../nbs/01b_heart_states.ipynb #d231863c
 @dataclass(frozen=True, eq=False)
@@ -252,7 +257,8 @@ def best_states(
     total = np.r_[np.zeros((1, 4)), evidence.cumsum(0)]
     tables, entropy = zip(*(_rate_tables(p, s) for s in periods))
     found, repeats = [t.decode(total) for t in tables], rhythm(features, periods)
-    value = np.array([v for v, _ in found])/len(features)+w['rhythm']*repeats+w['entropy']*np.array(entropy)
+    value = np.array([v for v, _ in found])/len(features)
+    value = value+w['rhythm']*repeats+w['entropy']*np.array(entropy)
     best = int(np.argmax(value))
     others = value[np.abs(np.log(periods/periods[best])) > RIVAL]
     margin = float(value[best]-others.max()) if len(others) else ALONE
@@ -264,7 +270,8 @@ def boundaries(self:StateSequence) -> np.ndarray:      # [changes] frames, with 
     "Where the state changes: where the probabilities of both states cross."
     edges = np.flatnonzero(np.diff(self.states))+1
     before, after = self.states[edges-1], self.states[edges]
-    r0, r1 = (self.logits[i, after]-self.logits[i, before] for i in (edges-1, edges))   # below 0, then above
+    def lead(i): return self.logits[i, after]-self.logits[i, before]
+    r0, r1 = lead(edges-1), lead(edges)           # below 0 before the change, above after it
     crossing = np.where(r1 > r0, -r0/np.where(r1 > r0, r1-r0, 1), np.where(r0 > 0, 0, 1))-0.5
     return edges+np.clip(crossing, -0.45, 0.45)
 
@@ -325,9 +332,11 @@ def segment(
     An empty or non-finite signal is a `PahclError`."""
     signal = np.asarray(signal, np.float32)
     if signal.ndim != 1 or not len(signal):
-        raise PahclError(f'the signal has shape {list(signal.shape)}; give one channel [T] with at least one sample.')
+        raise PahclError(f'the signal has shape {list(signal.shape)}; '
+                         'give one channel [T] with at least one sample.')
     if not np.isfinite(signal).all():
-        raise PahclError('the signal holds values that are no numbers (NaN or infinite); remove or repair them.')
+        raise PahclError('the signal holds values that are no numbers (NaN or infinite); '
+                         'remove or repair them.')
     missing = max(0, int(np.ceil(0.05*sample_rate))-len(signal))
     features = frame_features(np.pad(signal, (0, missing)), sample_rate)
     return segment_features(features, len(signal)/sample_rate, periods, parameters).states
@@ -390,18 +399,21 @@ def rates(
 ) -> dict:      # the counts, `sensitivity`, `ppv` (positive predictive value), `f1`; NaN where there is nothing to divide by
     "What the field reports, from counts."
     share = lambda a, b: a/b if b else float('nan')
-    return dict(hits=hits, missed=missed, extra=extra, sensitivity=share(hits, hits+missed), ppv=share(hits, hits+extra), f1=share(2*hits, 2*hits+missed+extra))
+    return dict(hits=hits, missed=missed, extra=extra, sensitivity=share(hits, hits+missed),
+                ppv=share(hits, hits+extra), f1=share(2*hits, 2*hits+missed+extra))
 
 # %% ../nbs/01b_heart_states.ipynb #aa9457ee
 def _score_onsets(predicted, truth, state, tolerance_s):
     "(`rates` of one sound's onsets, errors of the hits in s)"
-    p, t = (np.sort(x.start_s[(x.state == state) & (x.start_s > 0)].to_numpy(float)) for x in (predicted, truth))
+    def onsets(x): return np.sort(x.start_s[(x.state == state) & (x.start_s > 0)].to_numpy(float))
+    p, t = onsets(predicted), onsets(truth)
     pairs = match_onsets(p, t, tolerance_s)
     alone = np.delete(p, pairs[:, 0])
     extra = int((state_at(truth, alone) > 0).sum())
     return rates(len(pairs), len(t)-len(pairs), extra), p[pairs[:, 0]]-t[pairs[:, 1]]
 
-def _pool_rates(scores): return rates(*(sum(s[k] for s in scores) for k in ('hits', 'missed', 'extra')))
+def _pool_rates(scores):
+    return rates(*(sum(s[k] for s in scores) for k in ('hits', 'missed', 'extra')))
 
 # %% ../nbs/01b_heart_states.ipynb #35ea6d4d
 def frame_scores(
@@ -429,22 +441,28 @@ def score_states(
     predicted,           # DataFrame `start_s, end_s, state`, as `segment` returns it
     truth,               # the same, annotated; state 0 or a gap: not annotated
     tolerance_s=0.06,    # s
-):                       # dict: `s1`, `s2`, `pooled` (of `rates`), those of `frame_scores`, `confusion_s`; median and mean absolute `onset_error_s`, `onset_mean_error_s`, median `onset_bias_s` of the hits
+) -> dict:               # `s1`, `s2`, `pooled` (of `rates`), those of `frame_scores`, `confusion_s`; median
+                         # and mean absolute `onset_error_s`, `onset_mean_error_s`, median `onset_bias_s`
     "How well predicted states agree with annotated ones, where these are."
     (s1, e1), (s2, e2) = (_score_onsets(predicted, truth, k, tolerance_s) for k in (1, 3))
-    confusion, errors = _confusion(predicted, truth), np.r_[e1, e2] if len(e1)+len(e2) else np.array([np.nan])
-    return dict(s1=s1, s2=s2, pooled=_pool_rates([s1, s2]), **frame_scores(confusion), confusion_s=confusion,
-                onset_error_s=float(np.median(np.abs(errors))), onset_mean_error_s=float(np.abs(errors).mean()), onset_bias_s=float(np.median(errors)))
+    confusion = _confusion(predicted, truth)
+    errors = np.r_[e1, e2] if len(e1)+len(e2) else np.array([np.nan])
+    return dict(s1=s1, s2=s2, pooled=_pool_rates([s1, s2]), **frame_scores(confusion),
+                confusion_s=confusion, onset_error_s=float(np.median(np.abs(errors))),
+                onset_mean_error_s=float(np.abs(errors).mean()), onset_bias_s=float(np.median(errors)))
 
 # %% ../nbs/01b_heart_states.ipynb #8b5018eb
 def pool_scores(
     scores,     # dicts of `score_states`
-) -> dict:      # the same keys over all recordings: counts and seconds summed, mean error over all hits, medians of the recordings' medians
+) -> dict:      # the same keys over all recordings: counts and seconds summed, mean error over all hits,
+                # medians of the recordings' medians
     "One score for many recordings."
     scores = list(scores)
     total = {g: _pool_rates([s[g] for s in scores]) for g in ('s1', 's2', 'pooled')}
     confusion = sum((s['confusion_s'] for s in scores), np.zeros((4, 5)))
     known = [s for s in scores if s['pooled']['hits']]
-    medians = {k: float(np.median([s[k] for s in known])) if known else float('nan') for k in ('onset_error_s', 'onset_bias_s')}
-    mean = np.average([s['onset_mean_error_s'] for s in known], weights=[s['pooled']['hits'] for s in known]) if known else float('nan')
-    return dict(total, **frame_scores(confusion), confusion_s=confusion, onset_mean_error_s=float(mean), **medians)
+    def median(k): return float(np.median([s[k] for s in known])) if known else float('nan')
+    hits, means = [s['pooled']['hits'] for s in known], [s['onset_mean_error_s'] for s in known]
+    mean = float(np.average(means, weights=hits)) if known else float('nan')
+    return dict(total, **frame_scores(confusion), confusion_s=confusion, onset_mean_error_s=mean,
+                onset_error_s=median('onset_error_s'), onset_bias_s=median('onset_bias_s'))
