@@ -14,16 +14,20 @@ BOUNDS = ['onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s']
 
 def whole_beats(
     states,       # DataFrame `start_s, end_s, state`, and `confidence` where it was detected
-):                # DataFrame `onset_s, s1_end_s, s2_start_s, s2_end_s, offset_s` s, `confidence`: mean over the beat's time, 1 for annotated states
-    "All beats from S1 onset to S1 onset."
+):                # DataFrame `onset_s, s1_end_s, s2_start_s, s2_end_s, offset_s` s, `confidence`: mean over
+                  # the beat's time, 1 for annotated states
+    "List all beats from S1 onset to S1 onset."
     import pandas as pd
     if len(states) < 5: return pd.DataFrame(columns=[*BOUNDS, 'confidence'], dtype=float)
     start, end, state = (states[c].to_numpy() for c in ('start_s', 'end_s', 'state'))
     five, starts = (np.lib.stride_tricks.sliding_window_view(x, 5) for x in (state, start))
-    joined = np.lib.stride_tricks.sliding_window_view(np.abs(start[1:]-end[:-1]) <= 0.025, 4)               # s; one frame is 20 ms
+    close = np.abs(start[1:]-end[:-1]) <= 0.025                # s; one frame is 20 ms
+    joined = np.lib.stride_tricks.sliding_window_view(close, 4)
     first = np.flatnonzero((five == [1, 2, 3, 4, 1]).all(1) & joined.all(1) & (start[:-4] > 0))
-    sure = states.confidence.to_numpy()[first[:, None]+np.arange(4)] if 'confidence' in states else np.ones((len(first), 4))
-    rows = np.c_[starts[first], (sure*np.diff(starts[first], axis=1)).sum(1)/(starts[first, 4]-starts[first, 0])]
+    sure = np.ones((len(first), 4))
+    if 'confidence' in states: sure = states.confidence.to_numpy()[first[:, None]+np.arange(4)]
+    bounds = starts[first]
+    rows = np.c_[bounds, (sure*np.diff(bounds, axis=1)).sum(1)/(bounds[:, 4]-bounds[:, 0])]
     return pd.DataFrame(rows, columns=[*BOUNDS, 'confidence'], dtype=float).round(5)
 
 # %% ../nbs/01d_beats.ipynb #dccaf2f1
@@ -46,11 +50,12 @@ def flat_shares(
     if not len(edges): return np.zeros(0)
     powers = [np.r_[0, np.cumsum(np.float64(heard)**k)] for k in (1, 2)]
     count = -(-np.diff(edges)[:, 0]//window)
-    starts = np.repeat(edges[:, 0], count)+window*(np.arange(count.sum())-np.repeat(count.cumsum()-count, count))
+    first = count.cumsum()-count
+    starts = np.repeat(edges[:, 0], count)+window*(np.arange(count.sum())-np.repeat(first, count))
     ends = np.minimum(starts+window, len(heard))
     mean, square = ((p[ends]-p[starts])/(ends-starts) for p in powers)
     flat = square-mean**2 <= (1e-3*np.std(heard))**2
-    return np.add.reduceat(flat, count.cumsum()-count, dtype=float)/count
+    return np.add.reduceat(flat, first, dtype=float)/count
 
 # %% ../nbs/01d_beats.ipynb #b0867637
 def clipped_shares(
@@ -75,7 +80,8 @@ def judge(
                                              # `reason` (a key of `REASONS`, '' for a good beat)
     "Say which beats are good, and what is wrong with the others."
     edges = (beats[['onset_s', 'offset_s']].to_numpy()*sample_rate).astype(int)
-    flat, clipped = flat_shares(heard, edges, max(1, int(0.1*sample_rate))), clipped_shares(signal, edges)
+    flat = flat_shares(heard, edges, max(1, int(0.1*sample_rate)))
+    clipped = clipped_shares(signal, edges)
     length = beats.offset_s-beats.onset_s
     faults = {'too short': length < SHORTEST_S, 'too long': length > LONGEST_S, 'flat': flat >= 0.5,
               'clipped': clipped >= 0.05, 'low confidence': beats.confidence < minimum_confidence}
@@ -129,7 +135,9 @@ def cut_beat(
     if length_mode == 'phase':
         from scipy.ndimage import map_coordinates
         where = sample_rate*(onset_s+(offset_s-onset_s)*np.arange(target_length)/target_length)
-        return map_coordinates(heard, [where], order=3, mode='nearest').astype(np.float32), target_length       # cubic: 400 Hz is far below half the rate
+        # cubic: 400 Hz is far below half the rate
+        beat = map_coordinates(heard, [where], order=3, mode='nearest')
+        return beat.astype(np.float32), target_length
     beat = heard[round(onset_s*sample_rate):round(offset_s*sample_rate)][:target_length]
     out = np.zeros(target_length, np.float32)
     out[:len(beat)] = beat

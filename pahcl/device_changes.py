@@ -55,11 +55,13 @@ def draw_response(
 ) -> np.ndarray:     # [n] complex gain
     "A device."
     gain = np.ones(len(frequency), complex)
-    if rng.random() < 0.6: gain = gain*edge_response(frequency, _between(rng, 10, 90), int(rng.integers(1, 4)))
-    if rng.random() < 0.6: gain = gain*edge_response(frequency, _between(rng, 80, 700), int(rng.integers(1, 4)), 'low')
+    for low, high, kind in ((10, 90, 'high'), (80, 700, 'low')):
+        if rng.random() < 0.6:
+            gain = gain*edge_response(frequency, _between(rng, low, high), int(rng.integers(1, 4)), kind)
     if rng.random() < 0.5: gain = gain*equaliser_response(frequency, rng.normal(0, 6, 7))
     for _ in range(rng.integers(0, 3)):
-        gain = gain*resonance_response(frequency, _between(rng, 30, 400), _between(rng, 1, 8), rng.uniform(3, 18))
+        centre, sharpness = _between(rng, 30, 400), _between(rng, 1, 8)
+        gain = gain*resonance_response(frequency, centre, sharpness, rng.uniform(3, 18))
     return gain
 
 # %% ../nbs/01i_device_changes.ipynb #17b6feef
@@ -70,9 +72,11 @@ def through_device(
     draw=draw_response,
 ) -> np.ndarray:     # [T]
     "A sound through a device that is drawn."
-    length = scipy.fft.next_fast_len(len(signal)+sample_rate//2, real=True)      # half a second for what rings on
+    # half a second for what rings on
+    length = scipy.fft.next_fast_len(len(signal)+sample_rate//2, real=True)
     frequency = scipy.fft.rfftfreq(length, 1/sample_rate)
-    return scipy.fft.irfft(scipy.fft.rfft(signal, length)*draw(frequency, rng), length)[:len(signal)]
+    spectrum = scipy.fft.rfft(signal, length)*draw(frequency, rng)
+    return scipy.fft.irfft(spectrum, length)[:len(signal)]
 
 # %% ../nbs/01i_device_changes.ipynb #cb8ff2f9
 def slow_gain(
@@ -84,7 +88,8 @@ def slow_gain(
 ) -> np.ndarray:     # [length]
     "Contact that comes and goes."
     knots = int(length/sample_rate/seconds)+3
-    return 10**(np.interp(np.arange(length)/sample_rate/seconds, np.arange(knots), rng.normal(0, db, knots))/20)
+    time, gains_db = np.arange(length)/sample_rate/seconds, rng.normal(0, db, knots)
+    return 10**(np.interp(time, np.arange(knots), gains_db)/20)
 
 # %% ../nbs/01i_device_changes.ipynb #bac88a08
 def _rubbing(length, sample_rate, rng):
@@ -92,8 +97,8 @@ def _rubbing(length, sample_rate, rng):
     out = 0.05*coloured_noise(length, sample_rate, rng, rng.uniform(0, 2))
     for start in rng.integers(0, length, rng.poisson(0.3*length/sample_rate)+1):
         size = max(16, int(rng.uniform(0.05, 1.5)*sample_rate))
-        burst = coloured_noise(size, sample_rate, rng, rng.uniform(0, 2))*np.hanning(size)*rng.lognormal(0, 0.7)
-        add_at(out, int(start), burst)
+        noise = coloured_noise(size, sample_rate, rng, rng.uniform(0, 2))
+        add_at(out, int(start), noise*np.hanning(size)*rng.lognormal(0, 0.7))
     return out
 
 # %% ../nbs/01i_device_changes.ipynb #c06822d4
@@ -147,7 +152,9 @@ def change_device(
     if first: x = through_device(x, sample_rate, rng)
     if rng.random() < 0.75: x = add_room_noise(x, sample_rate, rng, rng.uniform(-3, 25))
     if rng.random() < 0.2: x = _touched(x, sample_rate, rng)
-    if rng.random() < 0.2: x = np.clip(x, *(np.quantile(np.abs(x), rng.uniform(0.9, 0.999))*np.array([-1, 1])))
+    if rng.random() < 0.2:
+        limit = np.quantile(np.abs(x), rng.uniform(0.9, 0.999))
+        x = np.clip(x, -limit, limit)
     if not first: x = through_device(x, sample_rate, rng)
     return x.astype(np.float32)
 

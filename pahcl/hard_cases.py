@@ -35,15 +35,18 @@ def hard_case(
     seed=0,          # which heart; its rate is 60 + 10 · seed (mod 60) unless the case says otherwise
 ):                   # (signal [40000] float32 at 2000 Hz, states DataFrame with 0 where nothing can be heard)
     "One difficult recording and its truth."
-    def heart(**keys): return simulate_recording(**dict(seconds=20, sample_rate=2000, heart_rate=60+10*(seed%6), noise_db=-15, seed=seed) | keys)
+    usual = dict(seconds=20, sample_rate=2000, heart_rate=60+10*(seed%6), noise_db=-15, seed=seed)
+    def heart(**keys): return simulate_recording(**usual | keys)
     if name.endswith('a minute'): return heart(heart_rate=int(name.split()[0]))
     if name == 'irregular beats': return heart(extrasystoles=0.2)
     if name == 'clicks': return heart(clicks=2.)
     if name == 'clipping': return heart(clipping=0.3)
-    if name == 'loud pansystolic murmur': return heart(murmur=Murmur('holosystolic', 'plateau', 5, 'medium'))
+    if name == 'loud pansystolic murmur':
+        return heart(murmur=Murmur('holosystolic', 'plateau', 5, 'medium'))
     if name == 'noise': return heart(noise_db=0)
     if name == 'silence': return silenced(*heart(), 5, 12, 2000)
     signal, states = heart()                                             # speech
     return mixed(signal, voices(len(signal), 2000, generator(seed, 'voices')), -6), states
 
-HARD_CASES = (*(f'{r} a minute' for r in RATES), 'irregular beats', 'loud pansystolic murmur', 'clicks', 'speech', 'noise', 'clipping', 'silence')
+HARD_CASES = (*(f'{r} a minute' for r in RATES), 'irregular beats', 'loud pansystolic murmur', 'clicks',
+              'speech', 'noise', 'clipping', 'silence')

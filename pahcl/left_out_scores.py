@@ -20,7 +20,8 @@ def score_recordings(
     parameters=None,     # None: the packaged ones
 ) -> list:               # a dict of `score_states` for each
     "Segment and score."
-    return [score_states(d.segment(parameters).states, d.annotation) for d in progress(data, 'scoring')]
+    return [score_states(d.segment(parameters).states, d.annotation)
+            for d in progress(data, 'scoring')]
 
 # %% ../nbs/01j_left_out_scores.ipynb #e6e9b8f9
 def score_table(
@@ -33,11 +34,14 @@ def score_table(
     for name, rows in groups.items():
         s = pool_scores(x for x, use in zip(scores, rows) if use)
         each = np.array([x['pooled']['f1'] for x, use in zip(scores, rows) if use])
-        f = dict(s1_f1=s['s1']['f1'], s2_f1=s['s2']['f1'], **{k: s['pooled'][k] for k in ('f1', 'sensitivity', 'ppv')},
-                 **{k: s[k] for k in ('frame_accuracy', 'frame_f1_macro')}, below_half=(each < 0.5).sum()/max((each == each).sum(), 1),
-                 mean_error_ms=1000*s['onset_mean_error_s'], median_error_ms=1000*s['onset_error_s'])
-        counts = dict(recordings=int(np.sum(rows)), onsets=s['pooled']['hits']+s['pooled']['missed'])
-        out[name] = counts | {k: round(float(v), 4) for k, v in f.items()}
+        f = dict(s1_f1=s['s1']['f1'], s2_f1=s['s2']['f1'])
+        f |= {k: s['pooled'][k] for k in ('f1', 'sensitivity', 'ppv')}
+        f |= {k: s[k] for k in ('frame_accuracy', 'frame_f1_macro')}
+        f |= dict(below_half=(each < 0.5).sum()/max((each == each).sum(), 1))
+        f |= dict(mean_error_ms=1000*s['onset_mean_error_s'],
+                  median_error_ms=1000*s['onset_error_s'])
+        onsets = s['pooled']['hits']+s['pooled']['missed']
+        out[name] = dict(recordings=int(np.sum(rows)), onsets=onsets) | {k: round(float(v), 4) for k, v in f.items()}
     return out
 
 # %% ../nbs/01j_left_out_scores.ipynb #c4ad30e9
@@ -50,7 +54,8 @@ def left_out_parts(
     fold = np.array([person_fold(d.person_id, folds) for d in data])
     place, dataset = np.array([d.place for d in data]), np.array(list(datasets))
     names = np.unique(dataset)
-    return {'person': [fold == k for k in range(folds)], 'folder': [place == p for p in np.unique(place) if p not in dataset],
+    return {'person': [fold == k for k in range(folds)],
+            'folder': [place == p for p in np.unique(place) if p not in dataset],
             'data set': [dataset == d for d in names] if len(names) > 1 else []}
 
 # %% ../nbs/01j_left_out_scores.ipynb #fe7ea552
@@ -64,7 +69,8 @@ def score_left_out(
     for judged in parts:
         parameters = fit_states([d for d, j in zip(data, judged) if not j], **options)
         rows = np.flatnonzero(judged)
-        for i, score in zip(rows, score_recordings([data[i] for i in rows], parameters)): scores[i] = score
+        found = score_recordings([data[i] for i in rows], parameters)
+        for i, score in zip(rows, found): scores[i] = score
     return scores
 
 # %% ../nbs/01j_left_out_scores.ipynb #0c8f3198
@@ -81,10 +87,11 @@ def group_scores(
         chosen = [i for i in np.flatnonzero(use) if scores[i]]
         if not chosen: continue
         who, scored = [persons[i] for i in chosen], [scores[i] for i in chosen]
-        line, (low, high) = score_table(scored, dict(all=np.ones(len(chosen), bool)))['all'], f1_interval(who, scored)
-        rows.append(keys | dict(group=name, recordings=len(chosen), persons=len(set(who)), onsets=line['onsets'],
-                                **{k: line[k] for k in ('s1_f1', 's2_f1', 'f1')}, f1_low=round(low, 4), f1_high=round(high, 4),
-                                below_half=line['below_half']))
+        line = score_table(scored, dict(all=np.ones(len(chosen), bool)))['all']
+        low, high = f1_interval(who, scored)
+        row = keys | dict(group=name, recordings=len(chosen), persons=len(set(who)))
+        row |= {k: line[k] for k in ('onsets', 's1_f1', 's2_f1', 'f1')}
+        rows.append(row | dict(f1_low=round(low, 4), f1_high=round(high, 4), below_half=line['below_half']))
     return pd.DataFrame(rows)
 
 # %% ../nbs/01j_left_out_scores.ipynb #79441879
@@ -97,7 +104,8 @@ def made_music(
     out, at, beat = np.zeros(length), 0, rng.uniform(0.25, 0.7)
     while at < length:
         t = np.arange(int(beat*rng.uniform(0.5, 2)*sample_rate))/sample_rate
-        note = sum(np.sin(2*np.pi*110*2**(rng.integers(0, 24)/12)*h*t)/h for h in (1, 2, 3))*np.exp(-t*rng.uniform(1, 6))
+        tones = sum(np.sin(2*np.pi*110*2**(rng.integers(0, 24)/12)*h*t)/h for h in (1, 2, 3))
+        note = tones*np.exp(-t*rng.uniform(1, 6))
         out[at:at+len(note)] += note[:length-at]
         at += int(beat*rng.choice([0.5, 1, 1, 1, 2])*sample_rate)
     return out

@@ -21,7 +21,8 @@ def beats_right(
     predicted,           # from `segment`
     truth,               # annotated
     tolerance_s=0.06,    # s
-) -> tuple:              # (row of the S1 of each whole beat in annotated time [beats], whether it is right [beats] bool)
+) -> tuple:              # (row of the S1 of each whole beat in annotated time [beats], whether it is right
+                        # [beats] bool)
     "Which of the beats that were found are true."
     start, state = predicted.start_s.to_numpy(), predicted.state.to_numpy()
     first = np.flatnonzero((state[:-4] == 1) & (start[:-4] > 0))
@@ -30,7 +31,8 @@ def beats_right(
     for step, k in ((0, 1), (2, 3), (4, 1)):
         true = np.r_[-np.inf, np.sort(truth.start_s[truth.state == k]), np.inf]
         after = np.searchsorted(true, start[first+step])
-        right &= np.minimum(true[after]-start[first+step], start[first+step]-true[after-1]) <= tolerance_s
+        error = np.minimum(true[after]-start[first+step], start[first+step]-true[after-1])
+        right &= error <= tolerance_s
     return first, right
 
 # %% ../nbs/01k_segmenter_confidence.ipynb #2c8dc9a7
@@ -78,7 +80,8 @@ def noise_evidence(
     parameters,        # `SegmenterParameters`
 ) -> Evidence:         # no beat is right
     "Segment sounds in which there is no heart."
-    return Evidence.concat(_evidence(segment_features(f, len(f)/FRAME_RATE, parameters=parameters)) for f in sounds)
+    def found(f): return segment_features(f, len(f)/FRAME_RATE, parameters=parameters)
+    return Evidence.concat(_evidence(found(f)) for f in sounds)
 
 # %% ../nbs/01k_segmenter_confidence.ipynb #74567942
 def noise_features(
@@ -137,7 +140,7 @@ def reliability(
     group, out = np.clip(np.digitize(sure, edges)-1, 0, len(edges)-2), {}
     for g in np.unique(group):
         here = group == g
-        means = dict(confidence=round(float(sure[here].mean()), 3), right=round(float(right[here].mean()), 3))
+        means = {k: round(float(v[here].mean()), 3) for k, v in dict(confidence=sure, right=right).items()}
         out[f'{edges[g]:g} to {edges[g+1]:g}'] = dict(beats=int(here.sum())) | means
     return out
 

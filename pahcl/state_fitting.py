@@ -21,11 +21,11 @@ from torch import nn
 from .basics import PahclError, generator, plain, progress, write_text
 from .device_changes import ChangedCopy, changed_copy
 from .download import read_annotation, recordings
-from .segmenter_confidence import (Evidence, beat_evidence, fit_confidence, fit_heartbeat, noise_evidence,
-                                        noise_features)
+from .segmenter_confidence import (Evidence, beat_evidence, fit_confidence, fit_heartbeat,
+                                        noise_evidence, noise_features)
 from .signal import read_recording
-from .states import (FRAME_RATE, PERIODS, SegmenterParameters, frame_features, load_parameters, segment_features,
-                          standardise, state_at)
+from .states import (FRAME_RATE, PERIODS, SegmenterParameters, frame_features, load_parameters,
+                          segment_features, standardise, state_at)
 
 # %% ../nbs/01c_state_fitting.ipynb #a1cdcfb3
 def annotated(
@@ -36,7 +36,8 @@ def annotated(
     "List the recordings whose states are known."
     table = recordings(raw_dir, dataset).dropna(subset='annotation_path').reset_index(drop=True)
     if not len(table):
-        raise PahclError(f'{raw_dir} has no annotated recordings for dataset {dataset!r}; CirCor (.tsv) and PhysioNet 2016 (_StateAns.mat) have them.')
+        raise PahclError(f'{raw_dir} has no annotated recordings for dataset {dataset!r}; '
+                         'CirCor (.tsv) and PhysioNet 2016 (_StateAns.mat) have them.')
     return table.assign(place=table.source.where(table.source != '', table.dataset))
 
 # %% ../nbs/01c_state_fitting.ipynb #774224c4
@@ -52,7 +53,10 @@ class AnnotatedRecording:
     seconds: float            # its length
 
     def curves(self): return [standardise(f) for f in self.features]
-    def segment(self, parameters=None): return segment_features(self.features[0], self.seconds, parameters=parameters)
+
+    def segment(self, parameters=None):
+        "Find the states of the recording itself."
+        return segment_features(self.features[0], self.seconds, parameters=parameters)
 
 # %% ../nbs/01c_state_fitting.ipynb #288ca183
 def _frame_states(annotation, frames, speed=1.):
@@ -65,11 +69,14 @@ def _read_one(row, copies, seed, alter):
     signal, sample_rate = read_recording(row.path)
     if alter: signal = alter(signal, sample_rate, generator(seed, 'altered', row.recording_id))
     sounds = [ChangedCopy(signal, sample_rate, 1.)]
-    for n in range(copies): sounds.append(changed_copy(signal, sample_rate, generator(seed, 'changed copy', row.recording_id, n)))
+    for n in range(copies):
+        rng = generator(seed, 'changed copy', row.recording_id, n)
+        sounds.append(changed_copy(signal, sample_rate, rng))
     features = [frame_features(s.signal, s.sample_rate) for s in sounds]
     annotation = read_annotation(row.annotation_path, row.seconds)
     states = [_frame_states(annotation, len(f), s.speed) for f, s in zip(features, sounds)]
-    return AnnotatedRecording(row.recording_id, row.person_id, row.place, features, states, annotation, float(row.seconds))
+    return AnnotatedRecording(row.recording_id, row.person_id, row.place, features, states, annotation,
+                              float(row.seconds))
 
 def read_annotated(
     table,       # rows of `annotated`
@@ -78,7 +85,8 @@ def read_annotated(
     alter=None,  # (signal, sample rate, generator) → signal: what is done to the recording itself, e.g. noise
 ) -> list:       # of `AnnotatedRecording`
     "Read features and truth of many recordings."
-    return [_read_one(r, copies, seed, alter) for r in progress(table.itertuples(), 'features', len(table))]
+    rows = progress(table.itertuples(), 'features', len(table))
+    return [_read_one(r, copies, seed, alter) for r in rows]
 
 # %% ../nbs/01c_state_fitting.ipynb #9c966390
 def person_fold(
@@ -91,14 +99,17 @@ def person_fold(
 # %% ../nbs/01c_state_fitting.ipynb #3f4e1196
 def beats(
     annotation,      # DataFrame `start_s, end_s, state`
-) -> np.ndarray:     # [beats, 5] s: the recording's median S1-to-S1 time, then S1, systole, S2, diastole; empty below three whole beats
+) -> np.ndarray:     # [beats, 5] s: the recording's median S1-to-S1 time, then S1, systole, S2, diastole;
+                     # empty below three whole beats
     "How long the states of the whole annotated beats last."
     state, start = annotation.state.to_numpy(), annotation.start_s.to_numpy()
-    order = np.array([1, 2, 3, 4, 1])
-    first = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(state, 5) == order).all(1)) if len(state) > 4 else np.zeros(0, int)
+    if len(state) < 5: return np.zeros((0, 5))
+    five = np.lib.stride_tricks.sliding_window_view(state, 5)
+    first = np.flatnonzero((five == [1, 2, 3, 4, 1]).all(1))
     lengths = np.diff(start[first[:, None]+np.arange(5)], axis=1)
     period = np.median(lengths.sum(1)) if len(first) else 0
-    lengths = lengths[np.abs(lengths.sum(1)-period) < 0.4*period]          # a beat left out by the annotator is no long beat
+    # a beat left out by the annotator is no long beat
+    lengths = lengths[np.abs(lengths.sum(1)-period) < 0.4*period]
     return np.c_[np.full(len(lengths), period), lengths] if len(lengths) > 2 else np.zeros((0, 5))
 
 # %% ../nbs/01c_state_fitting.ipynb #ead0e9ca
@@ -107,14 +118,17 @@ def fit_durations(
 ) -> dict:           # what `SegmenterParameters.mean_durations` reads
     "Lines through S1, systole and S2 against the root of the beat, and how far beats lie from them."
     rows = np.concatenate([beats(a) for a in annotations])
-    if len(rows) < 20: raise PahclError(f'the annotations hold {len(rows)} whole beats; at least 20 are needed to fit durations.')
+    if len(rows) < 20:
+        raise PahclError(f'the annotations hold {len(rows)} whole beats; '
+                         'at least 20 are needed to fit durations.')
     period, lengths = rows[:, 0], rows[:, 1:]
     bins = np.digitize(np.log(period), np.log(PERIODS[::2]))
-    weight = 1/np.sqrt(np.bincount(bins)[bins])                            # its square makes every range count the same
+    weight = 1/np.sqrt(np.bincount(bins)[bins])         # its square makes every range count the same
     x = np.c_[np.ones(len(rows)), np.sqrt(period)]
     line = np.linalg.lstsq(x*weight[:, None], lengths[:, :3]*weight[:, None], rcond=None)[0]
     rest = lengths[:, 3]-(period-(x@line).sum(1))
-    return dict(constant_s=line[0], per_root=line[1], spread_s=(lengths[:, :3]-x@line).std(0), diastole_spread=float((rest/period).std()))
+    return dict(constant_s=line[0], per_root=line[1], spread_s=(lengths[:, :3]-x@line).std(0),
+                diastole_spread=float((rest/period).std()))
 
 # %% ../nbs/01c_state_fitting.ipynb #efd7e953
 class StateNetwork(nn.Module):
@@ -122,8 +136,8 @@ class StateNetwork(nn.Module):
     def __init__(self, inputs=7, width=32, taps=(9, 5, 5, 5), dilations=(1, 4, 8, 16)):
         super().__init__()
         self.dilations = tuple(dilations)
-        self.layers = nn.ModuleList(nn.Conv1d(width if i else inputs, width, k, dilation=d, padding=d*(k//2))
-                                    for i, (k, d) in enumerate(zip(taps, dilations)))
+        def layer(i, k, d): return nn.Conv1d(width if i else inputs, width, k, dilation=d, padding=d*(k//2))
+        self.layers = nn.ModuleList(layer(i, k, d) for i, (k, d) in enumerate(zip(taps, dilations)))
         self.out = nn.Linear(width, 4)
 
     def forward(self, x):                                       # [B, frames, inputs] → [B, frames, 4]
@@ -137,9 +151,11 @@ def network_arrays(
 ) -> dict:           # what `states.network_outputs` reads
     "Trained networks as arrays."
     def stacked(get): return np.stack([get(n).detach().numpy() for n in networks])
-    out = dict(dilations=np.array(networks[0].dilations), weights_out=stacked(lambda n: n.out.weight.T), bias_out=stacked(lambda n: n.out.bias))
+    out = dict(dilations=np.array(networks[0].dilations))
+    out |= dict(weights_out=stacked(lambda n: n.out.weight.T), bias_out=stacked(lambda n: n.out.bias))
     for i in range(len(networks[0].layers)):
-        out |= {f'weights_{i}': stacked(lambda n: n.layers[i].weight.permute(2, 1, 0)), f'bias_{i}': stacked(lambda n: n.layers[i].bias)}
+        out[f'weights_{i}'] = stacked(lambda n: n.layers[i].weight.permute(2, 1, 0))
+        out[f'bias_{i}'] = stacked(lambda n: n.layers[i].bias)
     return out
 
 # %% ../nbs/01c_state_fitting.ipynb #08ea3375
@@ -159,14 +175,17 @@ def draw_batch(
     size=48,             # stretches
     frames=300,          # of each
     as_recorded=0.3,     # share that is not a changed copy
-) -> tuple:              # (inputs [size, frames, 7] float32, states [size, frames] 0 to 4; 0 unknown or beyond the end)
+) -> tuple:              # (inputs [size, frames, 7] float32, states [size, frames] 0 to 4; 0 unknown or
+                        # beyond the end)
     "What one step learns from: each stretch holds an annotated frame."
-    x, y = np.zeros((size, frames, curves[0][0].shape[1]), np.float32), np.zeros((size, frames), np.int64)
+    x = np.zeros((size, frames, curves[0][0].shape[1]), np.float32)
+    y = np.zeros((size, frames), np.int64)
     for n, i in enumerate(rng.choice(len(curves), size, p=chances)):
         copies = len(curves[i])
         copy = int(rng.integers(1, copies)) if copies > 1 and rng.random() >= as_recorded else 0
         known = np.flatnonzero(states[i][copy])
-        start = int(np.clip(rng.choice(known)-rng.integers(frames), 0, max(0, len(states[i][copy])-frames)))
+        last = max(0, len(states[i][copy])-frames)
+        start = int(np.clip(rng.choice(known)-rng.integers(frames), 0, last))
         found = states[i][copy][start:start+frames]
         x[n, :len(found)], y[n, :len(found)] = curves[i][copy][start:start+frames], found
     return x, y
@@ -189,8 +208,8 @@ def train_network(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     for _ in range(steps):
         x, y = draw_batch(curves, states, chances, rng, **batch)
-        logits, states_now = network(torch.from_numpy(x)).flatten(0, 1), torch.from_numpy(y).flatten()-1
-        loss = nn.functional.cross_entropy(logits, states_now, ignore_index=-1)
+        logits, target = network(torch.from_numpy(x)).flatten(0, 1), torch.from_numpy(y).flatten()-1
+        loss = nn.functional.cross_entropy(logits, target, ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -207,7 +226,8 @@ def fit_emission(
 ) -> dict:           # what `SegmenterParameters.state_logits` reads
     "Networks that name a frame's state."
     data = [d for d in data if all(s.any() for s in d.states)]
-    curves, states, places = [d.curves() for d in data], [d.states for d in data], [d.place for d in data]
+    curves, states = [d.curves() for d in data], [d.states for d in data]
+    places = [d.place for d in data]
     fits = [train_network(curves, states, places, seed=seed+n, **options) for n in range(networks)]
     trained, common = zip(*fits)
     return dict(network_arrays(trained), log_prior=np.log(np.mean(common, 0)))
@@ -221,7 +241,8 @@ def _rounded(group, digits=4):
     return {k: short(np.asarray(v)) for k, v in group.items()}
 
 # %% ../nbs/01c_state_fitting.ipynb #84f4c21c
-WEIGHTS = dict(sharpness=0.2, rhythm=1., entropy=0.45)     # of 0.15 to 0.7, 0 to 2 and 0 to 0.75, on data sets left out; flat
+# of 0.15 to 0.7, 0 to 2 and 0 to 0.75, on data sets left out; flat
+WEIGHTS = dict(sharpness=0.2, rhythm=1., entropy=0.45)
 
 def fit_states(
     data,                     # from `read_annotated`
@@ -229,8 +250,8 @@ def fit_states(
 ) -> SegmenterParameters:     # sure of nothing: its confidence is 0.5 everywhere
     "Fit networks and durations."
     emission, durations = fit_emission(data, **options), fit_durations(d.annotation for d in data)
-    unsure = dict(confidence=dict(weights=np.zeros(3), bias=np.zeros(())), heartbeat=dict(weights=np.zeros(2), bias=np.zeros(())))
-    return SegmenterParameters(_rounded(emission), _rounded(durations), **unsure, weights=dict(WEIGHTS))
+    def unsure(n): return dict(weights=np.zeros(n), bias=np.zeros(()))
+    return SegmenterParameters(_rounded(emission), _rounded(durations), unsure(3), unsure(2), dict(WEIGHTS))
 
 # %% ../nbs/01c_state_fitting.ipynb #f2b0997f
 def fit_crosswise(
@@ -241,7 +262,8 @@ def fit_crosswise(
     "Fit as often as there are folds, each time on the persons of the others."
     fold = np.array([person_fold(d.person_id, folds) for d in data])
     def part(chosen): return [d for d, c in zip(data, chosen) if c]
-    return [(fit_states(part(fold != k), **options), part(fold == k)) for k in progress(range(folds), 'folds')]
+    return [(fit_states(part(fold != k), **options), part(fold == k))
+            for k in progress(range(folds), 'folds')]
 
 # %% ../nbs/01c_state_fitting.ipynb #aa649c81
 def fit_parameters(
@@ -251,7 +273,8 @@ def fit_parameters(
 ) -> SegmenterParameters:     # rounded to four digits
     "Fit all on everybody; confidence and heartbeat on persons that the fits they judge had not seen."
     parameters = fit_states(data, **options)
-    hearts = Evidence.concat(beat_evidence(unseen, p) for p, unseen in crosswise or fit_crosswise(data, **options))
+    crosswise = crosswise or fit_crosswise(data, **options)
+    hearts = Evidence.concat(beat_evidence(unseen, p) for p, unseen in crosswise)
     noise = noise_evidence(noise_features(), parameters)
     return replace(parameters, confidence=_rounded(fit_confidence(hearts, noise)),
                    heartbeat=_rounded(fit_heartbeat(hearts, noise)))
@@ -265,8 +288,10 @@ def write_parameters(
     def numbers(v):
         if isinstance(v, list): return [numbers(x) for x in v]
         return v if isinstance(v, int) else float(f'{v:.4g}')
-    groups = {g: {k: numbers(np.asarray(v).tolist()) for k, v in group.items()} for g, group in parameters.fitted().items()}
+    groups = {g: {k: numbers(np.asarray(v).tolist()) for k, v in group.items()}
+              for g, group in parameters.fitted().items()}
     groups = dict(made_from=plain(parameters.made_from)) | groups | dict(weights=parameters.weights)
     text = json.dumps(groups, indent=1, ensure_ascii=False)
-    write_text(Path(path), re.sub(r'\[([^\[\]{}"]*)\]', lambda m: f'[{" ".join(m[1].split())}]', text)+'\n')
+    text = re.sub(r'\[([^\[\]{}"]*)\]', lambda m: f'[{" ".join(m[1].split())}]', text)
+    write_text(Path(path), text+'\n')
     load_parameters.cache_clear()
