@@ -153,8 +153,8 @@ def change_device(
     if rng.random() < 0.75: x = add_room_noise(x, sample_rate, rng, rng.uniform(-3, 25))
     if rng.random() < 0.2: x = _touched(x, sample_rate, rng)
     if rng.random() < 0.2:
-        limit = np.quantile(np.abs(x), rng.uniform(0.9, 0.999))
-        x = np.clip(x, -limit, limit)
+        limits = np.quantile(np.abs(x), rng.uniform(0.9, 0.999))*np.array([-1, 1])
+        x = np.clip(x, *limits)                                         # in double precision
     if not first: x = through_device(x, sample_rate, rng)
     return x.astype(np.float32)
 
