@@ -4,7 +4,7 @@ import torch
 from torch.utils.benchmark import Timer
 from loops import sliced
 from pahcl import scan
-from pahcl.encoder import PRESETS, build_encoder
+from pahcl.encoder import ENCODERS, build_encoder
 from pahcl.other_encoders import cost
 
 B, T = 32, 4000
@@ -49,7 +49,7 @@ def main(quick=False, threads=2):
     print(f'bf16 autocast against the sliced loop in float32: {median[False, True]/median[True, False]:.1f} times (goals: 4 in float32, 6 in bf16)')
     print(f'\n{"":16}{"":12}{"":15}{"seconds for 1000 cycles":>45}')
     print(f'{"":16}{"parameters":>12}{"MFLOP a cycle":>15}{"training":>12}{"training, bf16":>17}{"inference":>12}')
-    for name in PRESETS:
+    for name in ENCODERS:
         model, counted = build_encoder(name), cost(build_encoder(name))
         optimiser = torch.optim.AdamW(model.parameters(), 1e-4)
         def infer():

@@ -58,8 +58,8 @@ def population(name, persons=200_000):
 
 def exact_scores(label, both, official):
     "The scores as `pahcl.metrics` defines them, and their differences."
-    from pahcl.metrics import OFFICIAL, classification_metrics
-    function = next(o['function'] for o in OFFICIAL.values() if o['name'] == official)
+    from pahcl.metrics import METRICS, classification_metrics
+    function = METRICS[official].of_decisions
     one, two = (classification_metrics(label, p, p.shape[1]) for p in both)
     numbers = {k: v for k, v in one.items() if isinstance(v, float) and k != 'f1_macro_union'}
     return numbers | dict(official=function(label, both[0].argmax(1))) | {f'{s}_difference': two[s]-one[s] for s in DIFFERENCES}

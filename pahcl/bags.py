@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .basics import generator
+from .loader import recording_ids
 from .metrics import group_labels
 
 # %% ../nbs/03e_bags.ipynb #ac1ade3a
@@ -79,7 +80,7 @@ def draw_cycles(
     random,             # a numpy generator
 ) -> np.ndarray:        # row numbers, sorted by bag
     "Some cycles of each bag, as equally many of each of its recordings as there are."
-    _, recording = np.unique(table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str), return_inverse=True)
+    _, recording = np.unique(recording_ids(table), return_inverse=True)
     chance = random.random(len(table))
     turn = np.empty(len(table), int)   # the how-manieth cycle of its recording each is
     order = np.lexsort([chance, recording])

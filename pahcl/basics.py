@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PahclError', 'UsageError', 'existing', 'some', 'atomic_path', 'write_text', 'plain', 'write_json', 'read_json',
-           'fingerprint', 'file_fingerprint', 'generator', 'progress', 'logger', 'log_to', 'both_spellings',
-           'report_error', 'command_name', 'answer_interrupt', 'plain_switches', 'script']
+           'read_table', 'file_hash', 'fingerprint', 'file_fingerprint', 'generator', 'progress', 'logger', 'log_to',
+           'both_spellings', 'report_error', 'command_name', 'answer_interrupt', 'plain_switches', 'script']
 
 # %% ../nbs/00c_basics.ipynb #3019fa11
 import hashlib
@@ -92,6 +92,32 @@ def read_json(
     "The content of a JSON file; missing or broken is a `PahclError` that names it."
     try: return json.loads(existing(path, what, remedy).read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise PahclError(f'{what} {path} is not valid JSON ({e}). {remedy}') from e
+
+# %% ../nbs/00c_basics.ipynb #36defe41
+def read_table(
+    path,             # a csv file, with or without a byte-order mark; a first line that starts with # is skipped
+    columns=(),       # names that must be there
+    what='table',     # what it is to the user
+    remedy='Run pahcl_preprocess again.',
+):                    # DataFrame of text; empty cells are missing values
+    "Read a csv without guessing types; a `PahclError` names what is missing."
+    import pandas as pd
+    try:
+        with open(existing(path, what, remedy), encoding='utf-8-sig') as f: comment = f.readline().startswith('#')
+        table = pd.read_csv(path, dtype=str, skiprows=int(comment), keep_default_na=False, na_values=[''],
+                            encoding='utf-8-sig')
+    except ValueError as e:   # empty, no csv, or not UTF-8
+        raise PahclError(f'{what} {path} cannot be read as a table ({e}). {remedy}') from e
+    lost = [c for c in columns if c not in table]
+    if lost: raise PahclError(f'{what} {path} has no column {", ".join(lost)}. {remedy}')
+    return table
+
+# %% ../nbs/00c_basics.ipynb #714a44b7
+def file_hash(
+    path,    # of a file
+) -> str:    # 16 hexadecimal digits: two files of a project are never taken for one another
+    "Return what stands for the content of a file."
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 # %% ../nbs/00c_basics.ipynb #b522489a
 def fingerprint(

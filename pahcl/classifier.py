@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['POOLING', 'HEADS', 'TRAINING_ONLY', 'PACKAGED', 'pooled', 'Standardise', 'Classifier', 'encode', 'answers', 'predict',
            'classifier_content', 'load_model', 'persons_seen', 'part_of', 'sort_keys', 'encoder_config',
-           'read_pretrained', 'find_checkpoint', 'fill_encoder', 'pretrained_encoder', 'encoder_fingerprint',
-           'loading_line', 'encoder_alone']
+           'read_pretrained', 'find_checkpoint', 'LoadedWeights', 'fill_encoder', 'PretrainedEncoder',
+           'pretrained_encoder', 'encoder_fingerprint', 'loading_line', 'encoder_alone']
 
 # %% ../nbs/05a_classifier.ipynb #0c59bac1
 import hashlib
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from .bags import GatedAttention, bag_means, bag_softmax, bag_sums, bags_of
 from .basics import PahclError, fingerprint, progress, some
 from .contrastive_model import pool_levels
-from .encoder import ClassifierHead, build_encoder, load_weights
+from .encoder import ClassifierHead, build_encoder, load_weights, rename_weights
 from .foreign import adapted, read_foreign
 from .runs import load_checkpoint, save_checkpoint
 
@@ -260,23 +261,35 @@ def find_checkpoint(
     return Path(str(files('pahcl')/'parameters'/'pretrained_small.pt')) if str(source) == 'packaged' else Path(source)
 
 # %% ../nbs/05a_classifier.ipynb #4965bdf3
+class LoadedWeights(NamedTuple):
+    "What became of the weights of a file."
+    loaded: int       # how many were loaded
+    skipped: list     # names that the encoder does not have
+    at_random: list   # names of the encoder that are not in the file
+
 def fill_encoder(
     encoder, weights: dict,   # keys without the prefix `encoder.`
     partial=False,            # take what fits and leave the rest at random; otherwise every key must fit
     source='',                # the checkpoint's file, for messages
-):                            # (how many were loaded, keys that the encoder does not have, keys that stay at random)
+) -> LoadedWeights:
     "Load an encoder's weights."
-    own = encoder.state_dict()
+    own, weights = encoder.state_dict(), rename_weights(encoder, weights)
     given = {k: v for k, v in weights.items() if k in own} if partial else weights
     at_random = [k for k in own if k not in given] if partial else []
     load_weights(encoder, {k: own[k] for k in at_random} | given, source)
-    return len(given), [k for k in weights if k not in given], at_random
+    return LoadedWeights(len(given), [k for k in weights if k not in given], at_random)
 
 # %% ../nbs/05a_classifier.ipynb #bb89d0f8
+class PretrainedEncoder(NamedTuple):
+    "An encoder and where it comes from."
+    encoder: nn.Module   # an `Encoder`
+    saved: dict          # the checkpoint's content
+    found: dict          # what `loading_line` says
+
 def pretrained_encoder(
     path,          # a checkpoint of `pahcl_pretrain` (SimCLR or MoCo), `pahcl_finetune` or the original project, or `packaged`
     wanted=None,   # keys of `model:` that were set
-):                 # (encoder, the checkpoint's content, what `loading_line` says)
+) -> PretrainedEncoder:
     "Build the encoder of a checkpoint."
     saved = read_pretrained(find_checkpoint(path))
     parts, notes, meta = sort_keys(saved['model_state_dict'], path), saved.get('notes') or {}, saved.get('moco_metadata') or {}
@@ -285,7 +298,7 @@ def pretrained_encoder(
     skipped = dict(moco_skipped=len(parts['moco']), heads_skipped=len(parts['heads']), encoder_skipped=[*notes.get('skipped', []), *left])
     found = dict(moco=bool(parts['moco']), momentum=meta.get('momentum'), queue_size=meta.get('queue_size'),
                  loaded=given, folded=notes.get('folded', 0), at_random=at_random, **skipped)
-    return encoder, saved, found
+    return PretrainedEncoder(encoder, saved, found)
 
 # %% ../nbs/05a_classifier.ipynb #c89d10bc
 def encoder_fingerprint(

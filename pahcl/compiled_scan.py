@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'TENSORS', 'MEMORY', 'SLOWER', 'LEVELS', 'ELEMENTARY', 'Strided', 'Job', 'open_library', 'find_library',
-           'library', 'have_compiled', 'elementary', 'strided', 'pieces', 'groups', 'call', 'CompiledScan',
+           'library', 'have_compiled', 'elementary', 'strided', 'WorkSizes', 'pieces', 'groups', 'call', 'CompiledScan',
            'compiled_scan']
 
 # %% ../nbs/03d_compiled_scan.ipynb #2ccc7c29
 import ctypes
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -90,13 +91,23 @@ def strided(
     "A tensor as C sees it."
     return Strided(None, 0, 0, 0) if t is None else Strided(t.data_ptr(), *t.stride(), *[0]*(3-t.dim()))
 
+class WorkSizes(NamedTuple):
+    "Into how many pieces the C file cuts the work."
+    batch: int    # sequences
+    blocks: int   # of channels
+    chunks: int   # of steps
+    states: int   # numbers a channel
+    lanes: int    # channels a block
+    steps: int    # a chunk
+
 def pieces(
-    u,       # [B, D, L]
-    A,       # [D, N]
-):           # B, blocks of channels, chunks of steps, N, channels a block, steps a chunk
-    "Into how many pieces the C file cuts the work: sizes of what is kept and of what is added up."
+    u,          # [B, D, L]
+    A,          # [D, N]
+) -> WorkSizes:
+    "Return the sizes of what is kept and of what is added up."
     lanes, steps = 128//u.element_size(), 16
-    return u.shape[0], -(-u.shape[1]//lanes), -(-u.shape[2]//steps), A.shape[1], lanes, steps
+    blocks, chunks = -(-u.shape[1]//lanes), -(-u.shape[2]//steps)
+    return WorkSizes(u.shape[0], blocks, chunks, A.shape[1], lanes, steps)
 
 def groups(
     u,       # [B, D, L]

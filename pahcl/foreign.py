@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTAINERS', 'BUILDERS', 'NUMBER_TYPES', 'careful_pickle', 'EPSILON', 'PARTS', 'SINCNET_LEAST', 'Inert', 'stub',
            'CarefulUnpickler', 'plain', 'read_foreign', 'encoder_kind', 'inferred_config', 'fold_norms', 'resnet_name',
-           'from_resnet', 'from_sincnet', 'adapted']
+           'Converted', 'from_resnet', 'from_sincnet', 'adapted']
 
 # %% ../nbs/03b_foreign_checkpoints.ipynb #5e60dae4
 import collections
@@ -13,6 +13,7 @@ import pickle
 import re
 import types
 import zipfile
+from typing import NamedTuple
 
 import torch
 
@@ -153,9 +154,15 @@ def resnet_name(
     found = re.fullmatch(r'layer(\d)\.(\d+)\.(conv[12]|bn[12]|downsample\.[01])\.(\w+)', key)
     return f'blocks.{sum(depths[:int(found[1])-1])+int(found[2])}.{PARTS[found[3]]}.{found[4]}' if found else key
 
+class Converted(NamedTuple):
+    "A foreign encoder in our form."
+    weights: dict   # with our names
+    model: dict     # keys of `model:`
+    notes: dict     # folded: statistics of batch norms; skipped: names; partial: some are missing
+
 def from_resnet(
     state: dict,  # an encoder's weights with torchvision's names
-):                # (weights with our names, keys of `model:`, {'folded': …, 'skipped': names that no encoder has: the classifier `fc`})
+) -> Converted:   # the classifier `fc` is skipped
     "A residual network in our form."
     places = [re.match(r'layer(\d)\.(\d+)\.', k) for k in state]
     depths = [1+max([int(p[2]) for p in places if p and p[1] == str(stage)], default=-1) for stage in range(1, 1+max(int(p[1]) for p in places if p))]
@@ -163,7 +170,8 @@ def from_resnet(
     model = dict(cnn_channels=[w.shape[0] for w in first], cnn_kernel_sizes=[w.shape[-1] for w in first], cnn_strides=[1, 2, 2, 2][:len(depths)])
     skipped = [k for k in state if k.startswith('fc.')]
     state, folded = fold_norms({resnet_name(k, depths): v for k, v in state.items() if k not in skipped})
-    return state, model | dict(norm='affine' if folded else 'group'), dict(folded=folded, skipped=skipped)
+    model['norm'] = 'affine' if folded else 'group'
+    return Converted(state, model, dict(folded=folded, skipped=skipped))
 
 # %% ../nbs/03b_foreign_checkpoints.ipynb #07c68170
 SINCNET_LEAST = 50.  # Hz, `min_low_hz` and `min_band_hz` of SincNet's SincConv_fast (github.com/mravanelli/SincNet, dnn_models.py)
@@ -171,7 +179,7 @@ SINCNET_LEAST = 50.  # Hz, `min_low_hz` and `min_band_hz` of SincNet's SincConv_
 def from_sincnet(
     state: dict,   # an encoder's weights with `sinc_conv.low_hz_` and `sinc_conv.band_hz_`
     model: dict,   # `model:` of the configuration in the file
-):                 # (weights with our names, keys of `model:`, {})
+) -> Converted:
     "Sinc filters in our form."
     state = dict(state)
     low, band = (SINCNET_LEAST+state.pop(f'sinc_conv.{k}_hz_').detach().flatten().abs() for k in ('low', 'band'))
@@ -180,7 +188,8 @@ def from_sincnet(
     kernel = 2*halves[0].numel()+1 if halves else sizes[0] if isinstance(sizes, list) and sizes else 401
     width = SincConv(1, kernel).width
     state |= {'sinc_conv.low': ((low-width/3)/100).clamp(min=0), 'sinc_conv.band': ((band-width)/100).clamp(min=0)}
-    return state, dict(cnn_channels=[len(low), 64, 128, 256], cnn_kernel_sizes=[kernel, 7, 7, 7]), dict(partial=True)
+    model = dict(cnn_channels=[len(low), 64, 128, 256], cnn_kernel_sizes=[kernel, 7, 7, 7])
+    return Converted(state, model, dict(partial=True))
 
 # %% ../nbs/03b_foreign_checkpoints.ipynb #3a3065dc
 def adapted(

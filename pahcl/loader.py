@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'PACK_FORMAT', 'TABLE', 'BOUNDARIES', 'read_cycle', 'quantise', 'write_packed', 'read_packed', 'pack_key',
-           'open_packed', 'Cycles', 'task_table', 'phase_labels', 'cap_rows', 'balance_rows', 'epoch_rows', 'batches',
-           'few_shot_rows']
+           'open_packed', 'recording_ids', 'Cycles', 'task_table', 'phase_labels', 'cap_rows', 'balance_rows',
+           'epoch_rows', 'batches', 'few_shot_rows']
 
 # %% ../nbs/02a_cycle_loader.ipynb #ce0e0638
 import hashlib
@@ -112,6 +112,12 @@ def open_packed(
         return read_packed(target, len(files), length)
 
 # %% ../nbs/02a_cycle_loader.ipynb #2b3a88fb
+def recording_ids(
+    table,   # of cycles: `subject_id, recording_id`
+):           # Series of text: `<subject>/<recording>`
+    "Name the recording of each cycle; ids of recordings are unique within a subject only."
+    return table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str)
+
 class Cycles:
     "Cycles of heart sounds: `table` (a row a cycle), `boundaries` (int [n, 4]: s1_end, s2_start, s2_end, valid_length in samples), `settings`."
     def __init__(self,
@@ -124,6 +130,8 @@ class Cycles:
     ):
         self.table, self.boundaries, self.settings = table.reset_index(drop=True), np.asarray(boundaries), settings
         self.packed, self.statistics, self.rows = packed, statistics, np.arange(len(table)) if rows is None else rows
+
+    recording_ids = property(lambda self: recording_ids(self.table))
 
     def __len__(self): return len(self.table)
     def __repr__(self):
@@ -286,7 +294,7 @@ def epoch_rows(
 ) -> np.ndarray:               # row numbers, shuffled
     "The rows of one epoch."
     random, rows = generator(seed, 'epoch', epoch), np.arange(len(table))
-    if cycles_per_recording: rows = cap_rows(table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str), cycles_per_recording, random)
+    if cycles_per_recording: rows = cap_rows(recording_ids(table), cycles_per_recording, random)
     if balanced and 'label' not in table: raise PahclError('balanced sampling needs labels: use the cycles of a task.')
     if balanced and len(rows): rows = rows[balance_rows(table['label'].to_numpy()[rows], random)]
     return random.permutation(rows)

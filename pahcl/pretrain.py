@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['HEARD', 'IDLE', 'LOSS', 'LABELS', 'UNLABELLED', 'find_heldout_persons', 'split_persons', 'check_idle',
-           'check_settings', 'pretrain_data', 'codes', 'partners', 'two_views', 'pair_maker', 'validator',
-           'starting_model', 'content_of', 'counts_of', 'results_of', 'contrast_lines', 'run_pretraining', 'judges',
-           'pretrain', 'pahcl_pretrain']
+           'check_settings', 'PretrainData', 'pretrain_data', 'codes', 'partners', 'two_views', 'pair_maker',
+           'shuffled_rows', 'WatchedCycles', 'EpochChoice', 'judges', 'starting_model', 'content_of', 'results_of',
+           'contrast_lines', 'PretrainRecipe', 'run_pretraining', 'pretrain', 'pahcl_pretrain']
 
 # %% ../nbs/04_pretrain.ipynb #32fc7d61
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .basics import PahclError, fingerprint, generator, script
 from .config import load_config
+from .tables import cut_difference
 
 # %% ../nbs/04_pretrain.ipynb #027a221e
 HEARD = ('validation and test persons of the downstream tasks are learnt from too. '
@@ -65,30 +69,55 @@ def check_settings(
     folder,          # where they were found, for the message
 ):
     "Raise `PahclError` where the configuration does not fit the data, or sets what has no effect."
-    for key in ('sample_rate', 'target_length', 'length_mode'):
+    if key := cut_difference(vars(config.data), found):
         asked = getattr(config.data, key)
-        if key in found and found[key] != asked:
-            raise PahclError(f'data.{key} is {asked}, but the cycles in {folder} were made with {found[key]}. Set it to {found[key]}, or preprocess again.')
+        raise PahclError(f'data.{key} is {asked}, but the cycles in {folder} were made with {found[key]}. '
+                         f'Set it to {found[key]}, or preprocess again.')
     if config.contrast.second_view == 'other' and config.contrast.positives == 'view':
         raise PahclError('contrast.second_view is other, but contrast.positives is view: there is no other cycle that counts as the same. '
                          'Set positives to recording or subject.')
     check_idle(config.training)
 
 # %% ../nbs/04_pretrain.ipynb #b067f97c
+@dataclass(frozen=True)
+class PretrainData:
+    "The cycles that pretraining learns from, and those that it is watched on."
+    splits: dict   # 'train', 'validation' -> `Cycles`; None where nobody is kept for validation
+    facts: dict    # for metrics and checkpoint: who they are, who is left out
+    message: str   # sentence for the log
+
+    @property
+    def train(self): return self.splits['train']
+
+    @property
+    def validation(self): return self.splits['validation']
+
+    def counts(self) -> dict:   # train_persons, train_cycles, validation_persons, validation_cycles
+        "Count what there is to learn from and to watch."
+        found = {}
+        for name, cycles in self.splits.items():
+            persons = cycles.table['person_id'].nunique() if cycles else 0
+            found |= {f'{name}_persons': persons, f'{name}_cycles': len(cycles) if cycles else 0}
+        return found
+
+# %% ../nbs/04_pretrain.ipynb #b3e95770
 def pretrain_data(
     config,   # a `PretrainConfig`
-):            # ({'train', 'validation': Cycles; validation may be None}, facts for metrics and checkpoint, sentence for the log)
-    "The cycles to learn from and those to watch."
+) -> PretrainData:
+    "Read the processed cycles of everybody who is not held out, and split the persons."
     from pahcl.loader import Cycles
-    exclude, told = find_heldout_persons(config)
+    exclude, message = find_heldout_persons(config)
     cycles = Cycles.from_processed(config.data.processed_dir, exclude_persons=exclude)
     check_settings(config, cycles.settings, config.data.processed_dir)
     person = cycles.table['person_id'].astype(str)
-    sets = dict(zip(('train', 'validation'), split_persons(person, config.validation_fraction, config.seed)))
-    rows = {name: person.isin(persons).to_numpy().nonzero()[0] for name, persons in sets.items()}
-    facts = dict(pretrain_persons=sorted(set(person)), validation_persons=sorted(sets['validation']), heldout_persons=len(exclude),
-                 heldout_fingerprint=fingerprint(sorted(exclude)), include_heldout_subjects=config.include_heldout_subjects)
-    return {name: cycles.subset(r) if len(r) else None for name, r in rows.items()}, facts, told
+    train, validation = split_persons(person, config.validation_fraction, config.seed)
+    rows = {name: person.isin(persons).to_numpy().nonzero()[0]
+            for name, persons in dict(train=train, validation=validation).items()}
+    facts = dict(pretrain_persons=sorted(set(person)), validation_persons=sorted(validation),
+                 heldout_persons=len(exclude), heldout_fingerprint=fingerprint(sorted(exclude)),
+                 include_heldout_subjects=config.include_heldout_subjects)
+    splits = {name: cycles.subset(r) if len(r) else None for name, r in rows.items()}
+    return PretrainData(splits, facts, message)
 
 # %% ../nbs/04_pretrain.ipynb #f788ca50
 def codes(
@@ -98,9 +127,10 @@ def codes(
     "Numbers for persons and for groups of positives."
     import pandas as pd
     import torch
+    from pahcl.loader import recording_ids
     number = lambda names: pd.factorize(names, sort=True)[0]
     person = number(table['person_id'].astype(str))
-    groups = dict(view=range(len(table)), recording=number(table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str)), subject=person)
+    groups = dict(view=range(len(table)), recording=number(recording_ids(table)), subject=person)
     return torch.tensor(person), torch.tensor(groups[positives])
 
 # %% ../nbs/04_pretrain.ipynb #74e0647c
@@ -157,45 +187,79 @@ def pair_maker(
         return dict(person=person[at], group=group[at], **two_views(views, first, second, epoch, config))
     return pair
 
-# %% ../nbs/04_pretrain.ipynb #2d96f907
-def validator(
-    run,       # an entered `pahcl.runs.Run`
-    model,     # a `ContrastiveModel`
-    cycles,    # validation `Cycles`, or None
-    config,    # a `PretrainConfig`
-    probes=(), # of `pahcl.probe.make_probes`; none: the loss judges
-):             # function epoch -> {'score', 'loss', 'probe_…', …}
-    "How an epoch is judged; without validation persons the last epoch is the best."
-    if cycles is None: return lambda epoch: dict(score=float(epoch))
-    import torch
-    from accelerate.utils import gather_object
-    from pahcl.loader import batches, epoch_rows
-    from pahcl.probe import probe_values
-    from pahcl.training import shares
-    pair, size = pair_maker(cycles, config, run.accelerator.device), config.training.batch_size
-    rows = epoch_rows(cycles.table, config.seed, 0, False, config.training.cycles_per_recording)
-    def validate(epoch):
-        parts = [model.embed(pair(r, 0)) for r in batches(shares(rows, run.processes)[run.rank], size)]
-        if run.processes > 1: parts = gather_object(parts)
-        values = model.watch({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, size)
-        judged = (epoch+1) % config.probe.every == 0 or epoch+1 == config.training.num_epochs
-        if not probes: values['score'] = -values['loss']
-        else: values |= probe_values(run, model.encoder, probes, config.probe.neighbours, size) if judged else dict(score=None)
-        run.say(f'  validation: {", ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "score" and not k.endswith("_f1"))}')
-        return values
-    return validate
+# %% ../nbs/04_pretrain.ipynb #d8185086
+def shuffled_rows(
+    config, cycles, epoch: int,   # a `PretrainConfig`, `Cycles`
+):                                # row numbers
+    "The rows of an epoch in their order: some cycles of each recording, drawn afresh."
+    from pahcl.loader import epoch_rows
+    return epoch_rows(cycles.table, config.seed, epoch, False, config.training.cycles_per_recording)
+
+class WatchedCycles:
+    "Validation cycles whose losses are asked for again and again, with the same views every time."
+    def __init__(self,
+        run,      # a `pahcl.runs.Run`
+        config,   # a `PretrainConfig`
+        cycles,   # validation `Cycles`
+    ):
+        from pahcl.loader import batches
+        from pahcl.training import shares
+        self.run, self.size = run, config.training.batch_size
+        self.make_batch = pair_maker(cycles, config, run.accelerator.device)
+        mine = shares(shuffled_rows(config, cycles, 0), run.processes)[run.rank]
+        self.batches = batches(mine, self.size)
+
+    def losses(self, model) -> dict:   # of `ContrastiveModel.watch`
+        "Losses of all levels and signs of collapse, over the cycles of all processes."
+        import torch
+        from accelerate.utils import gather_object
+        parts = [model.embed(self.make_batch(rows, 0)) for rows in self.batches]
+        if self.run.processes > 1: parts = gather_object(parts)
+        return model.watch({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, self.size)
+
+# %% ../nbs/04_pretrain.ipynb #e72ec3be
+LOSS, LABELS = 'contrastive loss', 'labels of '   # what a checkpoint's `chosen_by` says
+UNLABELLED = ('the best epoch is chosen without labels (probe.tasks is empty): '
+              'the contrastive loss of persons kept for validation chooses')
+
+@dataclass(frozen=True)
+class EpochChoice:
+    "What chooses the best epoch."
+    message: str          # sentence for the log
+    chosen_by: str = LOSS
+    probes: list = field(default_factory=list)   # of `pahcl.probe.Probe`; none: no labels choose
+
+def judges(
+    config,               # a `PretrainConfig`
+    data: PretrainData,
+) -> EpochChoice:
+    "Find the tasks whose labels choose the best epoch, or what else does."
+    from pahcl.probe import make_probes
+    if not data.validation:
+        message = 'WARNING: nobody is kept to judge the epochs on: the last one counts as the best'
+        return EpochChoice(message, 'the last epoch')
+    persons = {name: set(c.table['person_id'].astype(str)) for name, c in data.splits.items()}
+    probes, silent = make_probes(config, persons)
+    if config.probe.tasks == []: return EpochChoice(UNLABELLED)
+    if not probes:
+        why = '; '.join(silent) or 'none is prepared or asked for'
+        return EpochChoice(f'WARNING: no task can judge the epochs ({why}): '
+                           'the contrastive loss chooses the best one')
+    who = ', '.join(f'{p.name} ({p.scored.sum()} persons)' for p in probes)
+    told = f'the best epoch is chosen by the labels of persons kept for validation: {who}'
+    return EpochChoice('; '.join([told, *silent]), LABELS+', '.join(p.name for p in probes), probes)
 
 # %% ../nbs/04_pretrain.ipynb #2c23a554
 def starting_model(
     config,   # a `PretrainConfig`
 ):            # a `ContrastiveModel`
-    "Encoder and projectors with random weights from the seed; the generator of the caller is left alone."
-    import torch
+    "Build encoder and projectors with random weights from the seed."
     from pahcl.contrastive_model import ContrastiveModel
     from pahcl.encoder import build_encoder
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(generator(config.seed, 'weights').integers(2**62)))
-        return ContrastiveModel(build_encoder(config.model), config.contrast, config.data.num_substructures)
+    from pahcl.training import seeded_weights
+    with seeded_weights(config.seed):
+        encoder = build_encoder(config.model)
+        return ContrastiveModel(encoder, config.contrast, config.data.num_substructures)
 
 # %% ../nbs/04_pretrain.ipynb #e5cbc864
 def content_of(
@@ -210,30 +274,24 @@ def content_of(
     return dict(kind='pretrain', encoder_type=model.encoder.config['encoder_type'], encoder_config=model.encoder.config, model_state_dict=weights,
                 task=None, label_map=None, config=config.model_dump(), moco_metadata=moco, **facts)
 
-# %% ../nbs/04_pretrain.ipynb #7d393c89
-def counts_of(
-    data: dict,   # of `pretrain_data`
-) -> dict:        # train_persons, train_cycles, validation_persons, validation_cycles
-    "How many there are to learn from and to watch."
-    counts = {}
-    for name, c in data.items(): counts |= {f'{name}_persons': c.table['person_id'].nunique() if c else 0, f'{name}_cycles': len(c) if c else 0}
-    return counts
-
 # %% ../nbs/04_pretrain.ipynb #f799564f
 def results_of(
     config, model,        # a `PretrainConfig`, a `ContrastiveModel`
-    fitted: dict,         # of `pahcl.training.fit`
-    counts: dict,         # of `counts_of`
-    facts: dict,          # of `pretrain_data`, the names of the probes' tasks, and what chose the epoch
+    state,                # a `pahcl.training.TrainingState`
+    data: PretrainData,
+    choice: EpochChoice,
 ) -> dict:
     "What stands in `final_metrics.json`: what it was, the best epoch's numbers, the history."
-    best = fitted['history'][fitted['best_epoch']]
+    best, epochs = state.history[state.best_epoch], len(state.history)
     numbers = {k.replace('/', '_'): v for k, v in best.items() if k.startswith(('train/', 'validation/'))}
-    about = dict(experiment=config.experiment.name, encoder_type=model.encoder.config['encoder_type'], moco=config.contrast.moco,
-                 positives=config.contrast.positives, seed=config.seed, best_epoch=best['epoch'], epochs=len(fitted['history']))
-    whom = {k: facts[k] for k in ('heldout_persons', 'probe_tasks', 'chosen_by', 'include_heldout_subjects')}
+    about = dict(experiment=config.experiment.name, encoder_type=model.encoder.config['encoder_type'],
+                 moco=config.contrast.moco, positives=config.contrast.positives, seed=config.seed,
+                 best_epoch=best['epoch'], epochs=epochs)
     if config.contrast.moco: about['moco_momentum'] = model.momentum
-    return about | numbers | counts | whom | dict(history=fitted['history'])
+    whom = dict(heldout_persons=data.facts['heldout_persons'],
+                probe_tasks=[p.name for p in choice.probes], chosen_by=choice.chosen_by,
+                include_heldout_subjects=data.facts['include_heldout_subjects'])
+    return about | numbers | data.counts() | whom | dict(history=state.history)
 
 # %% ../nbs/04_pretrain.ipynb #98ecb8c0
 def contrast_lines(
@@ -252,42 +310,69 @@ def contrast_lines(
     return [f'negatives of a cycle: other persons in its batch of {size}{queue}{more}', *model.set_pace(steps, rows)]
 
 # %% ../nbs/04_pretrain.ipynb #bf902080
+class PretrainRecipe:
+    "What pretraining is to a `pahcl.training.Trainer`: two views, a contrast, no labels."
+    def __init__(self,
+        run,                   # an entered `pahcl.runs.Run`
+        config,                # a `PretrainConfig`
+        data: PretrainData,
+        model,                 # of `starting_model`
+        choice: EpochChoice,
+    ):
+        from pahcl.training import parameter_groups
+        self.run, self.config, self.data, self.choice = run, config, data, choice
+        self.settings, self.objective = config.training, model.to(run.accelerator.device)
+        self.batch_rows = self.settings.batch_size
+        self.groups = parameter_groups(model.parts(), self.settings.weight_decay)
+        self.make_batch = pair_maker(data.train, config, run.accelerator.device)
+        self.watch = WatchedCycles(run, config, data.validation) if data.validation else None
+        if not data.validation: self.score_name = 'epoch'
+        else: self.score_name = 'probe (mean AUROC)' if choice.probes else 'score (-loss)'
+
+    def epoch_rows(self, epoch): return shuffled_rows(self.config, self.data.train, epoch)
+
+    def after_step(self, share): self.objective.follow(share)
+
+    def training_scores(self, values): return values
+
+    def checkpoint(self):
+        probes = dict(probe_tasks=[p.name for p in self.choice.probes], chosen_by=self.choice.chosen_by)
+        return content_of(self.objective, self.config, self.data.facts | probes)
+
+# %% ../nbs/04_pretrain.ipynb #8be59fef
+@patch
+def validate(self: PretrainRecipe, epoch: int) -> dict:   # 'score', 'loss', 'probe_…', …
+    "Judge an epoch; without validation persons the last one is the best."
+    from pahcl.probe import probe_values
+    if not self.watch: return dict(score=float(epoch))
+    values, probe = self.watch.losses(self.objective), self.config.probe
+    asked = (epoch+1) % probe.every == 0 or epoch+1 == self.settings.num_epochs
+    if not self.choice.probes: values['score'] = -values['loss']
+    elif not asked: values['score'] = None
+    else: values |= probe_values(self.run, self.objective.encoder, self.choice.probes,
+                                 probe.neighbours, self.batch_rows)
+    shown = {k: v for k, v in values.items() if k != 'score' and not k.endswith('_f1')}
+    self.run.say(f'  validation: {", ".join(f"{k} {v:.3f}" for k, v in shown.items())}')
+    return values
+
+# %% ../nbs/04_pretrain.ipynb #882b62e3
 def run_pretraining(
-    run, config, data, facts,   # an entered `Run`, a `PretrainConfig`, of `pretrain_data`
-    model,                      # of `starting_model`
-    probes=(),                  # of `pahcl.probe.make_probes`
-) -> dict:                      # what stands in final_metrics.json
+    run, config,           # an entered `Run`, a `PretrainConfig`
+    data: PretrainData,
+    model,                 # of `starting_model`
+    choice: EpochChoice,
+) -> dict:                 # what stands in final_metrics.json
     "Train, and say what came of it."
-    from pahcl.loader import epoch_rows
-    from pahcl.training import fit, parameter_groups
-    train, settings, counts = data['train'], config.training, counts_of(data)
-    model.to(run.accelerator.device)
-    run.say(f'{model.encoder.config["encoder_type"]}, {"MoCo" if config.contrast.moco else "SimCLR"}, levels {", ".join(model.weights)}: {counts}')
-    rows_of = lambda epoch: epoch_rows(train.table, config.seed, epoch, False, settings.cycles_per_recording)
-    for line in contrast_lines(config, model, len(rows_of(0)), run.processes): run.say(line)
-    fitted = fit(run, model, parameter_groups(model.parts(), settings.weight_decay), rows_of, pair_maker(train, config, run.accelerator.device),
-                 validator(run, model, data['validation'], config, probes), lambda: content_of(model, config, facts), settings,
-                 after_step=model.follow, score_name='epoch' if not data['validation'] else 'probe (mean AUROC)' if probes else 'score (-loss)')
-    return results_of(config, model, fitted, counts, facts)
-
-# %% ../nbs/04_pretrain.ipynb #e72ec3be
-LOSS, LABELS = 'contrastive loss', 'labels of '   # what a checkpoint's `chosen_by` says
-UNLABELLED = ('the best epoch is chosen without labels (probe.tasks is empty): '
-              'the contrastive loss of persons kept for validation chooses')
-
-def judges(
-    config,       # a `PretrainConfig`
-    data: dict,   # of `pretrain_data`
-):                # (list of `pahcl.probe.Probe`, what chooses, sentence for the log)
-    "Which tasks choose the best epoch, or what else does."
-    from pahcl.probe import make_probes
-    if not data['validation']: return [], 'the last epoch', 'WARNING: nobody is kept to judge the epochs on: the last one counts as the best'
-    persons = {name: set(c.table['person_id'].astype(str)) for name, c in data.items()}
-    probes, silent = make_probes(config, persons)
-    why, who = '; '.join(silent) or 'none is prepared or asked for', ', '.join(f'{p.name} ({p.scored.sum()} persons)' for p in probes)
-    if config.probe.tasks == []: return [], LOSS, UNLABELLED
-    if not probes: return [], LOSS, f'WARNING: no task can judge the epochs ({why}): the contrastive loss chooses the best one'
-    return probes, LABELS+', '.join(p.name for p in probes), '; '.join([f'the best epoch is chosen by the labels of persons kept for validation: {who}', *silent])
+    from pahcl.scan import scan_lines
+    from pahcl.training import Trainer
+    levels, kind = ', '.join(model.weights), 'MoCo' if config.contrast.moco else 'SimCLR'
+    about = f'{model.encoder.config["encoder_type"]}, {kind}, levels {levels}: {data.counts()}'
+    rows = len(shuffled_rows(config, data.train, 0))
+    opening = [*scan_lines(model, run.accelerator.device), data.message, choice.message, about,
+               *contrast_lines(config, model, rows, run.processes)]
+    for line in opening: run.say(line)
+    state = Trainer(run, PretrainRecipe(run, config, data, model, choice)).fit()
+    return results_of(config, model, state, data, choice)
 
 # %% ../nbs/04_pretrain.ipynb #b03d1fa7
 def pretrain(
@@ -298,26 +383,20 @@ def pretrain(
     wandb_entity=None,
     output_dir='outputs',   # the run's folder is `<output_dir>/<experiment name>`
     overwrite=False,        # start anew where the folder holds a run
-    **overrides,            # by flag or dotted key, e.g. `encoder_type='cnn_mamba_small', epochs=3, **{'contrast.queue_size': 512}`
+    **overrides,            # by flag or dotted key, e.g. `encoder_type='cnn_mamba_small', epochs=3`
 ) -> Path:                  # of `best_model.pt`
     "Pretrain an encoder; a run that is finished is not repeated, one that was killed goes on."
-    config = load_config('pretrain', config, None, overrides)
-    data, facts, told = pretrain_data(config)
-    probes, chosen_by, judged = judges(config, data)
-    facts |= dict(probe_tasks=[p.name for p in probes], chosen_by=chosen_by)
-    model = starting_model(config)  # before the folder is made: an encoder that does not exist leaves nothing behind
-    inputs = {name: c.fingerprint() for name, c in data.items() if c} | {f'probe_{p.name}': p.cycles.fingerprint() for p in probes}
     from pahcl.runs import Run
-    from pahcl.scan import scan_lines
-    folder = Path(output_dir)/config.experiment.name
-    run = Run(folder, config.model_dump(exclude_none=True), config.seed, overwrite, config.training.use_amp, inputs=inputs,
-              tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity, group='pretrain')
-    if run.state == 'finished': run.say(f'{folder} is finished already; --overwrite repeats it')
-    else:
-        with run:
-            for sentence in (*scan_lines(model, run.accelerator.device), told, judged): run.say(sentence)
-            run.finish(run_pretraining(run, config, data, facts, model, probes))
-    return folder/'best_model.pt'
+    config = load_config('pretrain', config, None, overrides)
+    data = pretrain_data(config)
+    choice, model = judges(config, data), starting_model(config)   # a mistake leaves no folder behind
+    inputs = {name: c.fingerprint() for name, c in data.splits.items() if c}
+    inputs |= {f'probe_{p.name}': p.cycles.fingerprint() for p in choice.probes}
+    run = Run.open(Path(output_dir)/config.experiment.name, config, inputs, overwrite, group='pretrain',
+                   tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity)
+    if not run.finished:
+        with run: run.finish(run_pretraining(run, config, data, model, choice))
+    return run.folder/'best_model.pt'
 
 # %% ../nbs/04_pretrain.ipynb #e54af687
 @script
@@ -327,7 +406,7 @@ def pahcl_pretrain(
     downstream_dir: str = None,              # prepared tasks, whose validation and test subjects are left out (default: data/downstream)
     output_dir: str = 'outputs',             # the run's folder is made in it
     experiment_name: str = None,             # name of the run's folder (default: pahcl_pretrain)
-    encoder_type: str = None,                # cnn_mamba (default), cnn_mamba_small, cnn, cnn_transformer, cnn_lstm, resnet34_1d, sincnext_bm
+    encoder_type: str = None,                # default cnn_mamba; a wrong name is answered with all
     moco: bool = False,                      # momentum encoder and queue instead of SimCLR
     epochs: int = None,                      # training epochs (default: from the configuration)
     lr: float = None,                        # learning rate

@@ -19,8 +19,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .basics import PahclError, generator
-from .loader import Cycles, batches, cap_rows
+from .loader import Cycles, batches, cap_rows, recording_ids
 from .metrics import classification_metrics
+from .tables import cut_difference, prepared_tasks
 from .training import predict_shared
 
 # %% ../nbs/04g_probe.ipynb #281f61a4
@@ -29,7 +30,7 @@ def probe_tasks(
     asked=None,   # names; None: every prepared task
 ) -> list:        # names of tasks
     "Which tasks judge; raises `PahclError` where one that is named is not there."
-    prepared = sorted(p.parent.name for p in Path(folder).glob('*/task_config.json'))
+    prepared = prepared_tasks(folder)
     if asked is None: return prepared
     if missing := [t for t in asked if t not in prepared]:
         there = ', '.join(prepared) or 'none'
@@ -68,7 +69,7 @@ def make_probe(
     "Who is fitted on and who is scored."
     table = cycles.table.assign(row=np.arange(len(cycles)), scored=cycles.table['person_id'].isin(persons['validation']))
     table = table[table['scored'] | table['person_id'].isin(persons['train'])]
-    if len(table): table = table.iloc[cap_rows(table['subject_id'].astype(str)+'/'+table['recording_id'].astype(str), most, generator(seed, 'probe', name))]
+    if len(table): table = table.iloc[cap_rows(recording_ids(table), most, generator(seed, 'probe', name))]
     usable = usable_classes(table)
     if len(usable) < 2: return f'{name} has fewer than two classes with {LEAST} persons to fit on and {LEAST} to be scored on'
     table = table[table['label'].isin(usable)]
@@ -86,8 +87,8 @@ def make_probes(
     folder, found = Path(config.data.base_dir), []
     for name in probe_tasks(folder, config.probe.tasks):
         cycles = Cycles.from_task(folder/name, 'train')
-        other = [k for k in ('sample_rate', 'target_length', 'length_mode') if cycles.settings.get(k) != getattr(config.data, k)]
-        if other: found.append(f'{name} was prepared with another {other[0]}')
+        other = cut_difference(cycles.settings, vars(config.data))
+        if other: found.append(f'{name} was prepared with another {other}')
         else: found.append(make_probe(name, cycles, persons, config.probe.cycles_per_recording, config.seed))
     return [f for f in found if isinstance(f, Probe)], [f for f in found if isinstance(f, str)]
 

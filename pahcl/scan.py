@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'BACKENDS', 'SAID', 'NO_KERNELS', 'widen', 'step_sizes', 'skip_and_gate', 'scan_reference', 'time_first',
-           'advance', 'chunk_forward', 'chunk_backward', 'ends', 'add', 'chunks_backward', 'ChunkedScan', 'scan_torch',
-           'have_mamba_ssm', 'scan_mamba_ssm', 'scan_c', 'say_once', 'choose_backend', 'check_shapes', 'selective_scan',
-           'inverse_softplus', 'MambaBlock', 'scan_lines', 'memories']
+           'advance', 'chunk_forward', 'ChunkGradients', 'chunk_backward', 'ends', 'add', 'chunks_backward',
+           'ChunkedScan', 'scan_torch', 'have_mamba_ssm', 'scan_mamba_ssm', 'scan_c', 'say_once', 'choose_backend',
+           'check_shapes', 'selective_scan', 'inverse_softplus', 'MambaBlock', 'scan_lines', 'memories']
 
 # %% ../nbs/03a_selective_scan.ipynb #57a829e4
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -102,6 +104,14 @@ def chunk_forward(
     return y.permute(1, 2, 0)
 
 # %% ../nbs/03a_selective_scan.ipynb #b70aabc0
+class ChunkGradients(NamedTuple):
+    "What the backward pass of a chunk gives."
+    drive: torch.Tensor      # [k, b, D] of Δ u
+    exponent: torch.Tensor   # [k, b, D] of Δ in the exponent
+    B: torch.Tensor          # [k, b, N]
+    C: torch.Tensor          # [k, b, N]
+
+# %% ../nbs/03a_selective_scan.ipynb #8176fbb3
 def chunk_backward(
     delta, drive,   # [k, b, D] step sizes Δ, Δ u
     A,              # [N, D]
@@ -111,9 +121,10 @@ def chunk_backward(
     dy,             # [k, b, D] gradient of y
     g,              # [b, N, D] gradient of the state after the chunk; is overwritten with that of the state before
     dA, q,          # [b, N, D] is added to; room to work in
-):                  # gradients of Δ u and of Δ in the exponent [k, b, D], of B and C [k, b, N]
-    "The steps of a chunk, backwards."
-    d_drive, d_delta, dB, dC = (torch.empty_like(v) for v in (drive, delta, B, C))
+) -> ChunkGradients:
+    "Go through the steps of a chunk backwards."
+    d = ChunkGradients(*(torch.empty_like(v) for v in (drive, delta, B, C)))
+    d_drive, d_delta, dB, dC = d
     for k in reversed(range(len(drive))):
         g.addcmul_(dy[k, :, None], C[k, :, :, None])
         torch.bmm(h[k+1], dy[k, :, :, None], out=dC[k, :, :, None])
@@ -123,7 +134,7 @@ def chunk_backward(
         torch.mul(g, h[k], out=q)
         dA.addcmul_(q, delta[k, :, None])
         torch.sum(q.mul_(A), 1, out=d_delta[k])
-    return d_drive, d_delta, dB, dC
+    return d
 
 # %% ../nbs/03a_selective_scan.ipynb #f7d76bd7
 def ends(
@@ -151,8 +162,8 @@ def chunks_backward(
     checkpoints,                     # [chunks, B, N, D] states before each chunk
     softplus,                        # whether delta goes through softplus
     dy, d_last,                      # gradients of the output [B, D, L] and of the last state [B, D, N]
-):                                   # gradients of u, delta, A, B, C, D, z, bias; None for None
-    "All chunks from the last to the first."
+) -> list:                           # gradients of u, delta, A, B, C, D, z, bias; None for None
+    "Go through all chunks from the last to the first."
     du, d_delta, dB, dC, dz = (v if v is None else torch.empty_like(v) for v in (u, delta, B, C, z))
     (dD, d_bias), rates = (v if v is None else torch.zeros_like(v) for v in (D, bias)), A.T.contiguous()
     g = d_last.transpose(1, 2).clone(memory_format=torch.contiguous_format)
@@ -173,7 +184,7 @@ def chunks_backward(
         for whole, part in ((du, add(du_skip, back(d_drive*sizes))), (d_delta, d_delta_now), (dB, back(dBt)), (dC, back(dCt)), (dz, dz_now)):
             if whole is not None: cut(whole).copy_(part)
         dD, d_bias = add(dD, dD_now), add(d_bias, d_bias_now)
-    return du, d_delta, dA.sum(0).T, dB, dC, dD, dz, d_bias
+    return [du, d_delta, dA.sum(0).T, dB, dC, dD, dz, d_bias]
 
 # %% ../nbs/03a_selective_scan.ipynb #acf131c5
 class ChunkedScan(torch.autograd.Function):
@@ -324,27 +335,39 @@ class MambaBlock(nn.Module):
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
         self.start_step_sizes()
 
-    def start_step_sizes(self, smallest=0.001, largest=0.1, floor=1e-4):
-        "Draw dt_proj as published (constants: mamba_ssm's `Mamba`)."
-        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
-        dt = torch.empty(self.d_inner).uniform_(math.log(smallest), math.log(largest)).exp().clamp(min=floor)
-        with torch.no_grad(): self.dt_proj.bias.copy_(inverse_softplus(dt))
-        self.dt_proj.bias._no_reinit = True
+# %% ../nbs/03a_selective_scan.ipynb #cbe09a36
+@patch
+def start_step_sizes(self: MambaBlock, smallest=0.001, largest=0.1, floor=1e-4):
+    "Draw dt_proj as published (constants: mamba_ssm's `Mamba`)."
+    nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
+    dt = torch.empty(self.d_inner).uniform_(math.log(smallest), math.log(largest)).exp()
+    dt = dt.clamp(min=floor)
+    with torch.no_grad(): self.dt_proj.bias.copy_(inverse_softplus(dt))
+    self.dt_proj.bias._no_reinit = True
 
-    def convolve(self, x):
-        "[B, L, d_inner] → [B, L + d_conv - 1, d_inner], the first L causal. In 2-D: on CPUs that one runs with the channels last, the 1-D one does not."
-        image, weight = x.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None]
-        x = F.conv2d(image, weight, self.conv1d.bias, padding=(0, self.conv1d.padding[0]), groups=self.d_inner)
-        return x.squeeze(2).transpose(1, 2)
+# %% ../nbs/03a_selective_scan.ipynb #5b090bb6
+@patch
+def convolve(self: MambaBlock, x):
+    """[B, L, d_inner] → [B, L + d_conv - 1, d_inner], the first L causal.
 
-    def forward(self, x):
-        x, z = self.in_proj(x).chunk(2, -1)                                                         # [B, L, d_inner] each
-        x = F.silu(self.convolve(x)[:, :z.shape[1]])
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
-        delta = F.linear(dt, self.dt_proj.weight)                                                   # its bias is added within the scan
-        u, delta, B, C, z = (v.transpose(1, 2) for v in (x, delta, B, C, z))
-        y = selective_scan(u, delta, -torch.exp(self.A_log.float()), B, C, self.D.float(), z, self.dt_proj.bias.float(), True, backend=self.backend)
-        return self.out_proj(y.transpose(1, 2))
+    In 2-D: on CPUs that one runs with the channels last, the 1-D one does not.
+    """
+    image, weight = x.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None]
+    padding = (0, self.conv1d.padding[0])
+    x = F.conv2d(image, weight, self.conv1d.bias, padding=padding, groups=self.d_inner)
+    return x.squeeze(2).transpose(1, 2)
+
+# %% ../nbs/03a_selective_scan.ipynb #dd08b5b6
+@patch
+def forward(self: MambaBlock, x):
+    x, z = self.in_proj(x).chunk(2, -1)   # [B, L, d_inner] each
+    x = F.silu(self.convolve(x)[:, :z.shape[1]])
+    dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
+    delta = F.linear(dt, self.dt_proj.weight)   # its bias is added within the scan
+    u, delta, B, C, z = (v.transpose(1, 2) for v in (x, delta, B, C, z))
+    A, bias = -torch.exp(self.A_log.float()), self.dt_proj.bias.float()
+    y = selective_scan(u, delta, A, B, C, self.D.float(), z, bias, True, backend=self.backend)
+    return self.out_proj(y.transpose(1, 2))
 
 # %% ../nbs/03a_selective_scan.ipynb #fdae3bbe
 NO_KERNELS = ("WARNING: mamba_ssm's kernels are not there (the module selective_scan_cuda): the scan runs on the GPU "

@@ -108,8 +108,8 @@ def recording_groups(
     columns=(),      # of labels; none: those of `LABELS` that are there, in any case
 ) -> dict:           # name of the group → its recordings
     "Which recordings belong together."
-    from pahcl.download import read_table
-    table = read_table(path, columns)
+    from pahcl.download import read_label_table
+    table = read_label_table(path, columns)
     key = next((c for c in ID_COLUMNS if c in table), table.columns[0])
     chosen = list(columns) or [c for c in table if c.lower() in LABELS]
     rows = {n: table[table[key].isin((n, n.split('_')[0]))] for n in names}
@@ -132,8 +132,8 @@ def recording_persons(
     path,            # a csv file, or the folder of all raw data
 ) -> dict:           # recording → person, of those that are named; empty when the table does not know persons
     "Who each recording is of."
-    from pahcl.download import read_table, recordings
-    table = recordings(path) if Path(path).is_dir() else read_table(path, [])
+    from pahcl.download import read_label_table, recordings
+    table = recordings(path) if Path(path).is_dir() else read_label_table(path)
     key = next((c for c in ID_COLUMNS if c in table), table.columns[0])
     person = next((c for c in ('person_id', 'Patient ID') if c in table), None)
     if person is None: return {}

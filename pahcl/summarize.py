@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRACES', 'SHOWN', 'FIRST', 'run_folders', 'names_of', 'read_metrics', 'read_run', 'without_seed', 'settings_but_seed',
-           'group_names', 'mean_deviation', 'shown', 'as_markdown', 'as_latex', 'write_table', 'all_runs', 'summarize',
-           'runs_named', 'subjects_of_runs', 'compare_task', 'p_text', 'comparison_table', 'tasks_of_both',
-           'task_notes', 'write_comparison', 'compare_experiments', 'pahcl_summarize']
+           'group_names', 'mean_deviation', 'shown', 'all_runs', 'summarize', 'runs_named', 'subjects_of_runs',
+           'TaskComparison', 'compare_task', 'comparison_table', 'tasks_of_both', 'write_comparison',
+           'compare_experiments', 'pahcl_summarize']
 
 # %% ../nbs/06d_summarize.ipynb #80f9ead2
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.script import Param
@@ -29,10 +30,11 @@ def run_folders(
 # %% ../nbs/06d_summarize.ipynb #553eb17c
 def names_of(
     folder: str,   # a run's folder name, `<task>_<experiment>`
-    tasks=('circor_murmur', 'circor_outcome', 'physionet2016', 'pascal'),
+    tasks=None,    # names; None: all that are registered
 ):                 # (task or None, experiment)
     "Task and experiment from a folder's name."
-    task = next((t for t in tasks if folder.startswith(f'{t}_')), None)
+    from pahcl.download import TASKS
+    task = next((t for t in tasks or TASKS if folder.startswith(f'{t}_')), None)
     return task, folder[len(task)+1:] if task else folder
 
 # %% ../nbs/06d_summarize.ipynb #59f4d15c
@@ -124,34 +126,6 @@ def shown(
     silent = [c for c, usual in (('Seeds', 1), ('Status', 'finished')) if (table[c] == usual).all()]
     return table.drop(columns=silent)
 
-# %% ../nbs/06d_summarize.ipynb #8013a454
-def as_markdown(
-    table,  # DataFrame of strings
-) -> str:
-    "A Markdown table; a `|` in a name does not break it."
-    rows = [list(table.columns), ['---']*table.shape[1], *table.astype(str).to_numpy().tolist()]
-    return '\n'.join('| ' + ' | '.join(c.replace('|', '\\|') for c in row) + ' |' for row in rows) + '\n'
-
-# %% ../nbs/06d_summarize.ipynb #3da12866
-def as_latex(
-    table,  # DataFrame of strings
-) -> str:
-    "A LaTeX table in the style of the package `booktabs`; names with `_`, `%` and `&` do not break it."
-    return table.to_latex(index=False, escape=True, column_format='l'*table.shape[1]).replace('±', r'$\pm$').replace('–', '--')
-
-# %% ../nbs/06d_summarize.ipynb #9001d4f8
-def write_table(
-    path,      # without ending
-    table,     # DataFrame of strings
-    title: str,
-    notes=(),  # sentences below the table
-):
-    "Write a table as Markdown, LaTeX and a self-contained HTML page."
-    from pahcl.report import write_report
-    write_text(f'{path}.md', as_markdown(table) + ''.join(f'\n{n}\n' for n in notes))
-    write_text(f'{path}.tex', as_latex(table))
-    write_report(f'{path}.html', title, {'': [table, list(notes)]})
-
 # %% ../nbs/06d_summarize.ipynb #d7327cfb
 FIRST = ['task', 'experiment', 'group', 'seed', 'status', 'folder', 'test_accuracy', 'test_f1', 'test_auroc']
 
@@ -171,6 +145,7 @@ def summarize(
     output_dir='outputs',  # the folder of all runs
 ):                         # DataFrame of `all_runs`
     "Read all runs, print their table and write `summary.csv` (a row a run), `.md`, `.tex` and `.html`; raises `PahclError` where there is no run."
+    from pahcl.report import write_table
     runs = all_runs(output_dir)
     table = shown(runs)
     print(table.to_string(index=False))
@@ -201,36 +176,52 @@ def subjects_of_runs(
     return {int(s): read_subjects(Path(output_dir)/f, task, split) for s, f in zip(seeds, rows['folder'])}
 
 # %% ../nbs/06d_summarize.ipynb #34b1d941
+@dataclass(frozen=True)
+class TaskComparison:
+    "Two experiments on one task."
+    task: str
+    scores: object     # DataFrame of `pahcl.compare.compare`
+    notes: list        # sentences, of the same
+    by_class: object   # DataFrame of `pahcl.compare.delong_table`
+    subjects: int      # that both were tested on
+
+    def sentences(self) -> list:
+        "Say what has to be known of the task beside its table."
+        said = [f'{self.task}: {note}.' for note in self.notes]
+        for r in self.by_class.dropna().itertuples():
+            areas = f'AUROC of {r.class_name} ({r.subjects} subjects): {r.auroc_a:.4f} and {r.auroc_b:.4f}'
+            said.append(f"{self.task}, {areas}, DeLong's p {p_text(r.p)}.")
+        return said
+
+
+# %% ../nbs/06d_summarize.ipynb #a5660417
 def compare_task(
-    a, b,             # rows of `runs_named`, of one task
+    a, b,   # rows of `runs_named`, of one task
     task: str, output_dir, split='test', draws=2000, seed=0,
-):                    # (DataFrame of `pahcl.compare.compare`, of `delong_table`, notes, subjects)
+) -> TaskComparison:
     "Compare two experiments on one task."
     from pahcl.compare import check_pair, compare, delong_table
-    runs, names = [subjects_of_runs(rows, task, output_dir, split) for rows in (a, b)], [*a['folder'], *b['folder']]
-    tables = [t for r in runs for t in r.values()]
+    runs = [subjects_of_runs(rows, task, output_dir, split) for rows in (a, b)]
+    names, tables = [*a['folder'], *b['folder']], [t for r in runs for t in r.values()]
     for name, table in zip(names[1:], tables[1:]): check_pair(tables[0], table, names[0], name)
-    return *compare(*runs, draws, seed), delong_table(*runs), len(tables[0])
+    scores, notes = compare(*runs, draws, seed)
+    return TaskComparison(task, scores, notes, delong_table(*runs), len(tables[0]))
 
-# %% ../nbs/06d_summarize.ipynb #4eb5086f
-def p_text(
-    p,        # a p-value, or None
-) -> str:
-    "A p-value for people."
-    return '–' if p is None or p != p else '< 0.001' if p < .001 else f'{p:.3f}'
 
 # %% ../nbs/06d_summarize.ipynb #66b59b3e
 def comparison_table(
-    found,                       # of `compare_task`: the first
+    found,                       # scores of a `TaskComparison`
     names: tuple,                # of the two experiments
 ):                               # DataFrame of strings
     "The comparison for people."
     import pandas as pd
-    cell = lambda v, sign='': '–' if pd.isna(v) else f'{v:{sign}.4f}'
-    interval = lambda r: '–' if pd.isna(r.low) else f'[{r.low:+.4f}, {r.high:+.4f}]'
-    row = lambda r: {'Score': r.score, names[0]: cell(r.a), names[1]: cell(r.b), 'Difference': cell(r.difference, '+'), '95 %': interval(r)}
+    from pahcl.report import interval_text, number, p_text
+    row = lambda r: {'Score': r.score, names[0]: number(r.a, 4), names[1]: number(r.b, 4),
+                     'Difference': number(r.difference, 4, '+'),
+                     '95 %': interval_text(r.low, r.high, 4, '+') or '–'}
     tests = {'p (bootstrap)': 'p_bootstrap', 'p (Wilcoxon, seeds)': 'p_wilcoxon', 'p (DeLong)': 'p_delong'}
-    return pd.DataFrame([row(r) for r in found.itertuples()]).assign(**{title: [p_text(p) for p in found[column]] for title, column in tests.items()})
+    p_values = {title: [p_text(p) for p in found[column]] for title, column in tests.items()}
+    return pd.DataFrame([row(r) for r in found.itertuples()]).assign(**p_values)
 
 # %% ../nbs/06d_summarize.ipynb #5a42353a
 def tasks_of_both(
@@ -243,14 +234,6 @@ def tasks_of_both(
     if both: return both, sorted({*tasks[0], *tasks[1]}-{*both})
     raise PahclError(f'{a} and {b} have no task in common: {a} is of {", ".join(tasks[0])}, {b} of {", ".join(tasks[1])}. Name two experiments of one task.')
 
-# %% ../nbs/06d_summarize.ipynb #ed793962
-def task_notes(
-    task: str, told: list, by_class,   # of `compare_task`: notes, and `delong_table`
-) -> list:
-    "What has to be known of a task beside its table."
-    areas = lambda r: f'AUROC of {r.class_name} ({r.subjects} subjects): {r.auroc_a:.4f} and {r.auroc_b:.4f}, DeLong\'s p {p_text(r.p)}.'
-    return [f'{task}: {note}.' for note in told]+[f'{task}, {areas(r)}' for r in by_class.dropna().itertuples()]
-
 # %% ../nbs/06d_summarize.ipynb #b479846e
 def write_comparison(
     path,           # without ending
@@ -260,6 +243,7 @@ def write_comparison(
 ):
     "Print a comparison and write it as CSV (numbers), Markdown, LaTeX and HTML."
     import pandas as pd
+    from pahcl.report import write_table
     table = pd.concat(tables)[['Task', *tables[0].columns[:-1]]]
     print('\n'.join([table.to_string(index=False), *notes]))
     write_text(f'{path}.csv', pd.concat(found.values()).to_csv(index=False))
@@ -277,10 +261,10 @@ def compare_experiments(
     both, left = tasks_of_both(a, b, *own)
     found, tables, notes = {}, [], []
     for task in both:
-        table, told, by_class, n = compare_task(*(rows[rows['task'] == task] for rows in own), task, output_dir, split, draws, seed)
-        found[task] = table.assign(task=task, experiment_a=a, experiment_b=b, subjects=n)
-        tables.append(comparison_table(table, (a, b)).assign(Task=f'{task} ({n} subjects)'))
-        notes += task_notes(task, told, by_class)
+        pair = compare_task(*(rows[rows['task'] == task] for rows in own), task, output_dir, split, draws, seed)
+        found[task] = pair.scores.assign(task=task, experiment_a=a, experiment_b=b, subjects=pair.subjects)
+        tables.append(comparison_table(pair.scores, (a, b)).assign(Task=f'{task} ({pair.subjects} subjects)'))
+        notes += pair.sentences()
     if left: notes.append(f'Only one of the two has {", ".join(left)}.')
     notes.append('Difference: second minus first. Interval and p (bootstrap): persons resampled, the same draws for both. In simulations such intervals held the truth '
                  'in 90 to 96 % with 59 persons, in 93 to 96 % with 236.')

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['decays', 'parameter_groups', 'learning_rate', 'shares', 'grouped', 'ahead', 'predict_shared', 'explain_memory',
-           'epoch_values', 'check_loss', 'from_all', 'train_epoch', 'step_seed', 'own_randomness', 'epoch_line',
-           'resume_state', 'prepare_objective', 'prepare_optimiser', 'steps_of', 'note_epoch', 'fit', 'save_epoch',
-           'save_last']
+           'EpochSums', 'check_loss', 'from_all', 'step_seed', 'own_randomness', 'seeded_weights', 'TrainingState',
+           'epoch_line', 'prepare_objective', 'prepare_optimiser', 'steps_of', 'Trainer', 'StepBatch']
 
 # %% ../nbs/04c_training.ipynb #9cabc110
 import datetime
@@ -14,12 +13,16 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from fastcore.basics import patch
 
 from .basics import PahclError, generator, progress
+from .loader import batches
 from .runs import Run, load_checkpoint, save_checkpoint
 
 # %% ../nbs/04c_training.ipynb #3a8693ca
@@ -73,9 +76,9 @@ def grouped(
     accumulation: int,   # batches an optimiser step
     processes=1,
 ) -> list:               # a list a step: batches (arrays of row numbers)
-    "The optimiser steps of an epoch; the last one may be smaller, nothing is dropped but what cannot be shared."
-    batches = [b for b in (rows[i:i+batch_size] for i in range(0, len(rows), batch_size)) if len(b) >= processes]
-    return [batches[i:i+accumulation] for i in range(0, len(batches), accumulation)]
+    "Cut an epoch into optimiser steps; only a batch that cannot be shared is left out."
+    shared = [b for b in batches(rows, batch_size) if len(b) >= processes]
+    return [shared[i:i+accumulation] for i in range(0, len(shared), accumulation)]
 
 # %% ../nbs/04c_training.ipynb #8ae59288
 def ahead(
@@ -116,16 +119,42 @@ def explain_memory(batch_size: int):
         raise PahclError(f'out of memory with batch size {batch_size}. {advice}') from e
 
 # %% ../nbs/04c_training.ipynb #b1d61849
-def epoch_values(
-    parts: list,   # a process each: (sum of losses, rows, {name: [(tensor, rows), …]})
-):                 # (mean loss, {name: mean of scalars, or all rows of arrays})
-    "What an epoch reports, over all batches and processes."
+@dataclass
+class EpochSums:
+    "What the batches of an epoch add up to."
+    total: float = 0.                            # sum of the rows' losses
+    seen: int = 0                                # rows
+    values: dict = field(default_factory=dict)   # name -> [(tensor, rows), …], a pair a batch
+
+    def add(self, loss, reported: dict, rows: int):
+        "Add a batch: its mean loss, what its objective reported, its number of rows."
+        self.total, self.seen = self.total+loss.item()*rows, self.seen+rows
+        for name, value in reported.items():
+            self.values.setdefault(name, []).append((value.detach().float().cpu(), rows))
+
+    @property
+    def loss(self): return self.total/self.seen
+
+    @property
+    def plain(self): return self.total, self.seen, self.values   # as a checkpoint holds it
+
+# %% ../nbs/04c_training.ipynb #1e9cd173
+@patch(cls_method=True)
+def merge(cls: EpochSums,
+    parts: list,    # `plain` of each process, in the order of ranks
+) -> EpochSums:
+    "The sums of all processes as one."
     values = {}
     for _, _, named in parts:
-        for k, pairs in named.items(): values.setdefault(k, []).extend(pairs)
+        for name, pairs in named.items(): values.setdefault(name, []).extend(pairs)
+    return cls(sum(total for total, _, _ in parts), sum(seen for _, seen, _ in parts), values)
+
+@patch
+def reported(self: EpochSums) -> dict:   # name -> a number, or an array [rows, …]
+    "What the objective reported: the mean of scalars, all rows of arrays."
     mean = lambda pairs: (sum(v*n for v, n in pairs)/sum(n for _, n in pairs)).item()
-    loss = sum(total for total, _, _ in parts)/sum(seen for _, seen, _ in parts)
-    return loss, {k: mean(p) if p[0][0].ndim == 0 else torch.cat([v for v, _ in p]).numpy() for k, p in values.items()}
+    rows = lambda pairs: torch.cat([v for v, _ in pairs]).numpy()
+    return {k: mean(p) if p[0][0].ndim == 0 else rows(p) for k, p in self.values.items()}
 
 # %% ../nbs/04c_training.ipynb #b73cff53
 def check_loss(
@@ -138,44 +167,6 @@ def check_loss(
 def from_all(value, run: Run) -> list:
     "The value of each process."
     return gather_object([value]) if run.processes > 1 else [value]
-
-# %% ../nbs/04c_training.ipynb #f373e8d8
-def train_epoch(
-    run: Run,
-    objective,       # module, as accelerate prepared it: `objective(batch) -> (loss, {name: tensor})`
-    optimiser,       # AdamW with the groups of `parameter_groups`
-    steps: list,     # of `grouped`
-    make_batch,      # function of row numbers: a batch on the device
-    settings,        # a `pahcl.config.TrainingSection`
-    rate_of,         # function of the number of steps done: learning rate
-    after_step,      # function of the number of steps done, called after each optimiser step, e.g. for a momentum encoder
-    first_step: int, # optimiser steps done before this epoch
-    title='',        # of the progress bar
-    part=None,       # what `keep` was given when the epoch was interrupted: it goes on there
-    keep=lambda part: None,  # called every `save_steps` steps with what is needed to go on within the epoch
-    seed_of=lambda step: None,  # function of the number of steps done: seed of torch's generator in the next one
-):                   # of `epoch_values`
-    "One pass over the rows."
-    skipped, (total, seen, values) = (part['steps'], part['sums'][run.rank]) if part else (0, (0., 0, {}))
-    batches = [(step, i, shares(b, run.processes)[run.rank]) for step in steps[skipped:] for i, b in enumerate(step)]
-    made, done = ahead(lambda item: make_batch(item[2]), batches, settings.num_workers), first_step+skipped
-    for (step, i, rows), batch in zip(progress(batches, title), made):
-        if i == 0 and (seed := seed_of(done)) is not None: torch.manual_seed(seed)
-        for g in optimiser.param_groups: g['lr'] = rate_of(done)*g['scale']
-        last = i == len(step)-1
-        with nullcontext() if last else run.accelerator.no_sync(objective):
-            with run.accelerator.autocast(): loss, reported = objective(batch)  # not the backward pass: it follows what the forward pass chose
-            check_loss(loss, done)
-            run.accelerator.backward(loss*(len(rows)*run.processes/sum(map(len, step))))
-        seen, total = seen+len(rows), total+loss.item()*len(rows)
-        for k, v in reported.items(): values.setdefault(k, []).append((v.detach().float().cpu(), len(rows)))
-        if last:
-            if settings.grad_clip_norm: run.accelerator.clip_grad_norm_(objective.parameters(), settings.grad_clip_norm)
-            optimiser.step(); optimiser.zero_grad(); done += 1; after_step(done)
-            if done % settings.log_interval == 0: run.say(f'  step {done}: loss {total/seen:.4f}, learning rate {rate_of(done-1):.2e}')
-            if settings.save_steps and (done-first_step) % settings.save_steps == 0 and done-first_step < len(steps):
-                keep(dict(steps=done-first_step, sums=from_all((total, seen, values), run)))
-    return epoch_values(from_all((total, seen, values), run))
 
 # %% ../nbs/04c_training.ipynb #91026549
 def step_seed(
@@ -192,32 +183,51 @@ def own_randomness(device):
     "Leave torch's global random state as it was, whatever happens inside."
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []): yield
 
-# %% ../nbs/04c_training.ipynb #7530512b
-def epoch_line(
-    epoch: int, settings,    # epoch from 0; a TrainingSection
-    train: dict, scores: dict, name: str,  # of training and validation; what the score is called
-    best, best_epoch, seconds,             # best score and its epoch (from 0), seconds an epoch took
-) -> str:
-    "One line an epoch."
-    eta = datetime.timedelta(seconds=round(seconds*(settings.num_epochs-epoch-1)))
-    now = 'not asked for' if scores['score'] is None else f'{scores["score"]:.4f}'
-    return (f'epoch {epoch+1}/{settings.num_epochs}: loss {train["loss"]:.4f}, validation {name} {now}, '
-            f'best {best:.4f} (epoch {best_epoch+1}), at most {eta} left')
+@contextmanager
+def seeded_weights(
+    seed: int,   # the run's
+):
+    "Draw random weights from the seed, and leave the caller's random state alone."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(generator(seed, 'weights').integers(2**62)))
+        yield
 
 # %% ../nbs/04c_training.ipynb #2d9fea0b
-def resume_state(run: Run, objective, optimiser, device) -> dict:
-    "What `last.pt` says about where the training stood, after loading weights and optimiser from it; a fresh state if there is none."
-    fresh = dict(epoch=0, step=0, best=-math.inf, best_epoch=-1, history=[], part=None)
-    if run.state != 'resume' or not (run.folder/'last.pt').exists(): return fresh
-    saved = load_checkpoint(run.folder/'last.pt')['training_state']
-    objective.load_state_dict(saved.pop('objective'))
-    optimiser.load_state_dict(saved.pop('optimiser'))
-    if (scaler := saved.pop('scaler', None)) and run.accelerator.scaler: run.accelerator.scaler.load_state_dict(scaler)
-    if saved['part'] and (before := len(saved['part']['sums'])) != run.processes:
-        raise PahclError(f'{run.folder} stopped within an epoch with {before} processes, and now there are {run.processes}. Start as many as before.')
-    within = f' and {saved["part"]["steps"]} optimiser steps' if saved['part'] else ''
-    run.say(f'goes on after epoch {saved["epoch"]}{within} of {run.folder}')
-    return saved
+@dataclass
+class TrainingState:
+    "Where a training stands, as `last.pt` keeps it."
+    epoch: int = 0                                # epochs done
+    step: int = 0                                 # optimiser steps done in them
+    best: float = -math.inf                       # the highest score so far
+    best_epoch: int = -1                          # its epoch, from 0
+    history: list = field(default_factory=list)   # a dict an epoch
+    part: dict = None   # of an interrupted epoch: `steps` done in it, `sums` of each process
+
+    def note_epoch(self,
+        score,           # of the validation; None: it was not asked for
+        numbers: dict,   # what is kept of the epoch
+    ) -> bool:           # whether it is the best so far
+        "Add an epoch to the history."
+        score = -math.inf if score is None else score
+        better = score > self.best or self.best_epoch < 0
+        if better: self.best, self.best_epoch = score, self.epoch
+        self.epoch += 1
+        self.history.append(dict(epoch=self.epoch, **numbers))
+        return better
+
+# %% ../nbs/04c_training.ipynb #7530512b
+def epoch_line(
+    state: TrainingState,   # after the epoch
+    settings,               # a `pahcl.config.TrainingSection`
+    loss: float,            # of the training cycles
+    score, name: str,       # of the validation cycles, or None; what the score is called
+    seconds: float,         # that the epoch took
+) -> str:
+    "Say in one line how an epoch went."
+    left = datetime.timedelta(seconds=round(seconds*(settings.num_epochs-state.epoch)))
+    now = 'not asked for' if score is None else f'{score:.4f}'
+    return (f'epoch {state.epoch}/{settings.num_epochs}: loss {loss:.4f}, validation {name} {now}, '
+            f'best {state.best:.4f} (epoch {state.best_epoch+1}), at most {left} left')
 
 # %% ../nbs/04c_training.ipynb #abe1d9bb
 def prepare_objective(run: Run, objective):
@@ -245,82 +255,186 @@ def steps_of(
         run.say(f'warmup_epochs {settings.warmup_epochs} does not fit into {settings.num_epochs} epochs: {warmup_epochs} are used')
     return an_epoch*settings.num_epochs, an_epoch*warmup_epochs
 
-# %% ../nbs/04c_training.ipynb #42d94ed3
-def note_epoch(
-    state: dict,                # of `resume_state`; changed
-    epoch: int,                 # from 0
-    train: dict, scores: dict,  # of training and validation
-    optimiser,                  # its rates are noted too
-):                              # (whether it is the best so far, {name: number})
-    "Add an epoch to the history."
-    score = -math.inf if scores['score'] is None else scores['score']
-    better = score > state['best'] or state['best_epoch'] < 0
-    if better: state.update(best=score, best_epoch=epoch)
-    rates = {g['part']: g['lr'] for g in optimiser.param_groups}
+# %% ../nbs/04c_training.ipynb #cb2f4a6a
+class Trainer:
+    "Learn what a recipe describes, in a run; `fit` is the loop."
+    def __init__(self,
+        run: Run,   # an entered one
+        recipe,     # of pretraining or fine-tuning, see the table
+    ):
+        self.run, self.recipe, self.settings, self.state = run, recipe, recipe.settings, TrainingState()
+        rows = len(recipe.epoch_rows(0))
+        self.total, self.warmup = steps_of(run, rows, recipe.batch_rows, self.settings)
+        optimiser = torch.optim.AdamW(recipe.groups, lr=self.settings.learning_rate)
+        self.optimiser = prepare_optimiser(run, optimiser)
+        self.objective = recipe.objective.to(run.accelerator.device)
+        if run.state == 'resume' and (run.folder/'last.pt').exists(): self.resume()
+        self.model = prepare_objective(run, self.objective)   # the objective as it is called in training
+        self.done = self.state.step+(self.state.part['steps'] if self.state.part else 0)   # optimiser steps
+
+    def rate(self, step: int) -> float:
+        "The learning rate of an optimiser step, before the scale of each group."
+        s = self.settings
+        return learning_rate(step, self.total, self.warmup, s.learning_rate, s.min_lr)
+
+# %% ../nbs/04c_training.ipynb #1d6058bc
+@patch
+def resume(self: Trainer):
+    "Take weights, optimiser and state from `last.pt`."
+    run, saved = self.run, load_checkpoint(self.run.folder/'last.pt')['training_state']
+    self.objective.load_state_dict(saved.pop('objective'))
+    self.optimiser.load_state_dict(saved.pop('optimiser'))
+    scaler = saved.pop('scaler', None)
+    if scaler and run.accelerator.scaler: run.accelerator.scaler.load_state_dict(scaler)
+    self.state, within = TrainingState(**saved), ''
+    if part := self.state.part:
+        if (before := len(part['sums'])) != run.processes:
+            raise PahclError(f'{run.folder} stopped within an epoch with {before} processes, '
+                             f'and now there are {run.processes}. Start as many as before.')
+        within = f' and {part["steps"]} optimiser steps'
+    run.say(f'goes on after epoch {self.state.epoch}{within} of {run.folder}')
+
+# %% ../nbs/04c_training.ipynb #ef901ac0
+class StepBatch(NamedTuple):
+    "A process's share of a batch, and its place in an optimiser step."
+    inputs: dict    # what the recipe made of the rows
+    rows: int       # how many they are
+    weight: float   # of their mean loss in the step's gradient
+    first: bool     # whether the step begins with it
+    last: bool      # whether the step ends with it
+
+@patch
+def batches(self: Trainer,
+    steps: list,   # of an epoch, of `grouped`
+):                 # yields a `StepBatch` each
+    "Make the batches of an epoch, a few ahead, from where it was interrupted."
+    run, epoch = self.run, self.state.epoch
+    shared = [(step, i, shares(b, run.processes)[run.rank])
+              for step in steps[self.done-self.state.step:] for i, b in enumerate(step)]
+    make = lambda place: self.recipe.make_batch(place[2], epoch)
+    bar = progress(shared, f'epoch {epoch+1}/{self.settings.num_epochs}')
+    for (step, i, rows), inputs in zip(bar, ahead(make, shared, self.settings.num_workers)):
+        weight = len(rows)*run.processes/sum(map(len, step))
+        yield StepBatch(inputs, len(rows), weight, i == 0, i == len(step)-1)
+
+# %% ../nbs/04c_training.ipynb #0f5e16c3
+@patch
+def fit(self: Trainer) -> TrainingState:
+    "Train with early stopping, checkpoints and resume: from the first batch to the best epoch."
+    run, recipe, settings, state = self.run, self.recipe, self.settings, self.state
+    accelerator, optimiser = run.accelerator, self.optimiser
+    run.trackers.watch(self.objective)
+    with own_randomness(accelerator.device), explain_memory(settings.batch_size):
+        while state.epoch < settings.num_epochs and not self.patience_is_lost():
+            start, epoch = time.monotonic(), state.epoch
+            steps, sums = self.epoch_steps(), self.begin_sums()
+            self.objective.train()
+            for batch in self.batches(steps):
+                # the randomness and the rate of this step
+                if batch.first: torch.manual_seed(step_seed(run.seed, self.done, run.rank))
+                for group in optimiser.param_groups: group['lr'] = self.rate(self.done)*group['scale']
+                # the loss; processes exchange gradients in the last batch of a step only
+                with nullcontext() if batch.last else accelerator.no_sync(self.model):
+                    with accelerator.autocast(): loss, reported = self.model(batch.inputs)
+                    check_loss(loss, self.done)
+                    accelerator.backward(loss*batch.weight)
+                sums.add(loss, reported, batch.rows)
+                if not batch.last: continue
+                # learn
+                if clip := settings.grad_clip_norm:
+                    accelerator.clip_grad_norm_(self.model.parameters(), clip)
+                optimiser.step()
+                optimiser.zero_grad()
+                self.done += 1
+                recipe.after_step(self.done/self.total)
+                self.note_step(sums, len(steps))
+            # judge, and keep the best
+            self.objective.eval()
+            sums = EpochSums.merge(from_all(sums.plain, run))
+            train = dict(loss=sums.loss, **recipe.training_scores(sums.reported()))
+            scores = recipe.validate(epoch)
+            numbers = self.epoch_numbers(train, scores)
+            state.step, state.part = self.done, None
+            better, seconds = state.note_epoch(scores['score'], numbers), time.monotonic()-start
+            run.track(numbers, state.epoch)
+            run.say(epoch_line(state, settings, sums.loss, scores['score'], recipe.score_name, seconds))
+            self.save_epoch(better)
+    self.save_final()
+    return state
+
+# %% ../nbs/04c_training.ipynb #d34026ed
+@patch
+def patience_is_lost(self: Trainer) -> bool:
+    "Whether the best epoch is too long ago; says so."
+    patience, state = self.settings.early_stopping_patience, self.state
+    lost = bool(patience) and state.epoch-1-state.best_epoch >= patience
+    if lost: self.run.say(f'stopped: no better {self.recipe.score_name} for {patience} epochs')
+    return lost
+
+@patch
+def epoch_steps(self: Trainer) -> list:
+    "The optimiser steps of the epoch that begins; see `grouped`."
+    rows, accumulation = self.recipe.epoch_rows(self.state.epoch), self.settings.accumulation_steps
+    return grouped(rows, self.recipe.batch_rows, accumulation, self.run.processes)
+
+@patch
+def begin_sums(self: Trainer) -> EpochSums:
+    "What an epoch that was interrupted has added up so far; nothing else."
+    return EpochSums(*self.state.part['sums'][self.run.rank]) if self.state.part else EpochSums()
+
+# %% ../nbs/04c_training.ipynb #1ccad865
+@patch
+def note_step(self: Trainer,
+    sums: EpochSums,   # of the epoch so far
+    steps: int,        # optimiser steps of the epoch
+):
+    "Log a step, and write in a long epoch what is needed to go on within it."
+    settings, within = self.settings, self.done-self.state.step
+    if self.done % settings.log_interval == 0:
+        rate = self.rate(self.done-1)
+        self.run.say(f'  step {self.done}: loss {sums.loss:.4f}, learning rate {rate:.2e}')
+    if settings.save_steps and within % settings.save_steps == 0 and within < steps:
+        self.state.part = dict(steps=within, sums=from_all(sums.plain, self.run))
+        if self.run.is_main: self.save_last(self.checkpoint())
+
+@patch
+def epoch_numbers(self: Trainer,
+    train: dict, scores: dict,   # of training and validation
+) -> dict:                       # `train/…`, `validation/…`, `learning_rate/…`
+    "What is tracked of an epoch."
+    rates = {g['part']: g['lr'] for g in self.optimiser.param_groups}
     kinds = dict(train=train, validation=scores, learning_rate=rates)
-    numbers = {f'{kind}/{k}': v for kind, values in kinds.items() for k, v in values.items()}
-    state['history'].append(dict(epoch=epoch+1, **numbers))
-    state['epoch'] = epoch+1
-    return better, numbers
+    return {f'{kind}/{k}': v for kind, values in kinds.items() for k, v in values.items()}
 
-# %% ../nbs/04c_training.ipynb #11ce22b3
-def fit(
-    run: Run,            # an entered `Run`
-    objective,           # module: `objective(batch) -> (mean loss, {name: tensor})`
-    groups: list,        # of `parameter_groups`
-    rows_of,             # epoch -> row numbers in their order, the same count every epoch
-    make_batch,          # (row numbers, epoch) -> batch on the device
-    validate,            # epoch -> {'score': the higher, the better, None: not asked for in this epoch; and whatever else is tracked}
-    content,             # () -> what checkpoints hold: `kind, model_state_dict, …`
-    settings,            # a `pahcl.config.TrainingSection`
-    after_step=lambda done: None,    # after each optimiser step, with the share of all steps that is done (0 … 1)
-    train_scores=lambda values: {k: v for k, v in values.items() if np.ndim(v) == 0},  # of what the objective reported
-    score_name='score',  # what the score is called in the log
-    batch_rows=None,     # rows of a batch where a row is more than a cycle; None: `settings.batch_size`
-) -> dict:               # `best`, `best_epoch` (from 0), `history` (a dict an epoch)
-    "Train with early stopping, checkpoints and resume."
-    batch_rows = batch_rows or settings.batch_size
-    total, warmup = steps_of(run, len(rows_of(0)), batch_rows, settings)
-    rate_of = lambda step: learning_rate(step, total, warmup, settings.learning_rate, settings.min_lr)
-    optimiser = prepare_optimiser(run, torch.optim.AdamW(groups, lr=settings.learning_rate))
-    bare = objective.to(run.accelerator.device)
-    state = resume_state(run, bare, optimiser, run.accelerator.device)
-    wrapped = prepare_objective(run, bare)
-    run.trackers.watch(bare)
-    with own_randomness(run.accelerator.device), explain_memory(settings.batch_size):
-        for epoch in range(state['epoch'], settings.num_epochs):
-            if settings.early_stopping_patience and epoch-1-state['best_epoch'] >= settings.early_stopping_patience:
-                run.say(f'stopped: no better {score_name} for {settings.early_stopping_patience} epochs')
-                break
-            start, bare = time.monotonic(), bare.train()
-            steps = grouped(rows_of(epoch), batch_rows, settings.accumulation_steps, run.processes)
-            loss, values = train_epoch(run, wrapped, optimiser, steps, lambda r: make_batch(r, epoch), settings, rate_of,
-                                       lambda done: after_step(done/total), state['step'], f'epoch {epoch+1}/{settings.num_epochs}', state['part'],
-                                       lambda part: save_last(run, content() | dict(epoch=epoch), dict(state, part=part), bare, optimiser),
-                                       lambda step: step_seed(run.seed, step, run.rank))
-            state.update(step=state['step']+len(steps), part=None)
-            bare.eval()
-            train, scores = dict(loss=loss, **train_scores(values)), validate(epoch)
-            better, numbers = note_epoch(state, epoch, train, scores, optimiser)
-            run.track(numbers, epoch+1)
-            run.say(epoch_line(epoch, settings, train, scores, score_name, state['best'], state['best_epoch'], time.monotonic()-start))
-            save_epoch(run, content() | dict(epoch=epoch+1), state, bare, optimiser, better, settings)
-    if run.is_main: save_checkpoint(run.folder/'final_model.pt', content() | dict(epoch=state['epoch']))
-    run.accelerator.wait_for_everyone()
-    return {k: state[k] for k in ('best', 'best_epoch', 'history')}
+# %% ../nbs/04c_training.ipynb #d5056e5d
+@patch
+def checkpoint(self: Trainer) -> dict:
+    "What every checkpoint holds."
+    return self.recipe.checkpoint() | dict(epoch=self.state.epoch)
 
-# %% ../nbs/04c_training.ipynb #b1765111
-def save_epoch(run, content, state, objective, optimiser, better, settings):
-    "Write the best, every so many epochs one to keep, and the one to go on from (last, so that it vouches for the others)."
-    if not run.is_main: return
-    if better: save_checkpoint(run.folder/'best_model.pt', content)
-    if state['epoch'] % settings.save_interval == 0: save_checkpoint(run.folder/f'epoch_{state["epoch"]}.pt', content)
-    save_last(run, content, state, objective, optimiser)
+@patch
+def save_epoch(self: Trainer,
+    better: bool,   # whether the epoch is the best so far
+):
+    "Write the best, every so many epochs one to keep, and `last.pt` (last: it vouches for the others)."
+    if not self.run.is_main: return
+    content, epoch, folder = self.checkpoint(), self.state.epoch, self.run.folder
+    if better: save_checkpoint(folder/'best_model.pt', content)
+    if epoch % self.settings.save_interval == 0: save_checkpoint(folder/f'epoch_{epoch}.pt', content)
+    self.save_last(content)
 
-# %% ../nbs/04c_training.ipynb #64fcfb02
-def save_last(run, content, state, objective, optimiser):
+@patch
+def save_last(self: Trainer,
+    content: dict,   # of `checkpoint`
+):
     "Write what is needed to go on from here."
-    if not run.is_main: return
-    scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
-    training_state = dict(state, objective=objective.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler)
-    save_checkpoint(run.folder/'last.pt', content | dict(training_state=training_state))
+    scaler = self.run.accelerator.scaler
+    state = dict(vars(self.state), objective=self.objective.state_dict(),
+                 optimiser=self.optimiser.state_dict(), scaler=scaler and scaler.state_dict())
+    save_checkpoint(self.run.folder/'last.pt', content | dict(training_state=state))
+
+@patch
+def save_final(self: Trainer):
+    "Write the weights of the end, which need not be the best."
+    if self.run.is_main: save_checkpoint(self.run.folder/'final_model.pt', self.checkpoint())
+    self.run.accelerator.wait_for_everyone()

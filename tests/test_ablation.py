@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import given, strategies as st
 
-from pahcl.ablation import pahcl_ablation, pieces_of, read_ablation
+from pahcl.ablation import pahcl_ablation, read_ablation, training_jobs
 from pahcl.basics import PahclError
 from pahcl.variant_table import holm
 
@@ -79,11 +79,11 @@ def test_another_length_mode_is_cut_and_split_alike(data, tmp_path):
 @pytest.mark.parametrize('name', ['ablation', 'small_ablation'])
 def test_packaged_file_is_valid(name, tmp_path, capsys):
     a = read_ablation(name, seeds=[42])
-    pieces = pieces_of(a, tmp_path)
-    assert {p.variant for p in pieces if p.kind == 'finetune'} == set(a.variants) and len([p for p in pieces if p.kind == 'finetune']) == len(a.variants)*len(a.tasks)*len(a.seeds)
-    configs = [json.dumps({k: v for k, v in p.config.items() if k != 'experiment'}, sort_keys=True) for p in pieces if p.kind == 'pretrain' and p.seed == 42]
+    jobs = training_jobs(a, tmp_path)
+    assert {p.variant for p in jobs if p.kind == 'finetune'} == set(a.variants) and len([p for p in jobs if p.kind == 'finetune']) == len(a.variants)*len(a.tasks)*len(a.seeds)
+    configs = [json.dumps({k: v for k, v in p.config.items() if k != 'experiment'}, sort_keys=True) for p in jobs if p.kind == 'pretrain' and p.seed == 42]
     assert len(set(configs)) == len(configs)   # no variant is another one under a second name
-    assert pahcl_ablation(['--config', name, '--seeds', '42', '--output-dir', str(tmp_path), '--dry-run']) == 0 and capsys.readouterr().out.count('to do') == len(pieces) and not list(tmp_path.iterdir())
+    assert pahcl_ablation(['--config', name, '--seeds', '42', '--output-dir', str(tmp_path), '--dry-run']) == 0 and capsys.readouterr().out.count('to do') == len(jobs) and not list(tmp_path.iterdir())
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=20))
@@ -106,4 +106,4 @@ def test_holm_is_the_stepwise_procedure(p):
     (dict(variants={}), 'variants is empty'), (dict(variants={'a b': {}}), "'a b' is no name"), (dict(seeds=[1, 1]), 'each once'), (dict(variants=dict(full=dict(lenght_mode='phase'))), "nearest valid one is 'length_mode'"),
     (dict(variants=dict(full=dict(pretrain=dict(contrast=dict(temperature=-1))))), 'temperature')])
 def test_mistakes_are_found_before_anything_is_trained(wrong, said):
-    with pytest.raises(PahclError, match=said): pieces_of(read_ablation(dict(variants=dict(full={})) | wrong))
+    with pytest.raises(PahclError, match=said): training_jobs(read_ablation(dict(variants=dict(full={})) | wrong))

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from types import SimpleNamespace
 import pahcl.contrastive_model as C
 from pahcl.config import ContrastSection, TrainingSection
 from pahcl.contrastive_model import ContrastiveModel
 from pahcl.encoder import build_encoder
-from pahcl.training import grouped, shares, train_epoch
+from pahcl.runs import Run
+from pahcl.training import Trainer, grouped, parameter_groups, shares
 
 N, T, K = 13, 400, 4
 
@@ -121,7 +121,7 @@ def test_two_passes_and_no_more_and_a_level_that_is_off_costs_nothing(contrast, 
 
 # ---- micro-batches ----
 @pytest.mark.parametrize('rows,batch,accumulation', [(20, 4, 3), (23, 4, 3), (7, 10, 2), (12, 4, 3), (9, 2, 4)])
-def test_a_step_is_the_mean_over_its_rows_however_they_are_cut(rows, batch, accumulation):
+def test_a_step_is_the_mean_over_its_rows_however_they_are_cut(tmp_path, rows, batch, accumulation):
     "against gradient descent on whole steps, in closed form"
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(rows, 3, generator=g, dtype=torch.float64), torch.randn(rows, 1, generator=g, dtype=torch.float64)
@@ -129,18 +129,25 @@ def test_a_step_is_the_mean_over_its_rows_however_they_are_cut(rows, batch, accu
         def forward(self, b): return (super().forward(b['x'])-b['y']).square().mean(), {}
     line = Line(3, 1, dtype=torch.float64)
     weight, bias = line.weight.detach().clone().requires_grad_(), line.bias.detach().clone().requires_grad_()
-    from contextlib import nullcontext
-    accelerator = SimpleNamespace(no_sync=lambda m: nullcontext(), autocast=nullcontext, backward=lambda loss: loss.backward())
-    run = SimpleNamespace(processes=1, rank=0, is_main=True, accelerator=accelerator)
-    settings = TrainingSection(batch_size=batch, accumulation_steps=accumulation, grad_clip_norm=0.0, num_workers=0, save_steps=0)
-    optimiser = torch.optim.SGD([dict(params=list(line.parameters()), scale=1.0)], 0.1)
     done = []
-    train_epoch(run, line, optimiser, grouped(np.arange(rows), batch, accumulation), lambda r: dict(x=x[r], y=y[r]), settings, lambda step: 0.1, done.append, 0)
+    class Recipe:
+        batch_rows, score_name, objective, groups = batch, 'score', line, parameter_groups(dict(line=line), 0.)
+        settings = TrainingSection(num_epochs=1, warmup_epochs=0, learning_rate=0.1, min_lr=0.1, batch_size=batch, accumulation_steps=accumulation, grad_clip_norm=0.0, num_workers=0, save_steps=0)
+        def epoch_rows(self, epoch): return np.arange(rows)
+        def make_batch(self, r, epoch): return dict(x=x[r], y=y[r])
+        def validate(self, epoch): return dict(score=0.)
+        def training_scores(self, values): return values
+        def checkpoint(self): return dict(model_state_dict=line.state_dict())
+        def after_step(self, share): done.append(share)
+    with Run(tmp_path/'run', {}, use_amp=False) as run:
+        trainer = Trainer(run, Recipe())
+        trainer.optimiser = torch.optim.SGD(trainer.optimiser.param_groups, 0.1)
+        trainer.fit()
     steps = [np.arange(rows)[i:i+batch*accumulation] for i in range(0, rows, batch*accumulation)]
     for step in steps:
         loss = (x[step]@weight.T+bias-y[step]).square().mean()
         for p, gradient in zip((weight, bias), torch.autograd.grad(loss, (weight, bias))): p.data -= 0.1*gradient
-    assert torch.allclose(line.weight, weight, atol=1e-12) and torch.allclose(line.bias, bias, atol=1e-12) and done == list(range(1, len(steps)+1))
+    assert torch.allclose(line.weight, weight, atol=1e-12) and torch.allclose(line.bias, bias, atol=1e-12) and done == [(i+1)/len(steps) for i in range(len(steps))]
 
 # ---- the momentum schedule ----
 def test_momentum_schedule_reaches_its_end():

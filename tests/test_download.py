@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import threading
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.sparse.csgraph import connected_components
 
 from pahcl.basics import PahclError, logger
-from pahcl.download import (APPENDIX_COLUMNS, COLUMNS, SOURCES, download, pahcl_download, parse_sums, pascal_name, person_2016, persons,
-                            read_annotation, recordings, sittings)
+from pahcl.download import (APPENDIX_COLUMNS, DATASETS, download, pahcl_download, parse_sums, pascal_name, person_2016, persons,
+                            read_annotation, recording_columns, recordings, sittings)
 from pahcl.simulate import simulate_dataset
 
 RAW = os.environ.get('PAHCL_RAW_DIR')
@@ -121,7 +122,8 @@ def test_simulated_data_are_not_mixed_with_real_ones(tmp_path):
 
 
 def test_script_without_a_network_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(SOURCES, 'circor', SOURCES['circor'].__class__(**{**vars(SOURCES['circor']), 'url': 'http://127.0.0.1:9/'}))
+    circor = DATASETS['circor']
+    monkeypatch.setitem(DATASETS, 'circor', replace(circor, source=replace(circor.source, url='http://127.0.0.1:9/')))
     assert pahcl_download(['--dataset', 'circor', '--output-dir', str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert 'could not be reached' in error and error.count('\n') == 1 and 'Traceback' not in error
@@ -144,7 +146,7 @@ def raw(simulated, tmp_path): return Path(shutil.copytree(simulated, tmp_path/'r
 
 def test_table_is_as_promised(simulated):
     table = recordings(simulated)
-    assert list(table.columns) == COLUMNS and (table.dtypes[['sample_rate', 'seconds']] == [int, float]).all()
+    assert list(table.columns) == recording_columns() and (table.dtypes[['sample_rate', 'seconds']] == [int, float]).all()
     assert table[['dataset', 'subject_id', 'person_id', 'recording_id', 'path', 'folder', 'source']].notna().all().all()
     assert not table.duplicated(['dataset', 'recording_id']).any() and not table.duplicated('folder').any()
     assert (table[['dataset', 'subject_id', 'recording_id']].apply(tuple, axis=1).is_monotonic_increasing)
@@ -203,8 +205,8 @@ def test_2016_signal_quality_is_fetched():
     import re
     for name in ('training-a/REFERENCE-SQI.csv', 'annotations/updated/training-f/REFERENCE_withSQI.csv', 'annotations/Online Appendix_training set.csv',
                  'annotations/Recordings need to be removed in training-e.txt'):
-        assert re.fullmatch(SOURCES['physionet2016'].wanted, name)
-    assert not re.fullmatch(SOURCES['physionet2016'].wanted, 'annotations/updated/README.txt') and not re.fullmatch(SOURCES['physionet2016'].wanted, 'validation/REFERENCE-SQI.csv')
+        assert re.fullmatch(DATASETS['physionet2016'].source.wanted, name)
+    assert not re.fullmatch(DATASETS['physionet2016'].source.wanted, 'annotations/updated/README.txt') and not re.fullmatch(DATASETS['physionet2016'].source.wanted, 'validation/REFERENCE-SQI.csv')
 
 
 def test_without_the_appendix_a_record_stands_for_its_person(raw, logged):

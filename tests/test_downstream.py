@@ -12,14 +12,16 @@ from threading import Barrier
 
 import pytest
 from pahcl.basics import PahclError
-from pahcl.downstream import Way, content, downstream, run_job, train_tasks
+from pahcl.downstream import build_pipeline, downstream
+from pahcl.jobs import run_jobs
+from pahcl.pipeline import PipelineSettings, content
 
 FAST = dict(epochs=1, num_workers=1, pretrained='none', encoder_type='cnn_mamba_small', config='small_finetune')
 
 
-def planned(way, *words):
+def planned(settings, *words):
     "stage -> what the dry run says of it"
-    with redirect_stdout(io.StringIO()) as told: assert downstream(words, way, dry_run=True) is None
+    with redirect_stdout(io.StringIO()) as told: assert downstream(words, settings, dry_run=True) is None
     lines = [line for line in told.getvalue().splitlines() if line.startswith('  ')]
     return {line[2:30].strip(): line[31:79].strip() for line in lines}
 
@@ -34,7 +36,7 @@ def written(path, text):
 
 
 @pytest.fixture(scope='module')
-def way(tmp_path_factory):
+def settings(tmp_path_factory):
     "Two small prepared tasks."
     from pahcl.cycles import preprocess
     from pahcl.simulate import simulate_dataset
@@ -43,43 +45,43 @@ def way(tmp_path_factory):
     for dataset in ('physionet2016', 'pascal'): simulate_dataset(folder/'raw', dataset, subjects=12, seed=0, seconds=4)
     preprocess(folder/'raw', folder/'processed', num_workers=1)
     prepare('all', folder/'raw', folder/'processed', folder/'downstream')
-    return Way(raw_dir=str(folder/'raw'), processed_dir=str(folder/'processed'), data_dir=str(folder/'downstream'), output_dir=str(folder/'out'), **FAST)
+    return PipelineSettings(raw_dir=str(folder/'raw'), processed_dir=str(folder/'processed'), data_dir=str(folder/'downstream'), output_dir=str(folder/'out'), **FAST)
 
 
 @pytest.fixture(scope='module')
-def half(way):
-    "Both tasks were fine-tuned at once, one of them on a table that cannot be read: the way, and what was said."
-    assert (before := planned(way, 'train-all', 'linear')) and not Path(way.output_dir).exists()   # nothing but the plan
-    with written(Path(way.data_dir)/'physionet2016'/'val.csv', 'nonsense'), pytest.raises(PahclError) as said: downstream(['train-all', 'linear'], replace(way, jobs=2))
-    return way, before, str(said.value)
+def half(settings):
+    "Both tasks were fine-tuned at once, one of them on a table that cannot be read: the settings, and what was said."
+    assert (before := planned(settings, 'train-all', 'linear')) and not Path(settings.output_dir).exists()   # nothing but the plan
+    with written(Path(settings.data_dir)/'physionet2016'/'val.csv', 'nonsense'), pytest.raises(PahclError) as said: downstream(['train-all', 'linear'], replace(settings, jobs=2))
+    return settings, before, str(said.value)
 
 
 def test_two_at_once_and_a_failing_one(half):
     "The failing task names itself and its log, the other is there, the exit code is 1; a second call repeats only the failed one."
-    way, before, said = half
+    settings, before, said = half
     assert [n for n in before if n.startswith('fine-tune')] == ['fine-tune physionet2016', 'fine-tune pascal'] and before['fine-tune pascal'] == 'runs: not done yet'
     assert before['evaluate pascal'] == 'runs: fine-tune runs before it'
     assert re.match(r'1 of 2 fine-tunings failed: physionet2016: .*val.csv.* \(exit code 1, log .*physionet2016_linear.log\)', said)
-    logs = {p.stem: p.read_text() for p in (Path(way.output_dir)/'logs').iterdir()}
+    logs = {p.stem: p.read_text() for p in (Path(settings.output_dir)/'logs').iterdir()}
     assert set(logs) == {'physionet2016_linear', 'pascal_linear'} and 'pascal, linear' in logs['pascal_linear'] and 'physionet2016' not in logs['pascal_linear']
-    assert (Path(way.output_dir)/'pascal_linear'/'evaluation_pascal_test'/'report.html').exists()
-    after = planned(way, 'train-all', 'linear')
+    assert (Path(settings.output_dir)/'pascal_linear'/'evaluation_pascal_test'/'report.html').exists()
+    after = planned(settings, 'train-all', 'linear')
     assert {k for k, v in after.items() if v.startswith('runs:')} == {'fine-tune physionet2016', 'evaluate physionet2016'}
     assert after['fine-tune pascal'] == 'skipped: made from the same inputs and settings'
 
 
 def test_a_killed_job_leaves_the_others(tmp_path, monkeypatch):
-    real, way = subprocess.run, Way(output_dir=str(tmp_path), jobs=2)
+    real, settings = subprocess.run, PipelineSettings(output_dir=str(tmp_path), jobs=2)
     def run(command, **options):
         if json.loads(command[3])['task'] == 'pascal': return real([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'], **options)
         return real([sys.executable, '-c', 'print("done")'], **options)
     monkeypatch.setattr('pahcl.jobs.subprocess.run', run)
-    told = [run_job(way, t, 'linear', 'none') for t in ('pascal', 'physionet2016')]
+    told = run_jobs([build_pipeline().task_job(settings, t, 'linear', 'none') for t in ('pascal', 'physionet2016')], settings.jobs)
     assert told[0].startswith('it said nothing (exit code -9') and told[1] == ''
 
 
 def shares(monkeypatch, tmp_path, gpus, jobs, tasks, named=None):
-    "The environments in which `train_tasks` starts its processes on a machine with so many GPUs and eight processors."
+    "The environments in which `Pipeline.train_tasks` starts its processes on a machine with so many GPUs and eight processors."
     seen, begun = [], Barrier(min(jobs, tasks))   # all of the first ones are under way before any is done: each holds a place of its own
     def run(command, **options):
         seen.append(options['env'])
@@ -90,7 +92,8 @@ def shares(monkeypatch, tmp_path, gpus, jobs, tasks, named=None):
     monkeypatch.setattr('pahcl.jobs.subprocess.run', run)
     if named: monkeypatch.setenv('CUDA_VISIBLE_DEVICES', named)
     else: monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    assert train_tasks(Way(output_dir=str(tmp_path), jobs=jobs), [f't{i}' for i in range(tasks)], 'linear', 'none') == {}
+    settings = PipelineSettings(output_dir=str(tmp_path), jobs=jobs)
+    assert build_pipeline().train_tasks(settings, [f't{i}' for i in range(tasks)], 'linear', 'none') == {}
     return seen
 
 
@@ -109,22 +112,22 @@ def test_gpus_are_handed_out(tmp_path, monkeypatch, gpus, jobs, tasks, named, ex
 
 
 def test_the_plan_names_what_changed(half):
-    way = half[0]
-    said = lambda way=way: planned(way, 'train', 'pascal', 'linear')
+    settings = half[0]
+    said = lambda settings=settings: planned(settings, 'train', 'pascal', 'linear')
     assert set(said().values()) == {'skipped: made from the same inputs and settings', 'runs'}   # the summary is always made
-    for path in Path(way.data_dir).glob('pascal/*.csv'): os.utime(path, (1, 1))
+    for path in Path(settings.data_dir).glob('pascal/*.csv'): os.utime(path, (1, 1))
     assert said()['fine-tune pascal'].startswith('skipped')   # touched only
-    assert said(replace(way, epochs=2))['fine-tune pascal'] == 'runs: configuration changed'
-    assert said(replace(way, overwrite=True))['fine-tune pascal'] == 'runs: --overwrite'
-    tables = {task: Path(way.data_dir)/task/'train.csv' for task in ('physionet2016', 'pascal')}
+    assert said(replace(settings, epochs=2))['fine-tune pascal'] == 'runs: configuration changed'
+    assert said(replace(settings, overwrite=True))['fine-tune pascal'] == 'runs: --overwrite'
+    tables = {task: Path(settings.data_dir)/task/'train.csv' for task in ('physionet2016', 'pascal')}
     with written(tables['physionet2016'], tables['physionet2016'].read_text()+'\n'): assert said()['fine-tune pascal'].startswith('skipped')   # another task's table
     with written(tables['pascal'], tables['pascal'].read_text()+'\n'): assert said()['fine-tune pascal'] == 'runs: data changed'
-    with written(Path(way.output_dir)/'pascal_linear'/'best_model.pt', 'other'): assert said()['fine-tune pascal'] == 'runs: best_model.pt was changed since'
+    with written(Path(settings.output_dir)/'pascal_linear'/'best_model.pt', 'other'): assert said()['fine-tune pascal'] == 'runs: best_model.pt was changed since'
 
 
 def test_a_dry_run_of_everything_writes_nothing(tmp_path):
-    way = Way(**{k: str(tmp_path/k) for k in ('raw_dir', 'processed_dir', 'data_dir', 'output_dir')}, demo=True)
-    said = planned(way, 'all')
+    settings = PipelineSettings(**{k: str(tmp_path/k) for k in ('raw_dir', 'processed_dir', 'data_dir', 'output_dir')}, demo=True)
+    said = planned(settings, 'all')
     assert list(said)[:4] == ['simulate', 'preprocess', 'prepare', 'pretrain'] and said['simulate'] == 'runs: missing: circor, physionet2016, pascal' and said['preprocess'] == 'runs: simulate runs before it'
     assert said['pretrain'] == 'runs: preprocess runs before it' and said['evaluate circor_murmur'] == 'runs: fine-tune runs before it' and not list(tmp_path.iterdir())
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from pahcl import encoder as module
 from pahcl.basics import PahclError
 from pahcl.config import ModelSection
-from pahcl.encoder import (PRESETS, CNNMamba, ChannelAttention, ClassifierHead, ConvLayer, DropPath, Dropout, Encoder, Projector, ValidGroupNorm, build_encoder, from_pretrained,
+from pahcl.encoder import (ENCODERS, CNNMamba, ChannelAttention, ClassifierHead, ConvLayer, DropPath, Dropout, Encoder, Projector, ValidGroupNorm, build_encoder, from_pretrained,
                            load_weights, phase_pool, resolve_settings)
 
 @pytest.fixture(autouse=True, scope='module')
@@ -81,7 +81,7 @@ def test_all_the_ways_to_say_the_same():
 def test_presets_are_not_shared():
     e = build_encoder('cnn_mamba_small')
     e.config['cnn_channels'].append(1)
-    assert len(PRESETS['cnn_mamba_small']['cnn_channels']) == len(build_encoder('cnn_mamba_small').config['cnn_channels']) == 4
+    assert len(ENCODERS['cnn_mamba_small'].preset['cnn_channels']) == len(build_encoder('cnn_mamba_small').config['cnn_channels']) == 4
 
 def test_keys_that_do_not_apply_are_said(caplog):
     module.logger().propagate = True

@@ -3,8 +3,9 @@ import copy
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
-from pahcl.encoder import PRESETS, Encoder, build_encoder, from_pretrained, phase_pool, reverse
-from pahcl.other_encoders import OTHER_ENCODERS, AttentiveStatistics, ResNet34, SincConv
+from pahcl.classifier import Classifier
+from pahcl.encoder import ENCODERS, Encoder, build_encoder, from_pretrained, load_weights, phase_pool, reverse
+from pahcl.other_encoders import CNNLSTM, AttentiveStatistics, CNNTransformer, ResNet34, SincConv, SincNeXt
 
 @pytest.fixture(autouse=True, scope='module')
 def one_thread():
@@ -28,8 +29,9 @@ def small(name, seed=0, **overrides):
 every = pytest.mark.parametrize('name', SMALL)
 
 def test_the_factory_knows_them():
-    assert set(OTHER_ENCODERS) | {'cnn_mamba', 'cnn_mamba_small', 'cnn'} == set(PRESETS)
-    for name, kind in OTHER_ENCODERS.items(): assert isinstance(build_encoder(name), kind) and issubclass(kind, Encoder)
+    others = dict(cnn_transformer=CNNTransformer, cnn_lstm=CNNLSTM, resnet34_1d=ResNet34, sincnext_bm=SincNeXt)
+    assert list(ENCODERS) == ['cnn_mamba', 'cnn_mamba_small', 'cnn', *others]
+    for name, kind in others.items(): assert isinstance(build_encoder(name), kind) and issubclass(kind, Encoder)
 
 @every
 @settings(max_examples=8, deadline=None)
@@ -49,7 +51,7 @@ def test_padding_changes_nothing(name, n, more, still_more, training, seed):
     torch.testing.assert_close(b[:, :a.shape[1]], a)
     assert b[:, a.shape[1]:].abs().sum() == 0 and a.shape[1] == -(-n//e.stride) and b.shape[1] == -(-x.shape[-1]//e.stride)
 
-@pytest.mark.parametrize('name', PRESETS)
+@pytest.mark.parametrize('name', list(ENCODERS))
 def test_padding_changes_nothing_in_the_presets(name):
     torch.manual_seed(1)
     e, n = build_encoder(name, dropout=0.0), torch.full((2,), 2600)
@@ -106,7 +108,7 @@ def test_every_key_has_an_effect(name, key):
     a, b = small(name), small(name, **{key: OTHER[key]})
     torch.manual_seed(1); y = a(x)
     torch.manual_seed(1); z = b(x)
-    assert USED[name] == PRESETS[name].keys() and b.config[key] == OTHER[key]
+    assert USED[name] == ENCODERS[name].preset.keys() and b.config[key] == OTHER[key]
     assert y.shape != z.shape or not torch.allclose(y, z)
 
 @settings(max_examples=25, deadline=None)
@@ -157,3 +159,23 @@ def test_resnet_has_its_34_layers():
 
 def test_sizes_of_two_kinds_are_named():
     with pytest.raises(PahclError, match='one number a layer'): build_encoder('sincnext_bm', cnn_strides=[4, 2])
+
+@pytest.mark.parametrize('name,old', [('cnn_transformer', 'mamba'), ('cnn_lstm', 'mamba')])
+def test_weights_under_their_older_name_still_load(name, old):
+    "`CNNTransformer.mamba` held a Transformer: checkpoints of that time load, alone, within a classifier, and on a model that is half old."
+    e, now = small(name, 1), name.removeprefix('cnn_')
+    before = {k.replace(f'{now}.', f'{old}.', 1): v.clone() for k, v in e.state_dict().items()}
+    assert any(k.startswith('mamba.layers.' if now == 'transformer' else 'mamba.onward.') for k in before) and before.keys() != e.state_dict().keys()
+    x, again, third = torch.randn(2, 1, 400), small(name, 2), small(name, 3)
+    load_weights(again, before)
+    kept = dict(before)
+    third.load_state_dict(before)
+    assert torch.equal(again(x), e(x)) and torch.equal(third(x), e(x)) and before.keys() == kept.keys()
+    model, other = Classifier(e, 2).eval(), Classifier(small(name, 4), 2).eval()
+    inside = {k.replace(f'encoder.{now}.', f'encoder.{old}.', 1): v.clone() for k, v in model.state_dict().items()}
+    load_weights(other, inside)
+    assert torch.equal(other(x), model(x))
+    other.load_state_dict({k: v*0 for k, v in inside.items()})
+    assert other(x).abs().sum() == 0
+    with pytest.raises(PahclError, match='1 missing: '): load_weights(again, {k: v for k, v in before.items() if not k.startswith(f'{old}.norm.w') })
+    with pytest.raises(PahclError, match=f'superfluous: {old}'): load_weights(again, {**e.state_dict(), f'{old}.norm.weight': before[f'{old}.norm.weight']})

@@ -166,7 +166,7 @@ def test_use_amp_is_handed_on(root, tmp_path, monkeypatch, wanted):
 
 @pytest.mark.parametrize('patience,epochs', [(0, 5), (2, 3)])
 def test_early_stopping(root, tmp_path, monkeypatch, patience, epochs):
-    monkeypatch.setattr(P, 'validator', lambda *a: lambda epoch: dict(score=-float(epoch), loss=1.))
+    monkeypatch.setattr(P.PretrainRecipe, 'validate', lambda self, epoch: dict(score=-float(epoch), loss=1.))
     found = metrics(run(root, tmp_path, **{'training.early_stopping_patience': patience, 'training.num_epochs': 5}))
     assert (found['epochs'], found['best_epoch']) == (epochs, 1)
 
@@ -179,7 +179,7 @@ def test_the_probe_chooses_the_best_epoch_and_is_tracked(root, tmp_path):
     assert found['chosen_by'] == load_checkpoint(best)['chosen_by'] == f'labels of {", ".join(found["probe_tasks"])}'
     names = [f'validation/probe_{t}_{k}' for t in found['probe_tasks'] for k in ('knn', 'linear')]
     config = config_of(root, **JUDGED)
-    persons = {p.name: p.scored.sum() for p in P.judges(config, P.pretrain_data(config)[0])[0]}
+    persons = {p.name: p.scored.sum() for p in P.judges(config, P.pretrain_data(config)).probes}
     weight = [persons[t] for t in found['probe_tasks'] for _ in range(2)]
     scores = [sum(w*h[n] for w, n in zip(weight, names))/sum(weight) for h in found['history']]
     assert found['best_epoch'] == 1+int(np.argmax(scores)) and found['validation_score'] == pytest.approx(max(scores))
@@ -193,8 +193,8 @@ def test_the_probe_chooses_the_best_epoch_and_is_tracked(root, tmp_path):
 def test_who_is_asked(root):
     from pahcl.probe import make_probes
     config = config_of(root, **JUDGED)
-    data, _, _ = P.pretrain_data(config)
-    persons = {k: set(c.table['person_id']) for k, c in data.items()}
+    splits = P.pretrain_data(config).splits
+    persons = {k: set(c.table['person_id']) for k, c in splits.items()}
     probes, _ = make_probes(config, persons)
     assert probes
     for p in probes:
@@ -273,8 +273,8 @@ def test_second_view_of_another_cycle(root, positives):
     assert torch.equal(torch.cat(parts), pair['x2'])
 
 def test_nobody_held_out_and_never_a_person_in_both(root):
-    data, facts, told = P.pretrain_data(config_of(root))
-    persons = {k: set(c.table['person_id']) | set(c.table['subject_id']) for k, c in data.items()}
+    splits = P.pretrain_data(config_of(root)).splits
+    persons = {k: set(c.table['person_id']) | set(c.table['subject_id']) for k, c in splits.items()}
     assert not persons['train'] & persons['validation'] and not (persons['train'] | persons['validation']) & heldout_persons(root/'downstream')
 
 def test_without_prepared_tasks_it_refuses(root, tmp_path):
@@ -282,8 +282,8 @@ def test_without_prepared_tasks_it_refuses(root, tmp_path):
     for folder in (tmp_path/'nothing', tmp_path/'empty'):
         where = {'data.base_dir': str(folder)}
         with pytest.raises(PahclError, match='not known who is held out. Run pahcl_prepare first, or give --include-heldout'): P.pretrain_data(config_of(root, **where))
-        _, facts, told = P.pretrain_data(config_of(root, **where, include_heldout_subjects=True))
-        assert 'WARNING' in told and len(facts['pretrain_persons']) == 24 and facts['heldout_persons'] == 0
+        data = P.pretrain_data(config_of(root, **where, include_heldout_subjects=True))
+        assert 'WARNING' in data.message and len(data.facts['pretrain_persons']) == 24 and data.facts['heldout_persons'] == 0
     assert script(root, '--output-dir', str(tmp_path/'out'), '--downstream-dir', str(tmp_path/'nothing')) == 1 and not (tmp_path/'out').exists()
 
 def test_without_validation_persons(root, tmp_path):
@@ -340,16 +340,13 @@ def apart(state):
 def test_a_killed_run_goes_on_to_the_same_end(root, tmp_path, monkeypatch):
     flags = {'training.num_epochs': 4, 'contrast.moco': True}
     whole = run(root, tmp_path/'a', **flags)
-    real = P.validator
-    def killed(*args):
-        validate = real(*args)
-        def wrapped(epoch):
-            if epoch == 2: raise KeyboardInterrupt
-            return validate(epoch)
-        return wrapped
-    monkeypatch.setattr(P, 'validator', killed)
+    real = P.PretrainRecipe.validate
+    def killed(self, epoch):
+        if epoch == 2: raise KeyboardInterrupt
+        return real(self, epoch)
+    monkeypatch.setattr(P.PretrainRecipe, 'validate', killed)
     with pytest.raises(KeyboardInterrupt): run(root, tmp_path/'b', **flags)
-    monkeypatch.setattr(P, 'validator', real)
+    monkeypatch.setattr(P.PretrainRecipe, 'validate', real)
     again = run(root, tmp_path/'b', **flags)
     assert 'goes on after epoch 2' in (again.parent/'train.log').read_text()
     a, b = (load_checkpoint(p.parent/'final_model.pt')['model_state_dict'] for p in (whole, again))

@@ -44,7 +44,7 @@ def test_completeness_of_an_encoder(trained):
     with torch.no_grad(): whole = answer(b['x'])-answer(torch.zeros_like(b['x']))
     assert torch.allclose(shares.sum((1, 2)), whole, atol=.03*float(whole.abs().max()))
     assert not shares[:, 0][b['phases'] == 0].any()
-    one, many = saliency(model, cycles, [2], [1], 16)[0], saliency(model, cycles, np.arange(4), [1]*4, 16, batch_size=3)[0]
+    one, many = saliency(model, cycles, [2], [1], 16).shares, saliency(model, cycles, np.arange(4), [1]*4, 16, batch_size=3).shares
     assert np.allclose(one[0], many[2], atol=1e-6)
 
 
@@ -53,7 +53,8 @@ def test_saliency_of_a_model_that_pools_by_state(trained):
     torch.manual_seed(0)
     model = Classifier(load_model(trained/'outputs'/'pascal_downstream'/'best_model.pt')[0].encoder, 3, pooling='phases').eval()
     cycles = Cycles.from_task(trained/'downstream'/'pascal', 'test')
-    shares, _, phases = saliency(model, cycles, np.arange(3), [0, 1, 2], 256)
+    found = saliency(model, cycles, np.arange(3), [0, 1, 2], 256)
+    shares, phases = found.shares, found.phases
     b = cycles.batch(np.arange(3))
     for row, c in enumerate((0, 1, 2)):
         answer = class_margin(model, b['valid_length'][[row]], c, b['phases'][[row]])

@@ -19,16 +19,15 @@ from pahcl.config import ContrastSection, TrainingSection
 from pahcl.contrastive_model import ContrastiveModel
 from pahcl.encoder import build_encoder
 from pahcl.runs import Run, choose_precision, first_difference, load_checkpoint, native_bfloat
-from pahcl.training import decays, fit, grouped, learning_rate, parameter_groups, shares
+from pahcl.training import Trainer, decays, grouped, learning_rate, parameter_groups, shares
 
 LINE = textwrap.dedent('''
     import sys, time, torch
     from pahcl.basics import generator
     from pahcl.config import TrainingSection
     from pahcl.runs import Run
-    from pahcl.training import fit, parameter_groups
+    from pahcl.training import Trainer, parameter_groups
     folder, pause, stop_at = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-    def stop(share): assert share < stop_at, 'stopped on purpose'
     x = torch.from_numpy(generator(0, 'x').normal(size=(101, 3)))
     y = x@torch.tensor([[1.], [-2.], [.5]], dtype=torch.float64)
     class Line(torch.nn.Module):
@@ -40,11 +39,19 @@ LINE = textwrap.dedent('''
             time.sleep(pause)
             error = (self.layer(batch['x'])-batch['y']).square()
             return error.mean(), dict(error=error[:, 0])
-    line, options = Line(), TrainingSection(num_epochs=6, batch_size=16, accumulation_steps=2, learning_rate=.05, warmup_epochs=1, num_workers=0, early_stopping_patience=0, save_steps=2)
-    with Run(folder, options.model_dump()) as run:
-        found = fit(run, line, parameter_groups(dict(line=line), 1e-4), lambda e: generator(1, 'rows', e).permutation(101), lambda r, e: dict(x=x[r], y=y[r]),
-                    lambda e: dict(score=float(e)), lambda: dict(kind='pretrain', model_state_dict=line.state_dict()), options, after_step=stop)
-        run.finish(dict(losses=[h['train/loss'] for h in found['history']]))
+    class Recipe:
+        batch_rows, score_name, objective = 16, 'score', Line()
+        groups = parameter_groups(dict(line=objective), 1e-4)
+        settings = TrainingSection(num_epochs=6, batch_size=16, accumulation_steps=2, learning_rate=.05, warmup_epochs=1, num_workers=0, early_stopping_patience=0, save_steps=2)
+        def epoch_rows(self, epoch): return generator(1, 'rows', epoch).permutation(101)
+        def make_batch(self, rows, epoch): return dict(x=x[rows], y=y[rows])
+        def validate(self, epoch): return dict(score=float(epoch))
+        def training_scores(self, values): return {}
+        def checkpoint(self): return dict(kind='pretrain', model_state_dict=self.objective.state_dict())
+        def after_step(self, share): assert share < stop_at, 'stopped on purpose'
+    with Run(folder, Recipe.settings.model_dump()) as run:
+        found = Trainer(run, Recipe()).fit()
+        run.finish(dict(losses=[h['train/loss'] for h in found.history]))
 ''')
 
 
@@ -160,20 +167,29 @@ class Net(torch.nn.Module):
         return loss, dict(cross_entropy=loss)
 
 
+class NetRecipe:
+    "64 made rows, softmax; stopped in the third epoch's validation where asked for."
+    batch_rows, score_name = 16, 'score'
+    def __init__(self, net, settings, stop):
+        g = torch.Generator().manual_seed(0)
+        self.x, self.y = torch.randn(64, 8, generator=g), torch.randint(0, 3, (64,), generator=g)
+        self.objective, self.settings, self.stop, self.groups = net, settings, stop, parameter_groups(dict(net=net), 0.)
+    def epoch_rows(self, epoch): return np.random.default_rng(epoch).permutation(64)
+    def make_batch(self, rows, epoch): return dict(x=self.x[rows], y=self.y[rows])
+    def validate(self, epoch):
+        if self.stop and epoch == 2: raise KeyboardInterrupt
+        with torch.no_grad(): return dict(score=-float(self.objective.eval()(self.make_batch(slice(0, 64), 0))[0]))
+    def training_scores(self, values): return values
+    def checkpoint(self): return dict(kind='pretrain', model_state_dict=self.objective.state_dict())
+    def after_step(self, share): pass
+
+
 def train_net(folder, scaled=False, stop=False, **options):
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(64, 8, generator=g), torch.randint(0, 3, (64,), generator=g)
     net, settings = Net(), TrainingSection(num_epochs=4, batch_size=16, learning_rate=0.01, warmup_epochs=1, num_workers=0, accumulation_steps=2, **options)
-    batch = lambda rows, epoch: dict(x=x[rows], y=y[rows])
-    def validate(epoch):
-        if stop and epoch == 2: raise KeyboardInterrupt
-        with torch.no_grad(): return dict(score=-float(net.eval()(batch(slice(0, 64), 0))[0]))
     run = Run(folder, settings.model_dump(), use_amp=settings.use_amp)
     if scaled:  # what accelerate sets up on a GPU without bfloat16; on a CPU it does not offer it, though PyTorch does
         run.accelerator.scaler, run.accelerator.native_amp, run.accelerator.state._mixed_precision = torch.amp.GradScaler('cpu', growth_interval=3), True, 'fp16'
-    with run:
-        found = fit(run, net, parameter_groups(dict(net=net), 0.), lambda e: np.random.default_rng(e).permutation(64), batch, validate,
-                    lambda: dict(kind='pretrain', model_state_dict=net.state_dict()), settings)
+    with run: found = Trainer(run, NetRecipe(net, settings, stop)).fit()
     return net, found, run
 
 
@@ -185,7 +201,7 @@ def test_half_precision_is_for_the_forward_pass_of_training_only(tmp_path, monke
     assert all(p.dtype == torch.float32 and p.grad is None or p.grad.dtype == torch.float32 for p in half.parameters())
     full, other, _ = train_net(tmp_path/'full', use_amp=False)
     assert {n for n in full.notes} == {('forward', torch.float32), ('backward', False)}
-    losses, exact = ([h['train/loss'] for h in f['history']] for f in (found, other))
+    losses, exact = ([h['train/loss'] for h in f.history] for f in (found, other))
     assert losses != exact and np.allclose(losses, exact, atol=0.01)
     fresh = Net()
     fresh.load_state_dict(half.state_dict())
@@ -198,7 +214,7 @@ def test_scaled_losses_change_nothing_but_roundings(tmp_path):
     full, other, _ = train_net(tmp_path/'full', use_amp=False, grad_clip_norm=0.5)
     scaled, found, run = train_net(tmp_path/'scaled', scaled=True, grad_clip_norm=0.5)
     assert scaled.notes[0] == ('forward', torch.float16) and scaled.notes[-1] == ('forward', torch.float32)
-    assert np.allclose([h['train/loss'] for h in found['history']], [h['train/loss'] for h in other['history']], atol=0.01)
+    assert np.allclose([h['train/loss'] for h in found.history], [h['train/loss'] for h in other.history], atol=0.01)
     for a, b in zip(full.parameters(), scaled.parameters()): torch.testing.assert_close(a, b, atol=0.01, rtol=0.05)
     assert run.accelerator.scaler.get_scale() == 65536*4  # 8 steps, doubled every third
     with pytest.raises(KeyboardInterrupt): train_net(tmp_path/'killed', scaled=True, stop=True, grad_clip_norm=0.5)

@@ -157,3 +157,45 @@ def test_every_default_step_changes_features(heard, name):
     found = {step: change({step: defaults[step]} | on) for step, on in ALONE.items()}
     assert ALONE.keys() == OFF.keys() and min(found.values()) > LEAST, found
     assert change({}) < 1e-5
+
+# recorded before the steps of a view became classes of their own
+RECORDED = dict(
+    time_shift=[0.051268, -0.098593, 0.075578],
+    time_stretch=[-0.074829, 0.075264, 0.006879],
+    polarity=[0.0, 1.0, 0.0],
+    noise=[0.0, 1.0, 0.0],
+    noise_snr_db=[16.504803, 11.238594, 23.423973],
+    noise_colour=[0.153618, 0.264129, 0.167208],
+    respiration=[0.0, 0.0, 0.0],
+    respiration_rate=[0.524028, 0.394091, 0.49194],
+    respiration_angle=[0.749412, 0.601654, 0.843639],
+    respiration_depth=[0.4931, 0.229879, 0.169416],
+    time_mask=[0.0, 0.0, 0.0],
+    time_mask_width=[0.886978, 0.071387, 0.757324],
+    time_mask_start=[0.007293, 0.603552, 0.633265],
+    frequency_mask=[0.0, 0.0, 1.0],
+    frequency_mask_width=[0.218683, 0.799253, 0.095784],
+    frequency_mask_start=[0.709013, 0.616452, 0.59662],
+    band_filter=[0.0, 1.0, 0.0],
+    band_filter_low_hz=[58.064781, 36.841839, 36.832375],
+    band_filter_high_hz=[227.888412, 349.819275, 302.183502],
+)
+DEFAULT_VIEWS = [[-0.31878, 1.36916, -0.94108], [-0.88393, -0.60153, 1.69174], [1.3995, -0.13731, -0.94382], [-1.27727, 1.29742, 1.07121], [1.17885, -0.11386, -0.18979], [-0.73229, -1.12827, -0.8766]]
+ALL_STEPS = [[0.00756, -0.53885, 1.2979], [-0.89182, -0.79716, 1.54309], [-0.99374, 0.07099, 1.12023], [-1.12362, 0.22772, 1.273]]
+
+def test_views_are_those_of_earlier_versions():
+    "Draws to the last digit that is written here, views up to rounding: a change of the order of columns or steps changes every result."
+    t, keys = torch.arange(1000), sample_keys(torch.arange(12), 3, 1)
+    g = torch.Generator().manual_seed(0)
+    n = torch.randint(300, 1001, (12,), generator=g)
+    phases = ((t*4//n[:, None]+1)*(t < n[:, None])).to(torch.uint8)
+    x = (torch.sin(t*t/3000+torch.arange(12)[:, None])*(phases > 0))[:, None]
+    views = Views(AugmentationSection())
+    draw = views.draws(7, keys)
+    assert draw.keys() == RECORDED.keys()
+    for k, v in RECORDED.items(): assert draw[k][:3].tolist() == pytest.approx(v, abs=1e-5), k
+    y, p = views(x, phases, 5000, 7, keys)
+    assert p.sum(1).tolist() == [1644, 1693, 1331, 1380, 2084, 2140, 2147, 1270, 2044, 1723, 1216, 2425]
+    torch.testing.assert_close(y[:6, 0, [5, 100, 250]], torch.tensor(DEFAULT_VIEWS), atol=1e-3, rtol=0)
+    every = Views(AugmentationSection(**{k: 1.0 for k in OFF if k.endswith('probability')}))
+    torch.testing.assert_close(every(x, phases, 5000, 7, keys)[0][:4, 0, [5, 100, 250]], torch.tensor(ALL_STEPS), atol=1e-3, rtol=0)
