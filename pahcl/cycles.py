@@ -288,7 +288,7 @@ def _done_before(raw_dir, output_dir, names, key_of):
     from pahcl.download import DATASETS, recordings
     found = {_done(p.parent).get('dataset') for p in Path(output_dir).glob('subject_*/*/.done.json')}
     tables = []
-    for name in (n for n in SOURCES if n in found and n not in names):
+    for name in (n for n in DATASETS if n in found and n not in names):
         # those that were not asked for are not there
         try: table = recordings(raw_dir, name, unreadable=True, keep_withdrawn=True)
         except PahclError: continue                                     # its raw data are gone
