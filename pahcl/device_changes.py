@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROOM_NOISES', 'edge_response', 'resonance_response', 'equaliser_response', 'draw_response', 'through_device',
-           'slow_gain', 'room_noise', 'add_room_noise', 'change_device', 'changed_copy']
+           'slow_gain', 'room_noise', 'add_room_noise', 'change_device', 'ChangedCopy', 'changed_copy']
 
 # %% ../nbs/01i_device_changes.ipynb #fdbbb707
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.fft
 
-from .hard_cases import mixed, voices
-from .heart_sounds import add_at, coloured_noise, touch
-from .signal import resample
+from .heart_sounds import add_at, touch
+from .signal import coloured_noise, mixed, resample, voices
 
 # %% ../nbs/01i_device_changes.ipynb #bd654ffc
 def edge_response(
@@ -25,6 +26,7 @@ def edge_response(
     x = 1j*np.asarray(frequency)/edge
     return (x/(1+x) if kind == 'high' else 1/(1+x))**order
 
+# %% ../nbs/01i_device_changes.ipynb #2835d088
 def resonance_response(
     frequency,       # [n] Hz
     centre,          # Hz
@@ -35,6 +37,7 @@ def resonance_response(
     f = np.maximum(frequency, 1e-3)
     return 1+(10**(gain_db/20)-1)/(1+1j*sharpness*(f/centre-centre/f))
 
+# %% ../nbs/01i_device_changes.ipynb #f1cb5995
 def equaliser_response(
     frequency,                                   # [n] Hz
     gains_db,                                    # one a knot
@@ -52,13 +55,16 @@ def draw_response(
 ) -> np.ndarray:     # [n] complex gain
     "A device."
     gain = np.ones(len(frequency), complex)
-    if rng.random() < 0.6: gain = gain*edge_response(frequency, _between(rng, 10, 90), int(rng.integers(1, 4)))
-    if rng.random() < 0.6: gain = gain*edge_response(frequency, _between(rng, 80, 700), int(rng.integers(1, 4)), 'low')
+    for low, high, kind in ((10, 90, 'high'), (80, 700, 'low')):
+        if rng.random() < 0.6:
+            gain = gain*edge_response(frequency, _between(rng, low, high), int(rng.integers(1, 4)), kind)
     if rng.random() < 0.5: gain = gain*equaliser_response(frequency, rng.normal(0, 6, 7))
     for _ in range(rng.integers(0, 3)):
-        gain = gain*resonance_response(frequency, _between(rng, 30, 400), _between(rng, 1, 8), rng.uniform(3, 18))
+        centre, sharpness = _between(rng, 30, 400), _between(rng, 1, 8)
+        gain = gain*resonance_response(frequency, centre, sharpness, rng.uniform(3, 18))
     return gain
 
+# %% ../nbs/01i_device_changes.ipynb #17b6feef
 def through_device(
     signal,          # [T]
     sample_rate,     # Hz
@@ -66,9 +72,11 @@ def through_device(
     draw=draw_response,
 ) -> np.ndarray:     # [T]
     "A sound through a device that is drawn."
-    length = scipy.fft.next_fast_len(len(signal)+sample_rate//2, real=True)      # half a second for what rings on
+    # half a second for what rings on
+    length = scipy.fft.next_fast_len(len(signal)+sample_rate//2, real=True)
     frequency = scipy.fft.rfftfreq(length, 1/sample_rate)
-    return scipy.fft.irfft(scipy.fft.rfft(signal, length)*draw(frequency, rng), length)[:len(signal)]
+    spectrum = scipy.fft.rfft(signal, length)*draw(frequency, rng)
+    return scipy.fft.irfft(spectrum, length)[:len(signal)]
 
 # %% ../nbs/01i_device_changes.ipynb #cb8ff2f9
 def slow_gain(
@@ -80,16 +88,20 @@ def slow_gain(
 ) -> np.ndarray:     # [length]
     "Contact that comes and goes."
     knots = int(length/sample_rate/seconds)+3
-    return 10**(np.interp(np.arange(length)/sample_rate/seconds, np.arange(knots), rng.normal(0, db, knots))/20)
+    time, gains_db = np.arange(length)/sample_rate/seconds, rng.normal(0, db, knots)
+    return 10**(np.interp(time, np.arange(knots), gains_db)/20)
 
+# %% ../nbs/01i_device_changes.ipynb #bac88a08
 def _rubbing(length, sample_rate, rng):
     "bursts of friction, of 50 ms to 1.5 s"
     out = 0.05*coloured_noise(length, sample_rate, rng, rng.uniform(0, 2))
     for start in rng.integers(0, length, rng.poisson(0.3*length/sample_rate)+1):
         size = max(16, int(rng.uniform(0.05, 1.5)*sample_rate))
-        add_at(out, int(start), coloured_noise(size, sample_rate, rng, rng.uniform(0, 2))*np.hanning(size)*rng.lognormal(0, 0.7))
+        noise = coloured_noise(size, sample_rate, rng, rng.uniform(0, 2))
+        add_at(out, int(start), noise*np.hanning(size)*rng.lognormal(0, 0.7))
     return out
 
+# %% ../nbs/01i_device_changes.ipynb #c06822d4
 ROOM_NOISES = ('steady', 'gusts', 'speech', 'friction', 'breath')
 
 def room_noise(
@@ -103,7 +115,9 @@ def room_noise(
     noise = coloured_noise(length, sample_rate, rng, rng.uniform(0, 2))
     if kind == 'gusts': return noise*slow_gain(length, sample_rate, rng, rng.uniform(0.1, 2), 8)
     if kind == 'speech': return voices(length, sample_rate, rng)+0.1*noise
-    if kind == 'breath': return noise*(1+np.sin(2*np.pi*(np.arange(length)/sample_rate/rng.uniform(1, 5)+rng.random())))**2
+    if kind == 'breath':
+        phase = 2*np.pi*(np.arange(length)/sample_rate/rng.uniform(1, 5)+rng.random())
+        return noise*(1+np.sin(phase))**2
     return noise
 
 # %% ../nbs/01i_device_changes.ipynb #be5ad5da
@@ -117,12 +131,15 @@ def add_room_noise(
     noise = room_noise(ROOM_NOISES[rng.integers(len(ROOM_NOISES))], len(signal), sample_rate, rng)
     return mixed(signal, noise, -below_db)
 
+# %% ../nbs/01i_device_changes.ipynb #1e353e41
 def _touched(signal, sample_rate, rng):
     "touches of the stethoscope, two every three seconds"
     out = signal.copy()
-    for start in rng.integers(0, len(out), rng.poisson(0.7*len(out)/sample_rate)): add_at(out, int(start), 12*signal.std()*touch(sample_rate, rng))
+    for start in rng.integers(0, len(out), rng.poisson(0.7*len(out)/sample_rate)):
+        add_at(out, int(start), 12*signal.std()*touch(sample_rate, rng))
     return out
 
+# %% ../nbs/01i_device_changes.ipynb #b968451e
 def change_device(
     signal,          # [T]
     sample_rate,     # Hz
@@ -135,16 +152,27 @@ def change_device(
     if first: x = through_device(x, sample_rate, rng)
     if rng.random() < 0.75: x = add_room_noise(x, sample_rate, rng, rng.uniform(-3, 25))
     if rng.random() < 0.2: x = _touched(x, sample_rate, rng)
-    if rng.random() < 0.2: x = np.clip(x, *(np.quantile(np.abs(x), rng.uniform(0.9, 0.999))*np.array([-1, 1])))
+    if rng.random() < 0.2:
+        limits = np.quantile(np.abs(x), rng.uniform(0.9, 0.999))*np.array([-1, 1])
+        x = np.clip(x, *limits)                                         # in double precision
     if not first: x = through_device(x, sample_rate, rng)
     return x.astype(np.float32)
+
+# %% ../nbs/01i_device_changes.ipynb #0ff635aa
+@dataclass(frozen=True, eq=False)
+class ChangedCopy:
+    "A heart sound as another device would have recorded it, faster or slower."
+    signal: np.ndarray    # [T] float32
+    sample_rate: int      # Hz
+    speed: float          # what was at t s is at t / speed
 
 def changed_copy(
     signal,          # [T], as recorded
     sample_rate,     # Hz
     rng,             # a generator
     rate=2000,       # Hz, of the copy: all that the segmenter hears
-):                   # (signal float32, its sample rate in Hz, speed: what was at t s is at t / speed)
-    "A heart sound through another device, faster or slower."
+) -> ChangedCopy:
+    "Record a heart sound through another device, faster or slower."
     speed = float(np.exp(rng.uniform(-0.15, 0.15)))
-    return resample(change_device(resample(signal, sample_rate, rate), rate, rng), rate*speed, rate), rate, speed
+    changed = change_device(resample(signal, sample_rate, rate), rate, rng)
+    return ChangedCopy(resample(changed, rate*speed, rate), rate, speed)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['missing_bytes', 'read_recording', 'resample', 'bandpass_sections', 'bandpass', 'remove_spikes', 'hilbert_envelope',
            'homomorphic_envelope', 'band_powers', 'frame_means', 'clipped_share', 'flat_share', 'autocorrelation',
-           'quality_parts', 'quality_index']
+           'quality_parts', 'quality_index', 'coloured_noise', 'voices', 'mixed']
 
 # %% ../nbs/01a_signal.ipynb #37b02781
 import struct
@@ -13,8 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import scipy.fft
-import scipy.signal
+import scipy     # its parts are loaded at first use
 import soundfile
 import soxr
 
@@ -140,13 +139,14 @@ def homomorphic_envelope(
 # %% ../nbs/01a_signal.ipynb #558ea4d3
 @lru_cache(maxsize=16)
 def _band_matrices(window, sample_rate, bands):
-    "cos and sin rows [window, lines] of a Hann-windowed DFT, and which line belongs to which band [lines, bands]"
-    frequency = np.fft.rfftfreq(2*window, 1/sample_rate)      # twice as many lines as samples need: narrow bands hold several
+    "cos and sin [2, window, lines] of a Hann-windowed DFT, and which line belongs to which band [lines, bands]"
+    frequency = np.fft.rfftfreq(2*window, 1/sample_rate)      # twice as many lines as needed: narrow bands hold several
     lines = frequency[(frequency >= bands[0][0]) & (frequency <= bands[-1][1])]
     phase = 2*np.pi*np.outer(np.arange(window)-(window-1)/2, lines)/sample_rate
     taper = scipy.signal.get_window('hann', window)[:, None]*np.sqrt(8/3)/window
     inside = np.stack([(lines >= low) & (lines < high) for low, high in bands], 1)
-    return (taper*np.cos(phase)).astype(np.float32), (taper*np.sin(phase)).astype(np.float32), (inside/inside.sum(0)).astype(np.float32)
+    waves = np.stack([taper*np.cos(phase), taper*np.sin(phase)]).astype(np.float32)
+    return waves, (inside/inside.sum(0)).astype(np.float32)
 
 # %% ../nbs/01a_signal.ipynb #2be75ab5
 def band_powers(
@@ -162,7 +162,7 @@ def band_powers(
     padded = np.pad(np.asarray(signal, np.float32), (window, window))
     starts = np.round(centre-window/2).astype(int)+window
     pieces = np.lib.stride_tricks.sliding_window_view(padded, window)[starts]
-    real, imaginary, inside = _band_matrices(window, sample_rate, tuple(map(tuple, bands)))
+    (real, imaginary), inside = _band_matrices(window, sample_rate, tuple(map(tuple, bands)))
     return ((pieces@real)**2+(pieces@imaginary)**2)@inside
 
 # %% ../nbs/01a_signal.ipynb #3f5aeb44
@@ -243,3 +243,47 @@ def quality_index(
 ) -> float:            # 0 to 1
     "The worst of `quality_parts`: blind to the spectrum, so that a murmur costs nothing."
     return float(min(quality_parts(signal, sample_rate, **known).values()))
+
+# %% ../nbs/01a_signal.ipynb #8d51e37d
+def coloured_noise(
+    length,           # samples
+    sample_rate,      # Hz
+    rng,              # a generator
+    colour=1.,        # power falls as 1/frequency^colour; flat below 20 Hz
+    band=None,        # (low, high) Hz: nothing outside
+) -> np.ndarray:      # [length], mean power 1 between 25 and 400 Hz (or in the band)
+    "Gaussian noise of a colour."
+    frequency = np.fft.rfftfreq(length, 1/sample_rate)
+    shape = np.maximum(frequency, 20)**(-colour/2)
+    if band: shape = shape*np.clip((frequency-0.8*band[0])/(0.2*band[0]), 0, 1)*np.clip((1.2*band[1]-frequency)/(0.2*band[1]), 0, 1)
+    spectrum = shape*(rng.standard_normal(len(frequency))+1j*rng.standard_normal(len(frequency)))
+    spectrum[0] = 0
+    low, high = (0, sample_rate) if band else (25, 400)
+    power = 2*(np.abs(spectrum[(frequency >= low) & (frequency <= high)])**2).sum()/length**2
+    return np.fft.irfft(spectrum, length)/np.sqrt(max(power, 1e-30))
+
+# %% ../nbs/01a_signal.ipynb #0187652a
+def voices(
+    length,          # samples
+    sample_rate,     # Hz
+    rng,             # a generator
+) -> np.ndarray:     # [length], largest amplitude about 1
+    "Something like speech through a chest piece: syllables of 80 to 250 ms, four harmonics of a gliding pitch between 100 and 250 Hz."
+    out, start = np.zeros(length+sample_rate), 0
+    while start < length:
+        n = int(rng.uniform(0.08, 0.25)*sample_rate)
+        pitch = rng.uniform(100, 250)*(1+rng.uniform(-0.2, 0.2)*np.linspace(0, 1, n))
+        phase = 2*np.pi*np.cumsum(pitch)/sample_rate
+        out[start:start+n] += rng.uniform(0.3, 1)*np.hanning(n)*sum(np.sin(k*phase)/k for k in range(1, 5))
+        start += n+int(rng.exponential(0.12)*sample_rate)
+    return out[:length]/2
+
+# %% ../nbs/01a_signal.ipynb #fd08f0a7
+def mixed(
+    signal,          # [T]
+    other,           # [T]
+    db,              # loudness of `other` against `signal`, both root mean square
+) -> np.ndarray:     # [T] float32
+    "A sound over another."
+    power = lambda x: np.mean(np.square(x, dtype=np.float64))
+    return (signal+other*np.sqrt(power(signal)/max(power(other), 1e-12))*10**(db/20)).astype(np.float32)

@@ -1,6 +1,7 @@
 "Hard cases: every one is what it says, exactly annotated and reproducible, and the segmenter has a floor on each"
 import numpy as np, pytest
-from pahcl.hard_cases import HARD_CASES, hard_case, mixed, voices
+from pahcl.hard_cases import HARD_CASES, hard_case
+from pahcl.signal import mixed, voices
 from pahcl.states import pool_scores, score_states, segment
 
 FLOOR = {'irregular beats': 0.75}     # measured 0.85 on six hearts; all others 0.977 and above

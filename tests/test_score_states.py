@@ -6,9 +6,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 from pahcl.basics import PahclError, logger
 from pahcl.download import read_annotation
-from pahcl.score_states import annotation_files, f1_interval, pahcl_score_states, recording_groups, score_folders, score_report, write_states
+from pahcl.score_states import annotation_files, f1_interval, pahcl_score_states, recording_groups, score_folders, score_report
 from pahcl.simulate import simulate_dataset, simulate_recording
-from pahcl.states import segment
+from pahcl.states import segment, write_states
 
 @pytest.fixture(autouse=True, scope='module')
 def quiet():

@@ -1,20 +1,25 @@
 "Heart states: the decoder is exact, the scores agree with an oracle, whatever comes in gives valid states, real persons held out are segmented well"
 import itertools, os
+from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 from pahcl.basics import PahclError
 from pahcl.simulate import simulate_recording
-from pahcl.hard_cases import voices
-from pahcl.state_fitting import (StateNetwork, annotated, beats, beat_confidence, beats_right, draw_batch, drawing_chances, fit_crosswise, fit_parameters, left_out_parts, network_arrays,
-                                 person_fold, read_annotated, reliability, score_left_out, score_recordings)
-from pahcl.states import (HEARD, PERIODS, best_states, decode, dilated_convolution, duration_tables, frame_features, heartbeat_probability, load_parameters, match_onsets, mean_durations, network_outputs, pool_scores,
-                          score_states, segment, segment_features, standardise, state_at, state_logits)
+from pahcl.signal import voices
+from pahcl.left_out_scores import left_out_parts, score_left_out, score_recordings
+from pahcl.segmenter_confidence import beat_confidence, beats_right, reliability
+from pahcl.state_fitting import (StateNetwork, annotated, beats, draw_batch, drawing_chances, fit_crosswise,
+                                 fit_parameters, network_arrays, person_fold, read_annotated)
+from pahcl.states import (HEARD, PERIODS, SegmenterParameters, best_states, dilated_convolution, duration_tables,
+                          frame_features, load_parameters, match_onsets, network_outputs, pool_scores, score_states,
+                          segment, segment_features, standardise)
 
 def table(rows): return pd.DataFrame(rows, columns=['start_s', 'end_s', 'state'])
 
-def likelihood(states, score, tables, shortest, longest):
+def likelihood(states, score, model):
     "the definition of the model, segment by segment: no recursion"
+    tables, shortest, longest = model.log, model.shortest, model.longest
     runs = [(int(k), len(list(g))) for k, g in itertools.groupby(states)]
     total = sum(score[i, k] for i, k in enumerate(states))
     for n, (k, d) in enumerate(runs):
@@ -29,26 +34,26 @@ def likelihood(states, score, tables, shortest, longest):
 def test_decode_is_exact(frames, seed, loudness):
     rng = np.random.default_rng(seed)
     score, model = loudness*rng.standard_normal((frames, 4)), duration_tables(rng.uniform(1, 3, 4), rng.uniform(0.2, 1, 4))
-    value, states = decode(np.r_[np.zeros((1, 4)), score.cumsum(0)], *model)
+    value, states = model.decode(np.r_[np.zeros((1, 4)), score.cumsum(0)])
     cyclic = ([(a+n)%4 for n in itertools.accumulate(steps, initial=0)] for a in range(4) for steps in itertools.product((0, 1), repeat=frames-1))   # all others are impossible
-    assert value == pytest.approx(max(likelihood(s, score, *model) for s in cyclic), abs=1e-9)
-    assert value == pytest.approx(likelihood(states, score, *model), abs=1e-9)
+    assert value == pytest.approx(max(likelihood(s, score, model) for s in cyclic), abs=1e-9)
+    assert value == pytest.approx(likelihood(states, score, model), abs=1e-9)
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 400), st.floats(0.3, 1.71), st.integers(0, 2**31))
 def test_every_length_can_be_decoded(frames, period, seed):
-    model = duration_tables(*(50*x for x in mean_durations(period)))
+    model = duration_tables(*(50*x for x in load_parameters().mean_durations(period)))
     score = np.random.default_rng(seed).standard_normal((frames, 4))
-    value, states = decode(np.r_[np.zeros((1, 4)), score.cumsum(0)], *model)
-    assert value == pytest.approx(likelihood(states, score, *model), rel=1e-9)          # the path it returns is worth what it says
+    value, states = model.decode(np.r_[np.zeros((1, 4)), score.cumsum(0)])
+    assert value == pytest.approx(likelihood(states, score, model), rel=1e-9)          # the path it returns is worth what it says
     assert set(np.diff(states)%4) <= {0, 1}
 
 def test_durations_are_probabilities():
     for p in PERIODS:
-        tables, shortest, longest = duration_tables(*(50*x for x in mean_durations(p)))
-        inner, last, first, _ = np.exp(tables)
+        model = duration_tables(*(50*x for x in load_parameters().mean_durations(p)))
+        inner, last, first, _ = np.exp(model.log)
         assert np.allclose(inner.sum(1), 1) and np.allclose(last[:, 1], 1) and first[:, 1:].sum() == pytest.approx(1)
-        assert (np.diff(last, axis=1) <= 1e-12).all() and (shortest >= 1).all() and (longest > shortest).all()
+        assert (np.diff(last, axis=1) <= 1e-12).all() and (model.shortest >= 1).all() and (model.longest > model.shortest).all()
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 3), max_size=12), st.lists(st.floats(0, 3), max_size=12), st.floats(0.01, 0.3))
@@ -149,7 +154,7 @@ def test_noise_is_no_heart():
     assert segment(np.zeros(20000), 2000).confidence.max() < 0.5
 
 def test_fast_hearts_are_not_halved():
-    rates = [60/best_states(frame_features(simulate_recording(20, 2000, r, noise_db=-15, seed=s)[0], 2000))[1] for r in (170, 175) for s in range(4)]
+    rates = [60/best_states(frame_features(simulate_recording(20, 2000, r, noise_db=-15, seed=s)[0], 2000)).period_s for r in (170, 175) for s in range(4)]
     assert (np.abs(np.array(rates)-172) < 18).mean() > 0.85
 
 def test_one_known_rate_can_be_given():
@@ -170,9 +175,9 @@ def test_network_in_numpy_is_that_of_torch(networks, frames, shape, seed):
 def test_packaged_network_does_not_need_double_precision():
     p = load_parameters()
     features = frame_features(simulate_recording(10, 2000, 80, noise_db=-10, seed=3)[0], 2000)
-    double = dict(p, emission={k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in p['emission'].items()})
-    assert np.abs(np.exp(state_logits(features))-np.exp(state_logits(features, double))).max() < 1e-3
-    assert np.allclose(np.exp(state_logits(features)).sum(1), 1)
+    double = replace(p, emission={k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in p.emission.items()})
+    assert np.abs(np.exp(p.state_logits(features))-np.exp(double.state_logits(features))).max() < 1e-3
+    assert np.allclose(np.exp(p.state_logits(features)).sum(1), 1)
 
 def test_segmenting_needs_no_torch():
     import subprocess, sys
@@ -217,8 +222,8 @@ def test_same_seed_same_parameters(few):
     _, data = few
     one, two, other = (fit_parameters(data[:12], seed=seed, **SMALL) for seed in (0, 0, 1))
     for group in ('emission', 'durations', 'confidence', 'heartbeat'):
-        assert all(np.array_equal(one[group][k], two[group][k]) for k in one[group])
-    assert not np.array_equal(one['emission']['weights_0'], other['emission']['weights_0'])
+        assert all(np.array_equal(v, getattr(two, group)[k]) for k, v in getattr(one, group).items())
+    assert not np.array_equal(one.emission['weights_0'], other.emission['weights_0'])
 
 def test_folds_are_disjoint_by_person(few):
     table, data = few
@@ -253,8 +258,7 @@ def test_drawn_stretches_are_what_they_say(few):
     assert np.allclose(drawing_chances(['a']*9+['b']*4), [3/5/9]*9+[2/5/4]*4)
 
 def heard(signal, rate=2000):
-    features = frame_features(signal, rate)
-    return heartbeat_probability(features, segment_features(features, len(signal)/rate)[1]) >= HEARD
+    return segment_features(frame_features(signal, rate), len(signal)/rate).heartbeat_probability() >= HEARD
 
 def test_no_heartbeat_is_said():
     rng = np.random.default_rng(11)
@@ -269,11 +273,11 @@ def test_beats_leave_gaps_out():
 
 def test_packaged_parameters_say_where_they_are_from():
     p = load_parameters()
-    made = p['made_from']
+    made = p.made_from
     assert 'Oliveira' in str(made['data']) and 'Liu' in str(made['data']) and 'ODC-By' in str(made['data'])
     assert made['scores']['CirCor']['f1'] > 0.95 and made['scores']['2016']['f1'] > 0.96 and made['scores']['2016, changed by hand']['f1'] > 0.93
     assert made['fitted_on']['circor']['persons'] > 400 and 'three fits' in made['scores_of']
-    assert all(np.isfinite(v).all() for g in ('emission', 'durations') for v in p[g].values())
+    assert all(np.isfinite(v).all() for g in (p.emission, p.durations) for v in g.values())
     with pytest.raises(PahclError): load_parameters('no/such.json')
 
 @pytest.mark.skipif('PAHCL_RAW_DIR' not in os.environ, reason='PAHCL_RAW_DIR names no real recordings')
@@ -286,7 +290,7 @@ def test_real_recordings(dataset):
 
 def test_durations_of_few_hearts_can_be_decoded():
     "a line through hearts of one rate may cross zero at another: no state gets shorter than a frame, and the decoder ends"
-    p = dict(durations=dict(constant_s=np.array([0.1, -0.03, 0.35]), per_root=np.array([0., 0.2, -0.5]), spread_s=np.full(3, 0.01), diastole_spread=0.05))
+    p = SegmenterParameters(durations=dict(constant_s=np.array([0.1, -0.03, 0.35]), per_root=np.array([0., 0.2, -0.5]), spread_s=np.full(3, 0.01), diastole_spread=0.05))
     for period in PERIODS:
-        mean, spread = mean_durations(period, p)
-        assert mean.min() >= 0.02 and np.isfinite(duration_tables(50*mean, 50*spread)[0]).all()
+        mean, spread = p.mean_durations(period)
+        assert mean.min() >= 0.02 and np.isfinite(duration_tables(50*mean, 50*spread).log).all()
