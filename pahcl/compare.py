@@ -15,10 +15,10 @@ import pandas as pd
 from scipy.stats import norm, rankdata, wilcoxon
 
 from .basics import PahclError, existing, generator, some
-from .pipeline import evaluation_folder
 from .metrics import auroc
 from .resampling import interval, number_persons, p_value, resampling_weights
 from .uncertainty import bootstrap_scores
+from .pipeline import evaluation_folder
 
 # %% ../nbs/06j_compare.ipynb #2938355c
 def placements(
