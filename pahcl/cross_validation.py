@@ -12,12 +12,13 @@ __all__ = ['SPLITS', 'deal', 'fold_splits', 'person_devices', 'device_splits', '
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+from .aggregation import CHOSEN, Decisions, check_rules, check_threshold
 from .basics import PahclError, UsageError, existing, generator, logger, read_json, write_json, write_text
-from .evaluate import bag_note, check_rules, choose_thresholds, open_split, predict_split, settle, validation_answers
-from .evaluation_report import all_notes, write_evaluation
-from .fold_scores import CHOSEN, fold_sections, reason_notes, score_folds
+from .evaluate import bag_note, open_model, open_split, predict_validation
+from .fold_scores import fold_sections, reason_notes, score_folds
 from .tables import Task
 
 # %% ../nbs/06n_cross_validation.ipynb #6afc9c01
@@ -148,16 +149,19 @@ def pretraining_persons(
 
 # %% ../nbs/06n_cross_validation.ipynb #4a749461
 def judge_fold(
-    checkpoint, task: str, data_dir,             # of the fold
-    rule='mean', subject_rule=None, threshold='argmax', raw_dir=None,  # as in `pahcl.evaluate.evaluate`
-) -> dict:                                       # `levels` of `decided_levels`, `chosen` of `settle`, `shortcuts` of `pahcl.floors.shortcut_answers`
-    "What a fold's model says about those it has not met."
+    checkpoint, task: str, data_dir,                      # of the fold
+    rule='mean', subject_rule=None, threshold='argmax',   # see `Decisions.make`
+    raw_dir=None,                                         # folder of raw data, for the floor of demographics
+) -> Decisions:                                           # with what the shortcuts say of the same subjects
+    "Predict those whom a fold's model has not met, and decide."
     from pahcl.floors import shortcut_answers
     cycles, prepared = open_split(task, data_dir, 'test')
-    told, asked = (cycles.table, predict_split(checkpoint, cycles, prepared)[0]), subject_rule in CHOSEN or threshold != 'argmax'
-    val = validation_answers(checkpoint, prepared, 'test') if asked else None
-    levels, chosen, _ = settle(told, val, prepared, 'test', rule, subject_rule, threshold)
-    return dict(levels=levels, chosen=chosen, shortcuts=shortcut_answers(prepared, levels['subject'][0]['subject_id'], raw_dir))
+    model, asked = open_model(checkpoint, prepared), subject_rule in CHOSEN or threshold != 'argmax'
+    validation = predict_validation(model, 'test') if asked else None
+    predictions = model.predict(cycles)
+    decisions = Decisions.make(predictions, prepared, 'test', validation, rule, subject_rule, threshold)
+    subjects = decisions.levels['subject'].table['subject_id']
+    return replace(decisions, baselines=shortcut_answers(prepared, subjects, raw_dir))
 
 # %% ../nbs/06n_cross_validation.ipynb #e6e73b8b
 def without_none(
@@ -177,7 +181,7 @@ def run_fold(
     saved: dict, task_folder, folder,   # a checkpoint's content, the task's folder, the cross-validation's folder
     name: str, split_of: dict,          # of `fold_splits` or `device_splits`
     **judge,                            # of `judge_fold`
-) -> dict:                              # of `judge_fold`
+) -> Decisions:                         # of `judge_fold`
     "Fine-tune on a fold, and ask about those it has not met."
     from pahcl.finetune import finetune
     task, data, run = Path(task_folder).name, Path(folder)/f'data_{run_name(name)}', Path(folder)/'folds'/f'{Path(task_folder).name}_{run_name(name)}'
@@ -237,7 +241,7 @@ def check_ways(
 ):
     "Tell a rule or threshold that cannot be before hours of training."
     check_rules(task, rule, subject_rule, CHOSEN)
-    choose_thresholds(threshold, {}, task)
+    check_threshold(threshold, task)
 
 
 # %% ../nbs/06n_cross_validation.ipynb #3948955a
@@ -268,10 +272,10 @@ def asked_checkpoint(
 
 # %% ../nbs/06n_cross_validation.ipynb #b20983a1
 def all_fold_notes(
-    judged: dict, results: dict,   # name -> of `judge_fold`; of `pahcl.fold_scores.score_folds`
+    judged: dict, results: dict,   # name -> `Decisions`; what `pahcl.fold_scores.score_folds` found
 ) -> list:                         # sentences
     "Who was not heard in which fold, and what is undefined where."
-    lost = [f'{name}: {note}' for name, f in judged.items() for note in f['chosen']['notes']]
+    lost = [f'{name}: {note}' for name, decisions in judged.items() for note in decisions.notes]
     return [*lost, *reason_notes(results['folds']+results['devices'])]
 
 def report_title(
@@ -299,10 +303,11 @@ def cross_validate(
     out = Path(output_dir or Path(checkpoint).parent/f'cross_validation_{task}_{folds}')
     logger().info(f'{len(planned)} fine-tunings of up to {saved["config"]["training"]["num_epochs"]} epochs; {notes[0]}')
     judged = {name: run_fold(saved, Path(data_dir)/task, out, name, split_of, raw_dir=raw_dir, **ways) for name, split_of in planned.items()}
-    results, levels = score_folds(judged, prepared.config, folds == 'device', draws=draws, seed=seed, **ways)
+    scored = score_folds(judged, prepared.dataset, folds == 'device', draws=draws, seed=seed, **ways)
     about = dict(checkpoint=str(checkpoint), trained_on=task, encoder_type=saved['encoder_type'], split='devices' if folds == 'device' else f'{folds} folds')
-    results = about | results | dict(notes=notes + all_fold_notes(judged, results))
-    for note in all_notes(results): logger().info(note)
+    results = about | scored.results | dict(notes=notes + all_fold_notes(judged, scored.results))
+    scored = replace(scored, results=results)
+    for note in scored.notes: logger().info(note)
     asked = dict(cross_validation=dict(folds=folds, data_dir=str(data_dir), **ways, draws=draws, seed=seed), checkpoint=saved['config'])
-    write_evaluation(out, results, levels, report_title(task, folds), asked, fold_sections(results, judged, folds == 'device'))
+    scored.save(out, report_title(task, folds), asked, fold_sections(scored, judged, folds == 'device'))
     return results | dict(output_dir=str(out))

@@ -87,9 +87,8 @@ def detector_row(
     draws=2000, seed=0,
 ) -> dict:                 # subjects, ill, auroc, low, high
     "The AUROC of a detector on the subjects who were judged."
-    from pahcl.metrics import auroc
+    from pahcl.ranking import auroc, weighted_auroc
     from pahcl.resampling import interval, number_persons, resampling_weights
-    from pahcl.uncertainty import weighted_auroc
     judged = subjects[subjects['label'].isin([normal, *ill])]
     positive, value = judged['label'].isin(ill).to_numpy(), judged['value'].to_numpy()
     index, persons = number_persons(judged['person_id'])
@@ -118,10 +117,13 @@ def probes(
 ):                     # DataFrame, a row a probe: subjects, and each score with `_low`, `_high`
     "Scores of the judges on subjects, with intervals over persons."
     from pahcl.probe import judged, judges
-    from pahcl.robustness import scored, subject_frame
+    from pahcl.metrics import Predictions
+    from pahcl.robustness import scored
     y, out = train.table['label'].to_numpy(), []
     for name, model in judges(min(neighbours, len(y))).items():
-        out.append(dict(probe=name, **scored(subject_frame(test.table, judged(model, train.values, y, test.values, len(label_map))), None, draws, seed)))
+        said = judged(model, train.values, y, test.values, len(label_map))
+        subjects = Predictions(test.table, said, label_map).at_level('subject')
+        out.append(dict(probe=name, **scored(subjects, None, draws, seed)))
     return pd.DataFrame(out)
 
 # %% ../nbs/06o_representation.ipynb #c3382076

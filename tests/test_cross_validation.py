@@ -9,7 +9,8 @@ from pahcl.calibration import decide
 from pahcl.cross_validation import cross_validate, device_splits, planned_folds
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.finetune import finetune
-from pahcl.metrics import auroc, classification_metrics
+from pahcl.metrics import classification_metrics
+from pahcl.ranking import auroc
 from pahcl.tables import Task
 
 
@@ -27,7 +28,7 @@ def trained(trained_on):
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     "Figures are looked at in test_evaluate.py; here they would take most of the time."
-    monkeypatch.setattr('pahcl.evaluation_report.evaluation_figures', lambda results, levels: {})
+    monkeypatch.setattr('pahcl.scoring.Evaluation.figures', lambda self: {})
 
 
 def best_of(trained, name='downstream'): return trained/'outputs'/f'physionet2016_{name}'/'best_model.pt'

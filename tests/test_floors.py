@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from pahcl.basics import read_json
 from pahcl.floors import STRENGTHS, segmentation_traits, shortcut_answers, shortcut_floors, training_subjects
-from pahcl.metrics import at_levels
+from pahcl.metrics import Predictions
 from pahcl.spectrum_floor import spectrum_features
 from pahcl.splits import prepare
 from pahcl.tables import PREPARE_AGAIN, Task, made_processed, made_recordings
@@ -45,7 +45,7 @@ def task(request, tmp_path_factory):
 def levels(task):
     cycles = pd.read_csv(task/'cycles.csv', dtype=dict(subject_id=str))
     test = cycles[cycles['split'] == 'test']
-    return at_levels(test, np.full((len(test), 3), 1/3))
+    return Predictions(test, np.full((len(test), 3), 1/3)).at_levels()
 
 
 def test_each_floor_finds_what_it_can_know(task, levels):
