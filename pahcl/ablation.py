@@ -10,11 +10,10 @@ __all__ = ['VARIANT', 'Ablation', 'known', 'check_ablation', 'read_ablation', 'T
 # %% ../nbs/06p_ablation.ipynb #d897e8e6
 import re
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 from .basics import PahclError, UsageError, fingerprint, logger, read_json, script
-from .config import find_config, load_config, merge, read_yaml
+from .config import find_config, load_config, merge, read_yaml, unknown_key_message
 from .downstream import evaluate_stage
 from .jobs import Job, check_job_count, run_jobs
 from .pipeline import run_stage
@@ -43,9 +42,7 @@ def known(
 ) -> dict:                            # the same
     "Raise `PahclError`, with the nearest valid one, for a key that means nothing."
     for key in given:
-        if key not in names:
-            near = get_close_matches(str(key), list(names), 1, .3)
-            raise PahclError(f'{where}: unknown key {key!r}' + (f'; the nearest valid one is {near[0]!r}.' if near else f'; there are {", ".join(names)}.'))
+        if key not in names: raise PahclError(unknown_key_message(key, list(names), where))
     return given
 
 # %% ../nbs/06p_ablation.ipynb #8be5a894

@@ -8,7 +8,8 @@ __all__ = ['REGISTERED_KEYS', 'MetricName', 'KINDS', 'TWINS', 'FLAGS', 'FLAGS_OF
            'ModelSection', 'ClassifierSection', 'TrainingSection', 'FinetuningSection', 'DownstreamSection',
            'PretrainSection', 'check_metric_name', 'EvaluationSection', 'ContrastSection', 'AugmentationSection',
            'ProbeSection', 'FinetuneConfig', 'PretrainConfig', 'read_yaml', 'packaged_configs', 'find_config', 'merge',
-           'resolve_twins', 'known_keys', 'expected', 'explain', 'check', 'by_key', 'nested', 'load_config', 'to_yaml']
+           'resolve_twins', 'known_keys', 'expected', 'unknown_key_message', 'explain', 'check', 'by_key', 'nested',
+           'load_config', 'to_yaml']
 
 # %% ../nbs/00b_config.ipynb #052f78d7
 import difflib
@@ -375,6 +376,18 @@ def expected(
     if kind == 'literal_error': return f'one of {context["expected"].replace(" or ", ", ")}'
     return TYPES.get(kind.split('_')[0], problem['msg'])
 
+# %% ../nbs/00b_config.ipynb #848dc908
+def unknown_key_message(
+    key,           # that means nothing
+    names: list,   # keys that mean something
+    source: str,   # where it stands
+) -> str:
+    "Say that a key is unknown, and which may have been meant."
+    near = difflib.get_close_matches(str(key), names, 1, .3)
+    hint = f'; the nearest valid one is {near[0]!r}' if near else f'; there are {", ".join(names)}' if len(names) < 12 else ''
+    return f'{source}: unknown key {key!r}{hint}.'
+
+
 # %% ../nbs/00b_config.ipynb #b951ff06
 def explain(
     error,     # a pydantic `ValidationError`
@@ -390,8 +403,7 @@ def explain(
     if first['type'] == 'string_pattern_mismatch': return f'{source}: {key}: {first["input"]!r} is no name for a folder. Leave out slashes and a leading dot or space.'
     if first['type'] != 'extra_forbidden': return f'{source}: {key} is {"empty" if first["input"] is None else repr(first["input"])}; {expected(first)} is expected.'
     if key in REMOVED: return f'{source}: {key} is no more: {REMOVED[key]}. Leave it out.'
-    near = difflib.get_close_matches(key, known_keys(model)+list(model.model_fields)+list(TWINS), 1, 0.3)
-    return f'{source}: unknown key {key!r}' + (f'; the nearest valid one is {near[0]!r}.' if near else '.')
+    return unknown_key_message(key, known_keys(model)+list(model.model_fields)+list(TWINS), source)
 
 # %% ../nbs/00b_config.ipynb #5255735f
 def check(

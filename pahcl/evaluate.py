@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .basics import PahclError, UsageError, existing, logger, script, some
+from .pipeline import evaluation_folder
 from .tables import Task
 
 # %% ../nbs/06_eval.ipynb #0a6838a4
@@ -167,7 +168,7 @@ def evaluate(
     scored = replace(scored, results=results)
     for note in scored.notes: logger().info(note)
     # write
-    folder = Path(output_dir) if output_dir else path.parent/f'evaluation_{task}_{split}'
+    folder = Path(output_dir) if output_dir else evaluation_folder(path.parent, task, split)
     asked = dict(about, data_dir=str(data_dir), rule=rule, subject_rule=subject_rule,
                  threshold=threshold, draws=draws, seed=seed)
     settings = dict(evaluation=asked, checkpoint=model.saved.get('config') or {})
