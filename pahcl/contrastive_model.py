@@ -164,11 +164,11 @@ def moco_losses(self: ContrastiveModel,
         rows = lambda view: make_rows(view[level], person, group, view['present'] if level == 'substructure' else None)
         keys[level] = gather(rows(key))[0]
         losses[level] = queue_loss(rows(query), keys[level], self.memory.rows(QUEUES[level]), self.contrast.temperature)
-    if self.training: self.remember(keys)
+    if self.training: self.enqueue_keys(keys)
     return losses
 
 @patch
-def remember(self: ContrastiveModel,
+def enqueue_keys(self: ContrastiveModel,
     keys: dict,   # level -> `Rows` of all processes
 ):
     "Push the batch's keys into the queue."
@@ -206,7 +206,7 @@ def embed(self: ContrastiveModel,
 
 @patch
 @torch.no_grad()
-def watch(self: ContrastiveModel,
+def validation_losses(self: ContrastiveModel,
     embedded: dict,        # of `embed`, all validation rows in one fixed, shuffled order
     batch_size: int,       # rows that are compared with each other
 ) -> dict:                 # 'loss', 'loss_cycle', 'loss_substructure', and `pahcl.contrast.monitors` of the features

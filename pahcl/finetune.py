@@ -219,7 +219,7 @@ def validate(self: FinetuneRecipe, epoch: int) -> dict:   # of `validation_score
     probabilities, trackers = self.predict(), self.run.trackers
     if trackers:
         figures = epoch_figures(table, probabilities, label_map, level, f'epoch {epoch+1}')
-        trackers.figures(figures, epoch+1)
+        trackers.log_figures(figures, epoch+1)
     scores = split_scores(table, probabilities, len(label_map), level)
     return validation_scores(scores, self.score_name)
 

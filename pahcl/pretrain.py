@@ -207,13 +207,13 @@ class WatchedCycles:
         mine = shares(shuffled_rows(config, cycles, 0), run.processes)[run.rank]
         self.batches = batches(mine, self.size)
 
-    def losses(self, model) -> dict:   # of `ContrastiveModel.watch`
+    def losses(self, model) -> dict:   # of `ContrastiveModel.validation_losses`
         "Losses of all levels and signs of collapse, over the cycles of all processes."
         import torch
         from accelerate.utils import gather_object
         parts = [model.embed(self.make_batch(rows, 0)) for rows in self.batches]
         if self.run.processes > 1: parts = gather_object(parts)
-        return model.watch({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, self.size)
+        return model.validation_losses({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, self.size)
 
 # %% ../nbs/04_pretrain.ipynb #e72ec3be
 LOSS, LABELS = 'contrastive loss', 'labels of '   # what a checkpoint's `chosen_by` says

@@ -7,10 +7,10 @@ __all__ = ['HELDOUT', 'check_pretraining', 'head_settings', 'substructure_note',
            'load_whole', 'StartingPoint', 'starting_model', 'pretrained_fingerprint']
 
 # %% ../nbs/05c_starting_model.ipynb #145fcdc9
-import hashlib
 from dataclasses import dataclass
 
 from .basics import PahclError, some
+from .jobs import file_hash
 
 # %% ../nbs/05c_starting_model.ipynb #61fe9b4e
 HELDOUT = 'whether persons of the validation and test splits'
@@ -131,6 +131,6 @@ def starting_model(
 def pretrained_fingerprint(
     source,   # a path, `packaged` or `none`
 ) -> str:
-    "What a run started from: 16 hexadecimal digits of the file's content, or `none`."
+    "Hash what a run started from: 16 hexadecimal digits of the file's content, or `none`."
     from pahcl.classifier import find_checkpoint
-    return 'none' if source == 'none' else hashlib.sha256(find_checkpoint(source).read_bytes()).hexdigest()[:16]
+    return 'none' if source == 'none' else file_hash(find_checkpoint(source))
