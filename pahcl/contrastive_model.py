@@ -139,7 +139,8 @@ def project(self: ContrastiveModel,
     part = lambda name: getattr(self, f'{name}_momentum' if momentum else name)
     K = self.K if 'substructure' in self.weights else 0
     pooled = pool_levels(part('encoder'), x, phases, K)
-    projected = {level: part(f'{level}_projector')(getattr(pooled, level)) for level in self.weights}
+    projected = {level: part(f'{level}_projector')(getattr(pooled, level))
+                 for level in self.weights}
     return dict(features=pooled.cycle, present=pooled.present) | projected
 
 # %% ../nbs/04d_contrastive_model.ipynb #cafcbaae

@@ -144,7 +144,7 @@ def probe_values(
     neighbours: int,
     batch_size: int,
 ) -> dict:          # 'score', and 'probe_<task>_knn', 'probe_<task>_linear' and so on
-    "Score the encoder on all tasks; 'score' is the mean AUROC of both classifiers, weighted by persons."
+    "Score the encoder on all tasks; 'score' is the AUROC's mean, weighted by persons."
     values, aurocs, device = {}, [], run.accelerator.device
     for p in probes:
         predict = lambda rows: encode(encoder, p.cycles, device, batch_size, rows)

@@ -252,6 +252,7 @@ def finish(self: Run, metrics: dict):
     self.accelerator.wait_for_everyone()
     if not self.is_main: return
     write_json(self.folder/'final_metrics.json', metrics)
-    self.trackers.log_scalars({f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}, metrics.get('epochs', 0))
+    numbers = {f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}
+    self.trackers.log_scalars(numbers, metrics.get('epochs', 0))
     (self.folder/'last.pt').unlink(missing_ok=True)
     self.set_status('finished')
