@@ -11,24 +11,15 @@ install: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python tools/install_hooks.py
 	touch $@
 
 demo: install
 	$(BIN)/pahcl_downstream all --demo
 
-# What nbdev_clean and nbdev_export would change is compared with a copy, so that uncommitted work does not matter.
-# One thread a worker: two notebook workers on two cores must not fight over them.
-test: export OMP_NUM_THREADS := 1
-test: export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Clean notebooks, fresh exports, readable code, README, every notebook once, tests, coverage: see tools/run_tests.py.
 test: install
-	rm -rf .before && mkdir .before && cp -r nbs pahcl .before
-	nbdev_clean && nbdev_export
-	diff -r -x __pycache__ -x '.*' -x '*.yml' .before/nbs nbs && diff -r -x __pycache__ .before/pahcl pahcl
-	rm -rf .before
-	python tools/check_nbs.py
-	python tools/readme.py --check
-	timeout 1200 nbdev_test --timing --n_workers 2
-	pytest --quiet --durations=10 --cov=pahcl --cov-report=term --cov-fail-under=85 tests
+	$(BIN)/python tools/run_tests.py
 
 # Speed and memory of the scan, of whole training steps, of the views and of pretraining; takes some minutes.
 bench: install
@@ -46,4 +37,4 @@ docs: install
 	. $(BIN)/activate && python tools/build_docs.py
 
 clean:
-	rm -rf .before .venv _docs _proc demo build dist *.egg-info
+	rm -rf .notebooks.log .coverage* .venv _docs _proc demo build dist *.egg-info

@@ -19,10 +19,10 @@ from pahcl.basics import generator, write_text
 from pahcl.classifier import encode
 from pahcl.compare import run_shares
 from pahcl.config import load_config
-from pahcl.evaluate import open_split, predict_split
+from pahcl.evaluate import open_model, open_split
 from pahcl.finetune import finetune, starting_model, task_data
 from pahcl.loader import cap_rows, few_shot_rows
-from pahcl.metrics import OFFICIAL, at_levels, classification_metrics
+from pahcl.metrics import OFFICIAL, Predictions, classification_metrics
 from pahcl.pretrain import pretrain
 from pahcl.resampling import interval, number_persons, resampling_weights
 from pahcl.splits import person_of_id
@@ -74,8 +74,9 @@ def logistic(task, data_dir, start, seed, shots=None, number=0, pooling='cycle')
 def neural(task, data_dir, start, seed, name, a, overrides):
     "The package's own training and test; -> (table, probabilities) of the test split."
     finetune(None, output_dir=a.output, task=task, experiment_name=name, data_dir=data_dir, seed=seed, pretrained=start, **COMMON | overrides | a.more)
-    cycles, config, _ = open_split(task, data_dir, 'test')
-    return cycles.table, predict_split(a.output/f'{task}_{name}'/'best_model.pt', cycles, config)[0]
+    cycles, prepared = open_split(task, data_dir, 'test')
+    model = open_model(a.output/f'{task}_{name}'/'best_model.pt', prepared)
+    return cycles.table, model.predict(cycles).probabilities
 
 def run_part(task, setting, start, number, checkpoint, a):
     "Learn once and predict the test split, unless that is done; -> (table, probabilities)."
@@ -95,15 +96,15 @@ def scores(task, level, labels, values):
 
 def values(task, level, part, index, weights):
     "Scores of one part with each row of weights, the official one at its own level; NaN where undefined."
-    rows, p = part
+    rows, p = part.table, part.probabilities
     official = OFFICIAL[task]['name'] if OFFICIAL[task]['level'] == level else ''
     return bootstrap_scores(rows['label'].to_numpy(), p, p.argmax(1), index, weights, official)
 
 def paired(task, parts, draws=500):
     "Pretrained minus random start of one task and setting, a dict a metric; `parts` is {(start, seed): (table, probabilities)} of cycles."
-    seeds, out, cycles = sorted({seed for _, seed in parts}), [], {k: at_levels(*v) for k, v in parts.items()}
+    seeds, out, cycles = sorted({seed for _, seed in parts}), [], {k: Predictions(*v).at_levels() for k, v in parts.items()}
     for level, metrics in level_metrics(task).items():
-        rows = cycles['random', seeds[0]][level][0]
+        rows = cycles['random', seeds[0]][level].table
         index, persons = number_persons(rows['person_id'])
         weights = resampling_weights(persons, draws)   # both starts and all seeds see the same persons
         found = {k: values(task, level, v[level], index, weights) for k, v in cycles.items()}
@@ -131,7 +132,7 @@ def summary(metric, level, units, pretrained, random, d, persons):
 
 def report(parts, done, output, draws=500):
     "Write results.csv, paired.csv and paired.md from all predictions, {(task, setting, start, seed): (table, probabilities)}; `done` keeps the rows of the settings that are finished."
-    rows = [dict(task=t, setting=g, start=s, seed=n % DRAW, draw=n//DRAW, level=level, n=len(r), **scores(t, level, r['label'].to_numpy(), v)) for (t, g, s, n), part in parts.items() for level, (r, v) in at_levels(*part).items()]
+    rows = [dict(task=t, setting=g, start=s, seed=n % DRAW, draw=n//DRAW, level=level, n=len(own), **scores(t, level, own.table['label'].to_numpy(), own.probabilities)) for (t, g, s, n), part in parts.items() for level, own in Predictions(*part).at_levels().items()]
     write_text(output/'results.csv', pd.DataFrame(rows).to_csv(index=False, float_format='%.5f'))
     for task, setting in dict.fromkeys(k[:2] for k in parts):
         if (task, setting) not in done: done[task, setting] = [dict(task=task, setting=setting, **r) for r in paired(task, {k[2:]: v for k, v in parts.items() if k[:2] == (task, setting)}, draws)]

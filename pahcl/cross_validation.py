@@ -12,13 +12,14 @@ __all__ = ['SPLITS', 'deal', 'fold_splits', 'person_devices', 'device_splits', '
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+from .aggregation import CHOSEN, Decisions, check_rules, check_threshold
 from .basics import PahclError, UsageError, existing, generator, logger, read_json, write_json, write_text
-from .calibration import sought
-from .evaluate import bag_note, check_rules, choose_thresholds, open_split, predict_split, settle, task_recordings, validation_answers
-from .evaluation_report import all_notes, write_evaluation
-from .fold_scores import CHOSEN, fold_sections, reason_notes, score_folds
+from .evaluate import bag_note, open_model, open_split, predict_validation
+from .fold_scores import fold_sections, reason_notes, score_folds
+from .tables import Task
 
 # %% ../nbs/06n_cross_validation.ipynb #6afc9c01
 def deal(
@@ -148,16 +149,19 @@ def pretraining_persons(
 
 # %% ../nbs/06n_cross_validation.ipynb #4a749461
 def judge_fold(
-    checkpoint, task: str, data_dir,             # of the fold
-    rule='mean', subject_rule=None, threshold='argmax', raw_dir=None,  # as in `pahcl.evaluate.evaluate`
-) -> dict:                                       # `levels` of `decided_levels`, `chosen` of `settle`, `shortcuts` of `pahcl.floors.shortcut_answers`
-    "What a fold's model says about those it has not met."
+    checkpoint, task: str, data_dir,                      # of the fold
+    rule='mean', subject_rule=None, threshold='argmax',   # see `Decisions.make`
+    raw_dir=None,                                         # folder of raw data, for the floor of demographics
+) -> Decisions:                                           # with what the shortcuts say of the same subjects
+    "Predict those whom a fold's model has not met, and decide."
     from pahcl.floors import shortcut_answers
-    cycles, config, missing = open_split(task, data_dir, 'test')
-    told, asked = (cycles.table, predict_split(checkpoint, cycles, config)[0]), subject_rule in CHOSEN or threshold != 'argmax'
-    val = validation_answers(checkpoint, task, data_dir, 'test', config, 64) if asked else None
-    levels, chosen, _ = settle(told, val, config, Path(data_dir)/task, 'test', missing, rule, subject_rule, threshold)
-    return dict(levels=levels, chosen=chosen, shortcuts=shortcut_answers(config, Path(data_dir)/task, levels['subject'][0]['subject_id'], raw_dir))
+    cycles, prepared = open_split(task, data_dir, 'test')
+    model, asked = open_model(checkpoint, prepared), subject_rule in CHOSEN or threshold != 'argmax'
+    validation = predict_validation(model, 'test') if asked else None
+    predictions = model.predict(cycles)
+    decisions = Decisions.make(predictions, prepared, 'test', validation, rule, subject_rule, threshold)
+    subjects = decisions.levels['subject'].table['subject_id']
+    return replace(decisions, baselines=shortcut_answers(prepared, subjects, raw_dir))
 
 # %% ../nbs/06n_cross_validation.ipynb #e6e73b8b
 def without_none(
@@ -177,7 +181,7 @@ def run_fold(
     saved: dict, task_folder, folder,   # a checkpoint's content, the task's folder, the cross-validation's folder
     name: str, split_of: dict,          # of `fold_splits` or `device_splits`
     **judge,                            # of `judge_fold`
-) -> dict:                              # of `judge_fold`
+) -> Decisions:                         # of `judge_fold`
     "Fine-tune on a fold, and ask about those it has not met."
     from pahcl.finetune import finetune
     task, data, run = Path(task_folder).name, Path(folder)/f'data_{run_name(name)}', Path(folder)/'folds'/f'{Path(task_folder).name}_{run_name(name)}'
@@ -208,14 +212,14 @@ def person_labels(
 def planned_folds(
     folds,             # of `number_of_folds`
     recordings,        # of the task
-    config: dict,      # `task_config.json`
+    task,              # the `Task`
     met: set,          # who took part in pretraining
     seed=0,
 ) -> dict:             # name -> person -> split
     "Who is trained on and tested when."
     if folds != 'device': return fold_splits(person_labels(recordings), met, folds, seed)
     own = recordings.groupby('person_id')['split'].first().to_dict()
-    return device_splits(person_devices(recordings, config['dataset'], config['task_name']), own, met)
+    return device_splits(person_devices(recordings, task.dataset, task.name), own, met)
 
 # %% ../nbs/06n_cross_validation.ipynb #7b809096
 def fold_notes(
@@ -233,11 +237,11 @@ def fold_notes(
 
 # %% ../nbs/06n_cross_validation.ipynb #37afcddd
 def check_ways(
-    config: dict, rule, subject_rule, threshold,   # `task_config.json`; as in `cross_validate`
+    task, rule, subject_rule, threshold,   # the `Task`; as in `cross_validate`
 ):
     "Tell a rule or threshold that cannot be before hours of training."
-    check_rules(config['label_map'], rule, subject_rule, CHOSEN)
-    choose_thresholds(threshold, {}, config['label_map'], config['task_name'])
+    check_rules(task, rule, subject_rule, CHOSEN)
+    check_threshold(threshold, task)
 
 
 # %% ../nbs/06n_cross_validation.ipynb #3948955a
@@ -259,19 +263,19 @@ def check_validation(
 # %% ../nbs/06n_cross_validation.ipynb #69aa739a
 def asked_checkpoint(
     checkpoint, task: str, data_dir,   # as in `cross_validate`
-):                                     # (its content, `task_config.json`)
+):                                     # (its content, the `Task`)
     "What is to be repeated, and where; a checkpoint of another task is refused."
     from pahcl.classifier import load_model
     saved = load_model(existing(checkpoint, 'checkpoint', 'Train one with pahcl_finetune.'))[1]
     if saved['task'] != task: raise UsageError(f'{checkpoint} was fine-tuned on {saved["task"]}: cross-validate it there, with --task {saved["task"]}.')
-    return saved, read_json(existing(Path(data_dir)/task/'task_config.json', f'task {task}', 'Make it with pahcl_prepare.'))
+    return saved, Task.open(data_dir, task)
 
 # %% ../nbs/06n_cross_validation.ipynb #b20983a1
 def all_fold_notes(
-    judged: dict, results: dict,   # name -> of `judge_fold`; of `pahcl.fold_scores.score_folds`
+    judged: dict, results: dict,   # name -> `Decisions`; what `pahcl.fold_scores.score_folds` found
 ) -> list:                         # sentences
     "Who was not heard in which fold, and what is undefined where."
-    lost = [f'{name}: {note}' for name, f in judged.items() for note in f['chosen']['notes']]
+    lost = [f'{name}: {note}' for name, decisions in judged.items() for note in decisions.notes]
     return [*lost, *reason_notes(results['folds']+results['devices'])]
 
 def report_title(
@@ -289,20 +293,21 @@ def cross_validate(
     "Fine-tune once a fold, and score all persons that were tested as one split."
     from pahcl.splits import met_persons
     folds, ways = number_of_folds(folds), dict(rule=rule, subject_rule=subject_rule, threshold=threshold)
-    saved, config = asked_checkpoint(checkpoint, task, data_dir)
-    check_ways(config, **ways)
-    (met, doubt), recordings = pretraining_persons(saved), task_recordings(Path(data_dir)/task).dropna(subset='label')
+    saved, prepared = asked_checkpoint(checkpoint, task, data_dir)
+    check_ways(prepared, **ways)
+    (met, doubt), recordings = pretraining_persons(saved), prepared.recordings.dropna(subset='label')
     met = met_persons(met, recordings)
-    planned = planned_folds(folds, recordings, config, met, seed)
-    check_validation(planned, person_labels(recordings), subject_rule, threshold, sought(config['label_map']))
+    planned = planned_folds(folds, recordings, prepared, met, seed)
+    check_validation(planned, person_labels(recordings), subject_rule, threshold, prepared.positive_class)
     notes = [*fold_notes(planned, met, folds, set(recordings['person_id'])), *([doubt] if doubt else []), *bag_note(saved, subject_rule)]
     out = Path(output_dir or Path(checkpoint).parent/f'cross_validation_{task}_{folds}')
     logger().info(f'{len(planned)} fine-tunings of up to {saved["config"]["training"]["num_epochs"]} epochs; {notes[0]}')
     judged = {name: run_fold(saved, Path(data_dir)/task, out, name, split_of, raw_dir=raw_dir, **ways) for name, split_of in planned.items()}
-    results, levels = score_folds(judged, config, folds == 'device', draws=draws, seed=seed, **ways)
+    scored = score_folds(judged, prepared.dataset, folds == 'device', draws=draws, seed=seed, **ways)
     about = dict(checkpoint=str(checkpoint), trained_on=task, encoder_type=saved['encoder_type'], split='devices' if folds == 'device' else f'{folds} folds')
-    results = about | results | dict(notes=notes + all_fold_notes(judged, results))
-    for note in all_notes(results): logger().info(note)
+    results = about | scored.results | dict(notes=notes + all_fold_notes(judged, scored.results))
+    scored = replace(scored, results=results)
+    for note in scored.notes: logger().info(note)
     asked = dict(cross_validation=dict(folds=folds, data_dir=str(data_dir), **ways, draws=draws, seed=seed), checkpoint=saved['config'])
-    write_evaluation(out, results, levels, report_title(task, folds), asked, fold_sections(results, judged, folds == 'device'))
+    scored.save(out, report_title(task, folds), asked, fold_sections(scored, judged, folds == 'device'))
     return results | dict(output_dir=str(out))

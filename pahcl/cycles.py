@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .beats import BOUNDS, MINIMUM_CONFIDENCE, REASONS, best_effort, cut_beat, judge, whole_beats
+from .beats import MINIMUM_CONFIDENCE, REASONS, best_effort, cut_beat, judge, whole_beats
 from .basics import PahclError, atomic_path, file_fingerprint, fingerprint, logger, progress, read_json, script, some, write_json, write_text
 from .score_states import write_states
 from .state_plots import plot_processed, plot_states, spread
+from .tables import BOUNDS
 
 # %% ../nbs/01_cycle_segmentation.ipynb #8ec85628
 def find_beats(

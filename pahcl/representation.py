@@ -76,9 +76,8 @@ def detector_row(
     draws=2000, seed=0,
 ) -> dict:                 # subjects, ill, auroc, low, high
     "The AUROC of a detector on the subjects who were judged."
-    from pahcl.metrics import auroc
+    from pahcl.ranking import auroc, weighted_auroc
     from pahcl.resampling import interval, number_persons, resampling_weights
-    from pahcl.uncertainty import weighted_auroc
     judged = subjects[subjects['label'].isin([normal, *ill])]
     positive, value = judged['label'].isin(ill).to_numpy(), judged['value'].to_numpy()
     index, persons = number_persons(judged['person_id'])
@@ -109,10 +108,12 @@ def probes(
     "Scores of the judges on subjects, with intervals over persons."
     import pandas as pd
     from pahcl.probe import judged, judges
-    from pahcl.robustness import scored, subject_frame
+    from pahcl.metrics import Predictions
+    from pahcl.robustness import scored
     y, out = train[0]['label'].to_numpy(), []
     for name, model in judges(min(neighbours, len(y))).items():
-        out.append(dict(probe=name, **scored(subject_frame(test[0], judged(model, train[1], y, test[1], len(label_map))), None, draws, seed)))
+        predictions = Predictions(test[0], judged(model, train[1], y, test[1], len(label_map)), label_map)
+        out.append(dict(probe=name, **scored(predictions.at_level('subject'), None, draws, seed)))
     return pd.DataFrame(out)
 
 # %% ../nbs/06o_representation.ipynb #c3382076
@@ -228,30 +229,28 @@ def drawn(
 # %% ../nbs/06o_representation.ipynb #00c4d54d
 def alike_sets(
     task: str, data_dir, split: str,   # as in `represent`
-) -> dict:                             # data set -> (cycles, `task_config.json`), the task's own first
+) -> dict:                             # data set -> (cycles, `Task`), the task's own first
     "The task's cycles, and those of one task of each other data set that was cut alike."
     from pahcl.evaluate import open_split
-    others = sorted(p.parent.name for p in Path(data_dir).glob('*/task_config.json') if p.parent.name != task)
+    from pahcl.tables import cut_difference, prepared_tasks
     sets = {}
-    for name in [task, *others]:
-        cycles, config, _ = open_split(name, data_dir, split)
-        first = next(iter(sets.values()))[1] if sets else config
-        if all(config.get(k) == first.get(k) for k in ('sample_rate', 'target_length', 'length_mode')): sets.setdefault(config['dataset'], (cycles, config))
+    for name in dict.fromkeys([task, *prepared_tasks(data_dir)]):
+        cycles, found = open_split(name, data_dir, split)
+        first = next(iter(sets.values()))[1] if sets else found
+        if not cut_difference(found.config, first.config): sets.setdefault(found.dataset, (cycles, found))
     return sets
 
 # %% ../nbs/06o_representation.ipynb #6936e238
 def about_cycles(
-    cycles, config: dict,   # of a data set, see `alike_sets`
+    cycles, task,           # of a data set, see `alike_sets`
     own: bool,              # it is the task's: classes are named, and places (every data set names these its own way)
     processed_dir=None,     # see `heart_rates`
 ):                          # DataFrame of `map_figure`
     "What is known of each cycle."
     import pandas as pd
-    from pahcl.evaluate import class_names
-    names = class_names(config['label_map'])
-    classes = [names[i] if own else '' for i in cycles.table['label']]
+    classes = [task.class_names[i] if own else '' for i in cycles.table['label']]
     places = [p if own else '' for p in cycles.table['location'].fillna('').astype(str)]
-    return pd.DataFrame({'class': classes, 'data set': config['dataset'], 'location': places, 'heart rate': heart_rates(cycles, processed_dir)})
+    return pd.DataFrame({'class': classes, 'data set': task.dataset, 'location': places, 'heart rate': heart_rates(cycles, processed_dir)})
 
 # %% ../nbs/06o_representation.ipynb #03c49b0a
 def map_data(
@@ -261,10 +260,11 @@ def map_data(
     import pandas as pd
     from pahcl.classifier import encode
     sets, parts = alike_sets(task, data_dir, split), []
-    for dataset, (cycles, config) in sets.items():
+    for dataset, (cycles, found) in sets.items():
         cycles = drawn(cycles, 3, seed)
         cycles = cycles.subset(np.sort(generator(seed, 'map', dataset).permutation(len(cycles))[:points//len(sets)]))
-        parts.append((encode(encoder, cycles, batch_size=batch_size), about_cycles(cycles, config, config['task_name'] == task, processed_dir)))
+        about = about_cycles(cycles, found, found.name == task, processed_dir)
+        parts.append((encode(encoder, cycles, batch_size=batch_size), about))
     return np.concatenate([p[0] for p in parts]), pd.concat([p[1] for p in parts], ignore_index=True)
 
 # %% ../nbs/06o_representation.ipynb #d14ae3c3
@@ -303,17 +303,17 @@ def representation_sections(
 # %% ../nbs/06o_representation.ipynb #81b9b748
 def split_features(
     encoder, task: str, data_dir, splits: list, cycles_per_recording: int, batch_size: int, seed: int,   # as in `represent`
-):                                                                                                      # ({split: (table, features)}, `task_config.json`)
+):                                                                                                      # ({split: (table, features)}, the `Task`)
     "A few cycles of each recording as the encoder hears them."
     from pahcl.classifier import encode
     from pahcl.evaluate import open_split
     found = {}
     for name in splits:
-        cycles, config, _ = open_split(task, data_dir, name)
+        cycles, prepared = open_split(task, data_dir, name)
         cycles = drawn(cycles, cycles_per_recording, seed)
         found[name] = (cycles.table, encode(encoder.eval(), cycles, batch_size=batch_size))
         logger().info(f'{name}: features of {len(cycles)} cycles')
-    return found, config
+    return found, prepared
 
 # %% ../nbs/06o_representation.ipynb #15ab8f69
 def represent(
@@ -327,16 +327,15 @@ def represent(
 ) -> dict:                          # what stands in representation.json, and `output_dir`
     "Map, probes, anomaly detection and, of a fine-tuned checkpoint, saliency."
     from pahcl.classifier import find_checkpoint, pretrained_encoder
-    from pahcl.evaluate import class_names
     from pahcl.figures import save_figure
     from pahcl.report import write_report
     encoder, saved, _ = pretrained_encoder(checkpoint)
-    splits, config = split_features(encoder, task, data_dir, list(dict.fromkeys(('train', split))), cycles_per_recording, batch_size, seed)
-    train, test, label_map = splits['train'], splits[split], config['label_map']
+    splits, prepared = split_features(encoder, task, data_dir, list(dict.fromkeys(('train', split))), cycles_per_recording, batch_size, seed)
+    train, test, label_map = splits['train'], splits[split], prepared.label_map
     probed, (anomalies, subjects) = probes(train, test, label_map, draws, seed), anomaly(train, test, label_map, draws, seed)
-    notes = representation_notes(saved, test[0], cycles_per_recording, split, class_names(label_map))
+    notes = representation_notes(saved, test[0], cycles_per_recording, split, prepared.class_names)
     features, about = map_data(encoder, task, data_dir, split, points, processed_dir, seed, batch_size)
-    shown = tsne(features, seed), about, class_names(label_map)
+    shown = tsne(features, seed), about, prepared.class_names
     folder = Path(output_dir) if output_dir else find_checkpoint(checkpoint).parent/f'representation_{task}_{split}'
     save_figure(map_figure(*shown), folder/'tsne.png')
     write_text(folder/'anomaly_subject.csv', subjects.to_csv(index=False, float_format='%.6f'))

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['number_persons', 'resampling_weights', 'influences', 'degrees_of_freedom', 'acceleration', 'quantile_levels',
-           'interval', 'split', 'p_value']
+           'Resampled', 'interval', 'p_value']
 
 # %% ../nbs/02e_resampling.ipynb #58e52c55
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.stats import norm, t as student
 
@@ -64,24 +66,42 @@ def quantile_levels(
     return norm.cdf(z/np.maximum(1-acceleration(d)*z, 1e-9))
 
 # %% ../nbs/02e_resampling.ipynb #f859efb9
+@dataclass(frozen=True)
+class Resampled:
+    "A score of each row of `resampling_weights`, its three kinds of rows taken apart."
+    score: float           # of everybody
+    left_out: np.ndarray   # without each person [persons]
+    drawn: np.ndarray      # of the draws in which it is defined
+    draws: int             # as many were made
+
+    @classmethod
+    def of(cls,
+        values,        # [1 + persons + draws]; NaN where the score is undefined
+        persons: int,  # as many as were resampled
+    ):
+        "Take the rows apart."
+        values = np.asarray(values, float)
+        drawn = values[1+persons:]
+        return cls(values[0], values[1:1+persons], drawn[~np.isnan(drawn)], len(drawn))
+
+    def has_interval(self) -> bool:
+        "Whether there are two persons, a score, and draws of which at least half are defined."
+        several, enough = len(self.left_out) > 1, 2*len(self.drawn) >= self.draws
+        return bool(several and enough and len(self.drawn) and not np.isnan(self.score))
+
+# %% ../nbs/02e_resampling.ipynb #d94a9421
 def interval(
     values,        # a score of each row of `resampling_weights` [1 + persons + draws]; NaN where it is undefined
     persons: int,  # as many as were resampled
     level=0.95,    # how often the interval is to hold the truth
-):                 # (low, high), around the score; (None, None) where the score or over half of the draws are undefined, or there is one person only
+):                 # (low, high), around the score; (None, None) where there is one person only,
+                   # or the score or over half of the draws are undefined
     "The interval of a score or of a difference over persons."
-    score, left_out, drawn = split(values, persons)
-    if persons < 2 or np.isnan(score) or 2*len(drawn) < len(values)-1-persons or not len(drawn): return None, None
-    low, high = np.quantile(drawn, quantile_levels(influences(left_out), np.array([(1-level)/2, (1+level)/2])))
-    return float(min(low, score)), float(max(high, score))
-
-def split(
-    values, persons: int,   # as in `interval`
-):                          # (the score, without each person [persons], the defined draws)
-    "Take the three kinds of rows apart."
-    values = np.asarray(values, float)
-    drawn = values[1+persons:]
-    return values[0], values[1:1+persons], drawn[~np.isnan(drawn)]
+    own = Resampled.of(values, persons)
+    if not own.has_interval(): return None, None
+    levels = quantile_levels(influences(own.left_out), np.array([(1-level)/2, (1+level)/2]))
+    low, high = np.quantile(own.drawn, levels)
+    return float(min(low, own.score)), float(max(high, own.score))
 
 # %% ../nbs/02e_resampling.ipynb #5d7cc398
 def p_value(
@@ -89,12 +109,12 @@ def p_value(
     persons: int,  # as many as were resampled
 ):                 # two-sided; None where there is no `interval`
     "At which level the interval of a difference would touch 0."
-    score, left_out, drawn = split(values, persons)
-    if interval(values, persons) == (None, None): return None
-    if not drawn.any(): return 1.
-    d = influences(left_out)
+    own = Resampled.of(values, persons)
+    if not own.has_interval(): return None
+    if not own.drawn.any(): return 1.
+    d, least = influences(own.left_out), 1/(1+len(own.drawn))
     freedom = degrees_of_freedom(d)
-    below = ((drawn < 0).sum() + .5*(drawn == 0).sum())/len(drawn)
-    w = norm.ppf(np.clip(below, 1/(1+len(drawn)), 1-1/(1+len(drawn))))
+    below = ((own.drawn < 0).sum() + .5*(own.drawn == 0).sum())/len(own.drawn)
+    w = norm.ppf(np.clip(below, least, 1-least))
     p = 2*student.sf(abs(w/max(1+acceleration(d)*w, 1e-9))/np.sqrt((freedom+1)/freedom), freedom)
-    return float(max(p, 2/(1+len(drawn))))
+    return float(max(p, 2*least))

@@ -175,14 +175,14 @@ def explain_split(
 ):                                                 # (table of cycles, shares, missing, phases, names of the classes)
     "Explain a few cycles of each subject for their true class."
     from pahcl.classifier import load_model
-    from pahcl.evaluate import class_names, match_classes, open_split
+    from pahcl.evaluate import open_split
     from pahcl.loader import cap_rows
     model, saved = load_model(checkpoint)
-    cycles, config, _ = open_split(task, data_dir, split)
-    columns, _ = match_classes(saved['label_map'], config['label_map'], saved['task'], task)
+    cycles, prepared = open_split(task, data_dir, split)
+    columns = prepared.match_columns(saved['label_map'], saved['task'])
     rows = cap_rows(cycles.table['subject_id'].astype(str), cycles_per_subject, generator(seed, 'saliency'))
     table = cycles.table.iloc[rows].reset_index(drop=True)
-    return table, *saliency(model, cycles, rows, [columns[c] for c in table['label']], steps), class_names(config['label_map'])
+    return table, *saliency(model, cycles, rows, [columns[c] for c in table['label']], steps), prepared.class_names
 
 # %% ../nbs/06q_saliency.ipynb #f7ec552b
 def saliency_report(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRACES', 'SHOWN', 'FIRST', 'run_folders', 'names_of', 'read_metrics', 'read_run', 'without_seed', 'settings_but_seed',
-           'group_names', 'mean_deviation', 'shown', 'as_markdown', 'as_latex', 'write_table', 'all_runs', 'summarize',
-           'runs_named', 'subjects_of_runs', 'compare_task', 'p_text', 'comparison_table', 'tasks_of_both',
-           'task_notes', 'write_comparison', 'compare_experiments', 'pahcl_summarize']
+           'group_names', 'mean_deviation', 'shown', 'all_runs', 'summarize', 'runs_named', 'subjects_of_runs',
+           'compare_task', 'comparison_table', 'tasks_of_both', 'task_notes', 'write_comparison', 'compare_experiments',
+           'pahcl_summarize']
 
 # %% ../nbs/06d_summarize.ipynb #80f9ead2
 import re
@@ -124,34 +124,6 @@ def shown(
     silent = [c for c, usual in (('Seeds', 1), ('Status', 'finished')) if (table[c] == usual).all()]
     return table.drop(columns=silent)
 
-# %% ../nbs/06d_summarize.ipynb #8013a454
-def as_markdown(
-    table,  # DataFrame of strings
-) -> str:
-    "A Markdown table; a `|` in a name does not break it."
-    rows = [list(table.columns), ['---']*table.shape[1], *table.astype(str).to_numpy().tolist()]
-    return '\n'.join('| ' + ' | '.join(c.replace('|', '\\|') for c in row) + ' |' for row in rows) + '\n'
-
-# %% ../nbs/06d_summarize.ipynb #3da12866
-def as_latex(
-    table,  # DataFrame of strings
-) -> str:
-    "A LaTeX table in the style of the package `booktabs`; names with `_`, `%` and `&` do not break it."
-    return table.to_latex(index=False, escape=True, column_format='l'*table.shape[1]).replace('±', r'$\pm$').replace('–', '--')
-
-# %% ../nbs/06d_summarize.ipynb #9001d4f8
-def write_table(
-    path,      # without ending
-    table,     # DataFrame of strings
-    title: str,
-    notes=(),  # sentences below the table
-):
-    "Write a table as Markdown, LaTeX and a self-contained HTML page."
-    from pahcl.report import write_report
-    write_text(f'{path}.md', as_markdown(table) + ''.join(f'\n{n}\n' for n in notes))
-    write_text(f'{path}.tex', as_latex(table))
-    write_report(f'{path}.html', title, {'': [table, list(notes)]})
-
 # %% ../nbs/06d_summarize.ipynb #d7327cfb
 FIRST = ['task', 'experiment', 'group', 'seed', 'status', 'folder', 'test_accuracy', 'test_f1', 'test_auroc']
 
@@ -171,6 +143,7 @@ def summarize(
     output_dir='outputs',  # the folder of all runs
 ):                         # DataFrame of `all_runs`
     "Read all runs, print their table and write `summary.csv` (a row a run), `.md`, `.tex` and `.html`; raises `PahclError` where there is no run."
+    from pahcl.report import write_table
     runs = all_runs(output_dir)
     table = shown(runs)
     print(table.to_string(index=False))
@@ -212,13 +185,6 @@ def compare_task(
     for name, table in zip(names[1:], tables[1:]): check_pair(tables[0], table, names[0], name)
     return *compare(*runs, draws, seed), delong_table(*runs), len(tables[0])
 
-# %% ../nbs/06d_summarize.ipynb #4eb5086f
-def p_text(
-    p,        # a p-value, or None
-) -> str:
-    "A p-value for people."
-    return '–' if p is None or p != p else '< 0.001' if p < .001 else f'{p:.3f}'
-
 # %% ../nbs/06d_summarize.ipynb #66b59b3e
 def comparison_table(
     found,                       # of `compare_task`: the first
@@ -226,11 +192,13 @@ def comparison_table(
 ):                               # DataFrame of strings
     "The comparison for people."
     import pandas as pd
-    cell = lambda v, sign='': '–' if pd.isna(v) else f'{v:{sign}.4f}'
-    interval = lambda r: '–' if pd.isna(r.low) else f'[{r.low:+.4f}, {r.high:+.4f}]'
-    row = lambda r: {'Score': r.score, names[0]: cell(r.a), names[1]: cell(r.b), 'Difference': cell(r.difference, '+'), '95 %': interval(r)}
+    from pahcl.report import interval_text, number, p_text
+    row = lambda r: {'Score': r.score, names[0]: number(r.a, 4), names[1]: number(r.b, 4),
+                     'Difference': number(r.difference, 4, '+'),
+                     '95 %': interval_text(r.low, r.high, 4, '+') or '–'}
     tests = {'p (bootstrap)': 'p_bootstrap', 'p (Wilcoxon, seeds)': 'p_wilcoxon', 'p (DeLong)': 'p_delong'}
-    return pd.DataFrame([row(r) for r in found.itertuples()]).assign(**{title: [p_text(p) for p in found[column]] for title, column in tests.items()})
+    p_values = {title: [p_text(p) for p in found[column]] for title, column in tests.items()}
+    return pd.DataFrame([row(r) for r in found.itertuples()]).assign(**p_values)
 
 # %% ../nbs/06d_summarize.ipynb #5a42353a
 def tasks_of_both(
@@ -248,6 +216,7 @@ def task_notes(
     task: str, told: list, by_class,   # of `compare_task`: notes, and `delong_table`
 ) -> list:
     "What has to be known of a task beside its table."
+    from pahcl.report import p_text
     areas = lambda r: f'AUROC of {r.class_name} ({r.subjects} subjects): {r.auroc_a:.4f} and {r.auroc_b:.4f}, DeLong\'s p {p_text(r.p)}.'
     return [f'{task}: {note}.' for note in told]+[f'{task}, {areas(r)}' for r in by_class.dropna().itertuples()]
 
@@ -260,6 +229,7 @@ def write_comparison(
 ):
     "Print a comparison and write it as CSV (numbers), Markdown, LaTeX and HTML."
     import pandas as pd
+    from pahcl.report import write_table
     table = pd.concat(tables)[['Task', *tables[0].columns[:-1]]]
     print('\n'.join([table.to_string(index=False), *notes]))
     write_text(f'{path}.csv', pd.concat(found.values()).to_csv(index=False))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PRINTED', 'trained_runs', 'scores_and_draws', 'difference_of', 'variant_rows', 'holm', 'changed',
-           'rows_of_variant', 'ablation_table', 'cell', 'printed', 'draw_variants', 'ablation_figure', 'table_notes',
+           'rows_of_variant', 'ablation_table', 'printed', 'draw_variants', 'ablation_figure', 'table_notes',
            'write_ablation']
 
 # %% ../nbs/06r_variant_table.ipynb #23a8fa59
@@ -16,11 +16,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .basics import PahclError, write_text
-from .compare import SCORES, check_pair, experiment_scores, experiment_values, person_of, read_subjects, stacked
+from .compare import check_pair, experiment_scores, experiment_values, paired_scores, read_subjects, stacked
+from .metrics import persons_of
 from .resampling import interval, number_persons, p_value, resampling_weights
 from .figures import STYLE, save_figure
-from .report import flat
-from .summarize import p_text, write_table
+from .report import flat, p_text, with_interval, write_table
 
 # %% ../nbs/06r_variant_table.ipynb #dbe20fa7
 def trained_runs(
@@ -49,7 +49,7 @@ def scores_and_draws(
 # %% ../nbs/06r_variant_table.ipynb #003b06e2
 def difference_of(
     first, second,   # of `scores_and_draws`: the reference, the variant
-    score: str,      # of `SCORES`
+    score: str,      # of `paired_scores`
     persons: int,    # as many as were resampled
 ) -> dict:           # difference (second - first), its interval, p
     "How a variant differs from the reference in one score."
@@ -67,12 +67,12 @@ def variant_rows(
     "Scores of a variant with their intervals over seeds and persons, and its difference to the reference over the seeds that both have."
     one = next(iter(own.values()))
     for table in [*own.values(), *other.values()]: check_pair(one, table, *names)
-    (index, persons), common, rows = number_persons(person_of(one)), [s for s in own if s in other], []
+    (index, persons), common, rows = number_persons(persons_of(one)), [s for s in own if s in other], []
     weights = resampling_weights(persons, draws, seed)
     of = lambda tables: scores_and_draws(tables, index, weights, seed)
     scores, values = of(list(own.values()))
     pair = [of([e[s] for s in common]) for e in (other, own)] if common else None
-    for s in SCORES:
+    for s in paired_scores():
         low, high = interval(values[s], persons)
         deviation = float(scores[s].std(ddof=1)) if len(own) > 1 else None
         rows.append(dict(score=s, mean=float(scores[s].mean()), deviation=deviation, low=low, high=high) | (difference_of(*pair, s, persons) if pair else {}))
@@ -106,7 +106,7 @@ def rows_of_variant(
     "What the table says of one variant on one task."
     own, missing = trained_runs(a, variant, task, folder)
     about = dict(task=task, variant=variant, changes=changed(a.variants[variant]), seeds_asked=len(a.seeds), seeds=len(own), missing='; '.join(missing))
-    if not own: return [about | dict(score=s) for s in SCORES]
+    if not own: return [about | dict(score=s) for s in paired_scores()]
     names, subjects = (f'{task}_{variant}', f'{task}_{a.reference}'), len(next(iter(own.values())))
     return [about | dict(subjects=subjects) | r for r in variant_rows(own, {} if variant == a.reference else reference, names, draws, seed)]
 
@@ -128,15 +128,6 @@ def ablation_table(
     table['p_holm'] = table.groupby(['task', 'score'])['p'].transform(lambda p: holm(p))
     return table
 
-# %% ../nbs/06r_variant_table.ipynb #87902b2e
-def cell(
-    mean, low, high,   # numbers; NaN where there is none
-    sign='',           # '+': also before what is above 0
-) -> str:
-    "A number with its interval, or a dash."
-    if pd.isna(mean): return '–'
-    return f'{mean:{sign}.3f}' + ('' if pd.isna(low) else f' [{low:{sign}.3f}, {high:{sign}.3f}]')
-
 # %% ../nbs/06r_variant_table.ipynb #8e6e0a31
 PRINTED = dict(f1_macro='F1 macro', auroc='AUROC')
 
@@ -151,7 +142,8 @@ def printed(
         row = {'Task': task, 'Variant': variant, 'Changes': first['changes'], 'Seeds': f'{first["seeds"]} of {first["seeds_asked"]}'}
         for s, name in PRINTED.items():
             alone, gap = by.loc[s, ['mean', 'low', 'high']], by.loc[s, ['difference', 'difference_low', 'difference_high']]
-            row |= {name: cell(*alone), f'Δ {name}': cell(*gap, '+'), f'p {name}': p_text(by.loc[s, 'p_holm'])}
+            row |= {name: with_interval(alone.iloc[0], alone.iloc[1:]), f'Δ {name}': with_interval(gap.iloc[0], gap.iloc[1:], sign='+'),
+                    f'p {name}': p_text(by.loc[s, 'p_holm'])}
         rows.append(row | {'Missing': first['missing'] or '–'})
     out = pd.DataFrame(rows)
     return out.drop(columns='Missing') if (out['Missing'] == '–').all() else out

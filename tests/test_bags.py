@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from pahcl.bags import GatedAttention, bag_means, bag_softmax, bag_sums, bag_table, bags_of, draw_cycles
 from pahcl.basics import generator
 from pahcl.classifier import Classifier, answers
-from pahcl.metrics import at_levels
+from pahcl.metrics import Predictions
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 
@@ -44,7 +44,8 @@ def test_the_order_of_cycles_does_not_matter(sizes, seed, aggregation):
     for level in ('recording', 'subject'): assert np.allclose(said[level], again[level], atol=1e-5)
     alone = answers(model, x[bag == 0], table[(bag == 0).numpy()])
     assert np.allclose(alone['subject'][0], said['subject'][0], atol=1e-5)
-    rows, values = at_levels(table, said)['recording']
+    recordings = Predictions(table, said).at_level('recording')
+    rows, values = recordings.table, recordings.probabilities
     assert rows['recording_id'].tolist() == sorted(set(table['recording_id'])) and np.array_equal(values, said['recording'].astype(float))
 
 

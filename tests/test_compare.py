@@ -9,10 +9,9 @@ from scipy.optimize import minimize
 
 from pahcl.compare import delong, experiment_values, placements, run_shares
 from pahcl.ensemble import learnt_weights, mutual_information
-from pahcl.metrics import auroc
+from pahcl.ranking import auroc, weighted_auroc
 from pahcl.resampling import resampling_weights
 from pahcl.summarize import pahcl_summarize
-from pahcl.uncertainty import weighted_auroc
 
 scores = st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 5)), min_size=6, max_size=30).filter(lambda rows: 2 <= sum(r[0] for r in rows) <= len(rows)-2)
 

@@ -9,7 +9,9 @@ from pahcl.calibration import decide
 from pahcl.cross_validation import cross_validate, device_splits, planned_folds
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.finetune import finetune
-from pahcl.metrics import auroc, classification_metrics
+from pahcl.metrics import classification_metrics
+from pahcl.ranking import auroc
+from pahcl.tables import Task
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +28,7 @@ def trained(trained_on):
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     "Figures are looked at in test_evaluate.py; here they would take most of the time."
-    monkeypatch.setattr('pahcl.evaluation_report.evaluation_figures', lambda results, levels: {})
+    monkeypatch.setattr('pahcl.scoring.Evaluation.figures', lambda self: {})
 
 
 def best_of(trained, name='downstream'): return trained/'outputs'/f'physionet2016_{name}'/'best_model.pt'
@@ -155,7 +157,7 @@ def test_a_class_that_a_device_lacks_is_empty_with_its_reason(trained, tmp_path)
 def test_pretraining_persons_are_neither_trained_on_nor_tested_where_their_device_is(trained):
     known = pd.read_csv(trained/'downstream'/'physionet2016'/'recordings.csv')
     met = set(known.loc[known['split'] == 'train', 'person_id'].iloc[:2])
-    planned = planned_folds('device', known, dict(dataset='physionet2016', task_name='physionet2016'), met)
+    planned = planned_folds('device', known, Task.open(trained/'downstream', 'physionet2016'), met)
     for device, fold in planned.items():
         own = set(known.loc[known['recording_id'].str[0] == device[-1], 'person_id'])
         assert {p for p, s in fold.items() if s == 'test'} == own - met and not (met & own) & set(fold)

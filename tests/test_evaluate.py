@@ -8,15 +8,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from pahcl.aggregation import Decisions
 from pahcl.basics import PahclError, write_json
 from pahcl.ensemble import ensemble, find_members, pahcl_ensemble
-from pahcl.evaluate import evaluate, match_classes, pahcl_evaluate, score_predictions
-from pahcl.metrics import made_cycles, murmur_weighted_accuracy
+from pahcl.evaluate import evaluate, pahcl_evaluate
+from pahcl.metrics import Predictions, made_cycles, murmur_weighted_accuracy
+from pahcl.scoring import Evaluation
 from pahcl.summarize import pahcl_summarize
+from pahcl.tables import Task
 
 MURMUR = {'Present': 0, 'Absent': 1, 'Unknown': 2}
 FILES = {'metrics.json', 'report.html', *(f'predictions_{l}.csv' for l in ('cycle', 'recording', 'subject')),
          *(f'{n}.png' for n in ('confusion_matrix', 'confusion_matrix_recording', 'confusion_matrix_cycle', 'roc', 'precision_recall', 'reliability'))}
+
+
+def scored(table, probabilities, **keys):
+    return Evaluation.of(Decisions.of(Predictions(table, probabilities, MURMUR), 'circor_murmur'), **keys)
 
 
 @pytest.fixture
@@ -176,7 +183,7 @@ def test_ensemble(house, capsys):
     results = ensemble(pattern, 'circor_murmur', house.data, draws=5)
     folder = house.outputs/'ensemble_circor_murmur_test'
     assert {p.name for p in folder.iterdir()} == FILES | {'disagreement_subject.csv'}
-    assert results['levels'] == score_predictions(house.table, np.mean(members, 0), MURMUR, 'circor_murmur', draws=5)[0]['levels']
+    assert results['levels'] == scored(house.table, np.mean(members, 0), draws=5).scores
     assert len(pd.read_csv(folder/'disagreement_subject.csv')) == 12
     other = house.checkpoint('circor_murmur_ensemble_odd', 'circor_outcome', dict(Normal=0, Abnormal=1))
     with pytest.raises(PahclError) as e: ensemble(pattern, 'circor_murmur', house.data)
@@ -223,14 +230,14 @@ def test_one_member_is_itself(house):
 def test_a_person_under_two_ids_is_resampled_as_one():
     table, p = made_cycles(.5, subjects=12, cycles=2)
     paired = table.assign(person_id=[f'{int(s)//2:03d}' for s in table['subject_id']])
-    apart, together = (score_predictions(t, p, MURMUR, 'circor_murmur', draws=100)[0] for t in (table, paired))
-    assert apart['levels']['subject']['accuracy'] == together['levels']['subject']['accuracy']
-    assert apart['levels']['subject']['intervals'] != together['levels']['subject']['intervals']
+    apart, together = (scored(t, p, draws=100).scores['subject'] for t in (table, paired))
+    assert apart['accuracy'] == together['accuracy']
+    assert apart['intervals'] != together['intervals']
 
 
 @pytest.mark.parametrize('trained', [dict(Normal=0), dict(Normal=0, Abnormal=1, Unknown=2), dict(Present=0, Absent=1)])
 def test_match_refuses(trained):
-    with pytest.raises(PahclError, match='do not agree'): match_classes(trained, dict(Normal=0, Abnormal=1))
+    with pytest.raises(PahclError, match='do not agree'): Task('.', dict(task_name='circor_outcome', label_map=dict(Normal=0, Abnormal=1))).match_columns(trained)
 
 
 @pytest.mark.parametrize('content', ['', '[1]', '{"test_accuracy": "high"}', '{"test_accuracy": true}', '\xff\xfe'])

@@ -3,11 +3,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from pahcl.basics import read_json
-from pahcl.floors import AGAIN, STRENGTHS, segmentation_traits, shortcut_answers, shortcut_floors, training_subjects
-from pahcl.metrics import at_levels
+from pahcl.floors import STRENGTHS, segmentation_traits, shortcut_answers, shortcut_floors, training_subjects
+from pahcl.metrics import Predictions
 from pahcl.spectrum_floor import spectrum_features
 from pahcl.splits import prepare
-from pahcl.tables import made_processed, made_recordings
+from pahcl.tables import PREPARE_AGAIN, Task, made_processed, made_recordings
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -45,11 +45,11 @@ def task(request, tmp_path_factory):
 def levels(task):
     cycles = pd.read_csv(task/'cycles.csv', dtype=dict(subject_id=str))
     test = cycles[cycles['split'] == 'test']
-    return at_levels(test, np.full((len(test), 3), 1/3))
+    return Predictions(test, np.full((len(test), 3), 1/3)).at_levels()
 
 
 def test_each_floor_finds_what_it_can_know(task, levels):
-    floors = shortcut_floors(read_json(task/'task_config.json'), task, levels)
+    floors = shortcut_floors(Task.open(task.parent, task.name), levels)
     assert list(floors) == ['heart rate', 'demographics', 'segmentation', 'log-mel statistics']
     area = {name: f['per_class']['auroc'] for name, f in floors.items() if 'reason' not in f}
     assert area['log-mel statistics'][0] == 1 and area['segmentation'][2] == 1
@@ -59,14 +59,14 @@ def test_each_floor_finds_what_it_can_know(task, levels):
 
 def test_by_hand(task, levels):
     "Standardise, balanced logistic regression, the penalty with the best validation AUROC."
-    x, train, val = spectrum_features(task), training_subjects(task), training_subjects(task, 'val')
+    x, train, val = spectrum_features(task), *(training_subjects(Task.open(task.parent, task.name), s) for s in ('train', 'val'))
     ids = levels['subject'][0]['subject_id']
     filled = SimpleImputer(strategy='median').fit(x.loc[train.index])
     scaled = StandardScaler().fit(filled.transform(x.loc[train.index]))
     ready = lambda who: scaled.transform(filled.transform(x.loc[who]))
     models = {c: LogisticRegression(C=c, class_weight='balanced', max_iter=2000).fit(ready(train.index), train) for c in STRENGTHS}
     areas = {c: np.mean([roc_auc_score(val == k, m.predict_proba(ready(val.index))[:, k]) for k in range(3)]) for c, m in models.items()}
-    said = shortcut_answers(read_json(task/'task_config.json'), task, ids)['log-mel statistics']
+    said = shortcut_answers(Task.open(task.parent, task.name), ids)['log-mel statistics']
     assert areas[said['strength']] == max(areas.values())
     assert said['probabilities'] == pytest.approx(models[said['strength']].predict_proba(ready(ids)), abs=1e-6)
 
@@ -76,14 +76,14 @@ def test_a_task_of_an_older_version_says_what_is_missing(task, levels, tmp_path)
     cycles, recordings = (pd.read_csv(task/f'{name}.csv', dtype=str) for name in ('cycles', 'recordings'))
     cycles.drop(columns=['confidence', 'quality']).to_csv(tmp_path/'cycles.csv', index=False)
     recordings.to_csv(tmp_path/'recordings.csv', index=False)
-    floors = shortcut_floors(config, tmp_path, levels)
-    assert floors['segmentation']['reason'].endswith(AGAIN.rstrip('.')) and 'confidence, quality' in floors['segmentation']['reason']
+    floors = shortcut_floors(Task(tmp_path, config), levels)
+    assert floors['segmentation']['reason'].endswith(PREPARE_AGAIN.rstrip('.')) and 'confidence, quality' in floors['segmentation']['reason']
     assert 'auroc' in floors['heart rate'] and 'task_config.json' in floors['log-mel statistics']['reason']
     cycles.to_csv(tmp_path/'cycles.csv', index=False)
-    assert 'auroc' in shortcut_floors(config, tmp_path, levels)['segmentation']
+    assert 'auroc' in shortcut_floors(Task(tmp_path, config), levels)['segmentation']
 
 
 def test_traits_are_those_of_the_tables(task):
-    traits, cycles = segmentation_traits(task), pd.read_csv(task/'cycles.csv', dtype=dict(subject_id=str))
+    traits, cycles = segmentation_traits(Task.open(task.parent, task.name)), pd.read_csv(task/'cycles.csv', dtype=dict(subject_id=str))
     by = cycles.groupby('subject_id')['confidence']
     assert np.allclose(traits['beats_confidence_mean'], by.mean().reindex(traits.index)) and np.allclose(traits['cycles'], by.size().reindex(traits.index))

@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from pahcl.basics import PahclError
-from pahcl.metrics import (OFFICIAL, aggregate, any_present, at_levels, auprc, auroc, bootstrap, classification_metrics, confusion_matrix,
-                           made_cycles, metrics_at_levels, murmur_weighted_accuracy, outcome_cost, precision_sum, sensitivity_specificity_mean)
+from pahcl.aggregation import Decisions
+from pahcl.compare import paired_scores
+from pahcl.config import check
+from pahcl.evaluation_report import Evaluation
+from pahcl.metrics import (METRICS, OFFICIAL, Predictions, aggregate, any_present, bootstrap, class_recalls, classification_metrics, confusion_matrix,
+                           made_cycles, metric_names, murmur_weighted_accuracy, outcome_cost, precision_sum, register_metric,
+                           sensitivity_specificity_mean)
+from pahcl.ranking import auprc, auroc
+from pahcl.report import words_used
 from sklearn import metrics as sk
 
 
@@ -144,16 +151,16 @@ def test_the_two_loudest_places_speak(case, random):
 def test_levels_weigh_recordings_alike_and_survive_any_order():
     table, p = made_cycles(1, subjects=9)
     keep = np.random.default_rng(0).permutation(len(table))[:150]
-    a, b = at_levels(table, p)['subject'], at_levels(table.iloc[np.arange(len(table))[::-1]], p[::-1])['subject']
-    same(a[1], b[1])
-    assert a[0]['subject_id'].tolist() == b[0]['subject_id'].tolist()
-    some = at_levels(table.iloc[keep], p[keep])
-    for _, row in some['recording'][0].iterrows(): assert row['rows'] == (table.iloc[keep]['recording_id'] == row['recording_id']).sum()
+    a, b = Predictions(table, p).at_level('subject'), Predictions(table.iloc[np.arange(len(table))[::-1]], p[::-1]).at_level('subject')
+    same(a.probabilities, b.probabilities)
+    assert a.table['subject_id'].tolist() == b.table['subject_id'].tolist()
+    some = Predictions(table.iloc[keep], p[keep]).at_level('recording').table
+    for _, row in some.iterrows(): assert row['rows'] == (table.iloc[keep]['recording_id'] == row['recording_id']).sum()
     long = table.assign(copy=0)
     first = table['recording_id'] == table['recording_id'].iloc[0]
     twice = np.concatenate([np.arange(len(table)), np.flatnonzero(first)])  # one location recorded twice as long
-    same(at_levels(long.iloc[twice], p[twice])['subject'][1], a[1])
-    numbers = metrics_at_levels(table, p, 3)
+    same(Predictions(long.iloc[twice], p[twice]).at_level('subject').probabilities, a.probabilities)
+    numbers = Predictions(table, p).scores()
     assert [numbers[k]['n'] for k in ('cycle', 'recording', 'subject')] == [len(table), table['recording_id'].nunique(), 9]
 
 
@@ -189,3 +196,57 @@ def test_bootstrap_leaves_undefined_draws_out():
                                            ([0, -1], np.ones((2, 2)), 'holds -1'), ([0, 1], np.array([[.5, .5], [np.nan, 1]]), 'row 1')])
 def test_wrong_input_is_named(y, p, message):
     with pytest.raises(PahclError, match=message): classification_metrics(y, p, 2)
+
+
+@pytest.fixture
+def made_up():
+    "Two metrics that somebody writes in a module of his own."
+    @register_metric('geometric_mean', 'matrices', 'root of the product of the recalls')
+    def geometric_means(matrices):
+        return class_recalls(matrices).prod(1)**(1/matrices.shape[1])
+    mean = lambda own, index, weights: weights @ np.bincount(index, own)/(weights @ np.bincount(index))
+    trust = lambda y, p: p[np.arange(len(y)), y]
+    @register_metric('trust', 'probabilities', 'mean probability of the truth', roles=('interval', 'paired'),
+                     weighted=lambda y, p, index, weights: mean(trust(y, p), index, weights))
+    def trusts(y_true, probabilities): return float(trust(y_true, probabilities).mean())
+    yield 'geometric_mean', 'trust'
+    for name in ('geometric_mean', 'trust'): del METRICS[name]
+
+
+def test_a_new_metric_is_known_everywhere_and_stands_in_no_list(made_up):
+    table, p = made_cycles(1)
+    scored = Evaluation.of(Decisions.of(Predictions(table, p, dict(a=0, b=1, c=2))), draws=100)
+    results = scored.results
+    for scores in results['levels'].values():
+        for name in made_up:
+            low, high = scores['intervals'][name]
+            assert 0 < low < scores[name] < high < 1
+    scores, y, z = results['levels']['cycle'], table['label'].to_numpy(), p.argmax(1)
+    same(scores['geometric_mean'], np.prod(sk.recall_score(y, z, average=None))**(1/3))
+    same(scores['trust'], p[np.arange(len(y)), y].mean())
+    assert list(scored.tables()[0].index)[-2:] == list(made_up)
+    assert results['floors']['subject']['geometric_mean'] == 0 and 'trust' in paired_scores()
+    assert 'geometric_mean: root of the product of the recalls' in words_used('geometric_mean 0.5')
+    config = check(dict(evaluation=dict(primary_metric='geometric_mean', metrics=['f1', 'geometric_mean'])))
+    assert config.evaluation.primary_metric == 'geometric_mean'
+    with pytest.raises(PahclError, match="'geometric_mean' is expected"): check(dict(evaluation=dict(primary_metric='trust')))
+
+
+def test_a_metric_that_cannot_be_is_refused():
+    nothing = lambda matrices: 0
+    for message, keys in [('two metrics', dict(name='f1')), ('no such kind', dict(kind='rows')), ('no such role', dict(roles=['best'])),
+                          ('no interval', dict(kind='ranking')), ('less of it is better', dict(higher_is_better=False))]:
+        with pytest.raises(PahclError, match=message):
+            register_metric(**dict(name='made up', kind='matrices', meaning='') | keys)(nothing)
+    assert 'made up' not in METRICS
+
+
+def test_lists_and_orders_that_files_rely_on():
+    every = ['accuracy', 'f1', 'f1_macro', 'f1_weighted', 'auroc', 'auprc', 'precision', 'recall', 'specificity', 'uar', 'mcc']
+    assert metric_names('interval') == metric_names('primary') == every
+    assert metric_names('compare') == [m for m in every if m not in ('precision', 'recall', 'specificity')]
+    assert metric_names('tracked') == ['accuracy', 'f1', 'f1_macro', 'auroc', 'auprc', 'precision', 'recall']
+    assert metric_names('paired') == ['accuracy', 'f1_macro', 'auroc', 'uar'] and paired_scores() == ['accuracy', 'f1_macro', 'uar', 'auroc']
+    assert list(classification_metrics([0, 1], np.eye(2), 2))[:11] == every
+    assert {task: m.name for task, m in OFFICIAL.items()} == dict(
+        circor_murmur='murmur_weighted_accuracy', circor_outcome='outcome_cost', physionet2016='sensitivity_specificity_mean', pascal='precision_sum')

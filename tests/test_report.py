@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
 
-from pahcl.curves import pr_points, roc_figure, roc_points, threshold_counts
+from pahcl.curves import pr_points, roc_figure, roc_points
 from pahcl.figures import line_style
-from pahcl.report import WORDS, report_page, words_used
+from pahcl.ranking import threshold_counts
+from pahcl.report import glossary, report_page, words_used
 
 ROOT = Path(__file__).parents[1]
 units = st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=2, max_size=40).filter(lambda rows: len({ill for ill, _ in rows}) == 2)
@@ -52,7 +53,7 @@ def test_a_page_fetches_nothing_and_hides_no_text():
     assert not re.search(r'url\(|@import|https?://[^x]', page) and page.count('</details>') == 1
 
 
-@pytest.mark.parametrize('word', [w for w in WORDS if w[0].isalpha()])
+@pytest.mark.parametrize('word', [w for w in glossary() if w[0].isalpha()])
 def test_every_word_is_found_and_no_part_of_a_word(word):
     told = lambda text: [w.split(':')[0] for w in words_used(text)]
     assert word in told(f'{word} 0.5') and word not in told(f'{word}_more of x{word}')

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pahcl.challenge_rules import UNSURE, as_committed, quality_weighted_mean
 from pahcl.cycles import preprocess
-from pahcl.evaluate import assess, missing_units
-from pahcl.evaluation_report import official_lines
+from pahcl.evaluate import assess
+from pahcl.evaluation_report import Evaluation
 from pahcl.floors import heart_rates
-from pahcl.metrics import sensitivity_specificity_mean
+from pahcl.metrics import Predictions, sensitivity_specificity_mean
 from pahcl.simulate import simulate_dataset
 from pahcl.splits import prepare
+from pahcl.tables import Task
 
 LABELS = dict(normal=0, abnormal=1)
 
@@ -57,12 +58,13 @@ def made_task(folder, quality):
     heard = known.drop(index=[3, 7])
     heard.assign(s2_end=1500, valid_length=3000, duration_s=.8).to_csv(folder/'cycles.csv', index=False)
     abnormal = np.array([.9, .8, .2, .1, .6, .3])
-    return (heard.reset_index(drop=True), np.stack([1-abnormal, abnormal], 1)), missing_units(heard, ids, ids)
+    return (heard.reset_index(drop=True), np.stack([1-abnormal, abnormal], 1)), ids
 
 
 def score(folder, quality):
-    told, missing = made_task(folder, quality)
-    return assess(told, None, dict(task_name='physionet2016', dataset='physionet2016', label_map=LABELS), folder, 'test', missing, draws=50)[0]
+    told, ids = made_task(folder, quality)
+    config = dict(task_name='physionet2016', dataset='physionet2016', label_map=LABELS, split_subjects=dict(test=ids))
+    return assess(Predictions(*told, LABELS), Task(folder, config), 'test', draws=50).results
 
 
 def test_the_rule_by_hand(tmp_path):
@@ -74,7 +76,7 @@ def test_the_rule_by_hand(tmp_path):
     assert official['quality'] == dict(unsure=2, unlabelled=1, good=dict(recordings=6, score=pytest.approx((2/3+1/3)/2), sensitivity=pytest.approx(2/3), specificity=pytest.approx(1/3)),
                                        poor=dict(recordings=2, score=1., sensitivity=1., specificity=1.))
     assert official['low'] <= official['value'] <= official['high']
-    told = ' '.join(official_lines(results))
+    told = ' '.join(Evaluation(results).official_lines())
     assert 'By the signal-quality rule of the challenge: 6 good recordings 0.500' in told and '1 without a label count as good' in told
     json.dumps(official)
 
@@ -82,7 +84,7 @@ def test_the_rule_by_hand(tmp_path):
 def test_without_labels_the_plain_mean_and_the_page_says_so(tmp_path):
     results = score(tmp_path, [None]*8)   # the two that were not heard are answered abnormal, as most in training are
     assert results['official']['value'] == pytest.approx((3/4+2/4)/2) and results['official']['rule'] == 'plain'
-    assert 'The plain (Se + Sp)/2: no signal-quality labels were used.' in official_lines(results)
+    assert 'The plain (Se + Sp)/2: no signal-quality labels were used.' in Evaluation(results).official_lines()
 
 
 @settings(deadline=None)

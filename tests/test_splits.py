@@ -18,7 +18,7 @@ from sklearn.utils.class_weight import compute_class_weight
 import pahcl.splits as splits
 from pahcl.basics import PahclError, generator, logger, read_json
 from pahcl.splits import SHARES, TASKS, check_leaks, class_weights, deal, heldout_persons, pahcl_prepare, person_classes, prepare, split_persons, strata
-from pahcl.tables import kept_cycles, made_processed, made_recordings, read_processed, read_table
+from pahcl.tables import Task, kept_cycles, made_processed, made_recordings, read_processed, read_table
 
 settings.register_profile('loaded machine', deadline=None)
 settings.load_profile('loaded machine')
@@ -156,7 +156,7 @@ def test_of_several_labels_the_rarest_in_training_counts(house, said):
     from pahcl.bags import bag_table
     from pahcl.floors import training_subjects
     from pahcl.loader import Cycles
-    from pahcl.metrics import at_levels
+    from pahcl.metrics import Predictions
     table = made_recordings(['pascal'], persons=30)                                       # 10 of each class
     table['label'] = table['label'].where(table['label'] != 'extrasystole', 'normal')     # 20 normal, 10 murmur
     more = table.iloc[[0, 4, 8, 12, 16, 20, 24, 28]].assign(label='extrasystole')                # and 8 persons have an extrasystole as well
@@ -172,10 +172,10 @@ def test_of_several_labels_the_rarest_in_training_counts(house, said):
     assert dict(zip(known['subject_id'], known['subject_label'].astype(int))) == expected
     for split in SHARES:
         cycles = Cycles.from_task(folder, split)
-        rows = at_levels(cycles.table, np.full((len(cycles), 3), 1/3))['subject'][0]
+        rows = Predictions(cycles.table, np.full((len(cycles), 3), 1/3)).at_level('subject').table
         assert rows['label'].tolist() == [expected[s] for s in rows['subject_id']] and rows['mixed_labels'].tolist() == [s in third for s in rows['subject_id']]
         assert bag_table(cycles.table)['label'].tolist() == rows['label'].tolist()
-    train = training_subjects(folder)
+    train = training_subjects(Task.open(house.out, 'pascal'))
     assert train.to_dict() == {s: expected[s] for s in set(known.loc[known['split'] == 'train', 'subject_id'])}
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), min_size=1, max_size=40))

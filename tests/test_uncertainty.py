@@ -5,15 +5,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
-from pahcl.aggregation import compare_rules, with_silent
+from pahcl.aggregation import Decisions, best_rule, compare_rules, follow_rules
 from pahcl.basics import UsageError
-from pahcl.calibration import brier, calibration_error, choose_threshold, decide, fit_temperature, sought, surprise, with_temperature
+from pahcl.calibration import brier, calibration_error, choose_threshold, decide, fit_temperature, surprise, with_temperature
 from pahcl.challenge_rules import UNSURE, quality_weighted_mean
 from pahcl.floors import below_floors, demographics, shortcut_floors
-from pahcl.metrics import OFFICIAL, at_levels, auprc, auroc, classification_metrics, made_cycles
+from pahcl.metrics import METRICS, OFFICIAL, Predictions, classification_metrics, made_cycles, positive_class
+from pahcl.ranking import auprc, auroc
 from pahcl import resampling
 from pahcl.resampling import interval, number_persons, p_value, resampling_weights
-from pahcl.uncertainty import bootstrap_scores, class_intervals, class_persons, intervals, matrix_scores, weighted_matrices
+from pahcl.tables import Task
+from pahcl.uncertainty import bootstrap_scores, class_intervals, class_persons, drawn_matrices, intervals, matrix_scores, weighted_matrices
 from scipy import stats
 from sklearn import metrics as sk
 
@@ -53,7 +55,7 @@ def test_shares_of_a_class_lie_in_their_intervals(case):
     person, y, p, k = case
     index, persons = number_persons(person)
     weights, decided = resampling_weights(persons, draws=200), p.argmax(1)
-    found, scores = class_intervals(y, decided, index, weights, k), classification_metrics(y, p, k)
+    found, scores = class_intervals(drawn_matrices(y, decided, index, weights, k), persons), classification_metrics(y, p, k)
     for name, pairs in found.items():
         for (low, high), share in zip(pairs, scores['per_class'][name]):
             assert low is None or share is None or -1e-6 <= low <= share+1e-6 and share-1e-6 <= high <= 1+1e-6
@@ -68,8 +70,7 @@ def test_intervals_hold_the_score_and_stay_in_its_range(case, seed):
     person, y, p, k = case
     index, persons = number_persons(person)
     official = 'murmur_weighted_accuracy' if k == 3 else 'outcome_cost'
-    function = next(o['function'] for o in OFFICIAL.values() if o['name'] == official)
-    scores = classification_metrics(y, p, k) | dict(official=function(y, p.argmax(1)))
+    scores = classification_metrics(y, p, k) | dict(official=METRICS[official].of_decisions(y, p.argmax(1)))
     values = bootstrap_scores(y, p, p.argmax(1), index, resampling_weights(persons, 100, seed), official)
     found, why = intervals(values, scores, persons)
     for name, (low, high) in found.items():
@@ -110,10 +111,11 @@ def test_p_value_is_students_where_that_is_right():
 
 def test_the_same_persons_get_the_same_weights_at_every_level():
     table, p = made_cycles(1, subjects=30)
-    numbered = [number_persons(r['person_id']) for r, _ in at_levels(table, p).values()]
+    levels = Predictions(table, p).at_levels().values()
+    numbered = [number_persons(own.persons) for own in levels]
     assert {n for _, n in numbered} == {30}
-    for (index, _), (rows, _) in zip(numbered, at_levels(table, p).values()):
-        assert (np.unique(table['person_id'])[index] == rows['person_id']).all()
+    for (index, _), own in zip(numbered, levels):
+        assert (np.unique(table['person_id'])[index] == own.table['person_id']).all()
     assert not (resampling_weights(30, 50) == resampling_weights(30, 50, seed=1)).all()
 
 
@@ -121,7 +123,8 @@ def test_fifty_thousand_cycles_within_a_few_seconds():
     "2.0 s of one core here, a row for each person left out among them; the limit leaves room for slower machines."
     table, p = made_cycles(1, subjects=942, cycles=18)
     began = time.process_time()
-    for rows, values in at_levels(table, p).values():
+    for own in Predictions(table, p).at_levels().values():
+        rows, values = own.table, own.probabilities
         index, persons = number_persons(rows['person_id'])
         drawn = bootstrap_scores(rows['label'].to_numpy(), values, values.argmax(1), index, resampling_weights(persons))
         intervals(drawn, dict.fromkeys(drawn, .5), persons)
@@ -161,7 +164,7 @@ def test_no_threshold_is_better_than_the_chosen_one(case, how):
 
 
 def test_threshold_mistakes_are_usage_errors():
-    assert sought(dict(Present=0, Absent=1)) == 0 and sought(dict(normal=0, murmur=1)) == 1
+    assert positive_class(dict(Present=0, Absent=1)) == 0 and positive_class(dict(normal=0, murmur=1)) == 1
     for how in ('sensitivity', 'sensitivity=2', 'sensitivity=x', 'Youden'):
         with pytest.raises(UsageError, match='argmax, youden'): choose_threshold([0, 1], np.eye(2), how, 1)
 
@@ -177,7 +180,7 @@ def test_quality_rules_are_the_published_formula(rows):
         clean = ((y == c) & ~noisy & (z == c)).sum()/n[0] if n[0] else 0
         poor = ((y == c) & noisy & ((z == c) | (z == UNSURE))).sum()/n[1] if n[1] else 0
         rates.append((n[0]*clean + n[1]*poor)/sum(n))
-    assert quality_weighted_mean(y, z, noisy) == pytest.approx((sum(rates)/2, *rates))
+    assert tuple(quality_weighted_mean(y, z, noisy).values()) == pytest.approx((sum(rates)/2, *rates))
 
 
 def task_on_disk(folder, persons=60):
@@ -190,18 +193,18 @@ def task_on_disk(folder, persons=60):
     cycles = recordings.loc[recordings.index.repeat(3)].assign(s2_end=random.integers(1200, 1800, 3*persons), valid_length=random.integers(2500, 4001, 3*persons))
     cycles.to_csv(folder/'cycles.csv', index=False)
     test = cycles[cycles['split'] == 'test']
-    return dict(dataset='physionet2016', label_map=dict(normal=0, abnormal=1)), at_levels(test, np.full((len(test), 2), .5))
+    return dict(dataset='physionet2016', label_map=dict(normal=0, abnormal=1)), Predictions(test, np.full((len(test), 2), .5)).at_levels()
 
 
 def test_the_folder_letter_is_found_out(tmp_path):
     task, levels = task_on_disk(tmp_path)
-    floors = shortcut_floors(task, tmp_path, levels, official=OFFICIAL['physionet2016'])
+    floors = shortcut_floors(Task(tmp_path, task), levels, official=OFFICIAL['physionet2016'])
     assert set(floors) == {'heart rate', 'folder letter', 'segmentation', 'log-mel statistics'} and floors['folder letter']['auroc'] == floors['folder letter']['official'] == 1
     assert abs(floors['heart rate']['auroc']-.5) < .25
     assert below_floors(dict(auroc=.95), floors, ['auroc']) == dict(auroc=['folder letter'])
     assert 'no column confidence, quality. Make it again' in floors['segmentation']['reason'] and 'task_config.json' in floors['log-mel statistics']['reason']
-    assert 'hides the rate' in shortcut_floors(task | dict(length_mode='phase'), tmp_path, levels)['heart rate']['reason']
-    assert '--raw-dir' in shortcut_floors(task | dict(dataset='circor'), tmp_path, levels)['demographics']['reason']
+    assert 'hides the rate' in shortcut_floors(Task(tmp_path, task | dict(length_mode='phase')), levels)['heart rate']['reason']
+    assert '--raw-dir' in shortcut_floors(Task(tmp_path, task | dict(dataset='circor')), levels)['demographics']['reason']
 
 
 def test_demographics_are_those_of_the_table(raw):
@@ -216,11 +219,11 @@ def test_rules_are_chosen_on_validation_only():
     "What is chosen does not change when the reported split's labels do."
     val, told, murmur = made_cycles(1, seed=1), made_cycles(1, seed=2), dict(Present=0, Absent=1, Unknown=2)
     turned = told[0].assign(label=(told[0]['label']+1) % 3)
-    a, b = compare_rules(val, told, murmur, 'f1_macro'), compare_rules(val, (turned, told[1]), murmur, 'f1_macro')
-    assert a[1] == b[1] and [r['validation'] for r in a[0]] == [r['validation'] for r in b[0]] and [r['value'] for r in a[0]] != [r['value'] for r in b[0]]
+    a, b = (compare_rules(follow_rules(Predictions(*val, murmur), Predictions(t, told[1], murmur)), 'f1_macro') for t in (told[0], turned))
+    assert best_rule(a) == best_rule(b) and [r['validation'] for r in a] == [r['validation'] for r in b] and [r['value'] for r in a] != [r['value'] for r in b]
 
 
 def test_nobody_silent_changes_nothing():
     table, p = made_cycles(1)
-    levels = at_levels(table, p)
-    assert with_silent(levels, table[:0], [1, 0, 0]) is levels
+    decisions = Decisions(Predictions(table, p).at_levels())
+    assert decisions.add_class_priors(table[:0], [1, 0, 0]) is decisions
