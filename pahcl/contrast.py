@@ -79,21 +79,8 @@ def info_nce(
 
 # %% ../nbs/04b_contrast.ipynb #824fdd37
 def processes() -> int:
-    "How many processes train together."
+    "Count the processes that train together."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(processes())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[dist.get_rank()]
 
 # %% ../nbs/04b_contrast.ipynb #bd860b73
 def row_counts(
@@ -113,9 +100,10 @@ def gather_with_gradient(
     "Everybody's rows; gradients flow back to their owners."
     counts = row_counts(len(x), x.device) if counts is None else counts
     if len(counts) == 1: return x
+    from torch.distributed.nn.functional import all_gather   # not in every build of torch
     kind, x = x.dtype, x.to(torch.uint8) if x.dtype == torch.bool else x
     padded = torch.cat([x, x.new_zeros(max(counts)-len(x), *x.shape[1:])])
-    return torch.cat([part[:c] for part, c in zip(_Gather.apply(padded), counts)]).to(kind)
+    return torch.cat([part[:c] for part, c in zip(all_gather(padded), counts)]).to(kind)
 
 # %% ../nbs/04b_contrast.ipynb #0e0d12ed
 def gather(

@@ -62,8 +62,9 @@ def make_objective(
             return self.model.features(batch['x'], batch['valid_length'], batch.get('phases'))
         def forward(self, batch):
             logits, labels = self.model.head(self.features(batch), batch.get('bag')), batch['label']
-            losses = cycle_losses(logits, labels, self.weights, settings.label_smoothing, settings.loss_type)
-            return losses.mean(), dict(probabilities=logits.softmax(-1), label=labels)
+            smoothing, kind = settings.label_smoothing, settings.loss_type
+            loss = cycle_losses(logits, labels, self.weights, smoothing, kind).mean()
+            return loss, dict(probabilities=logits.softmax(-1), label=labels)
     return Objective()
 
 # %% ../nbs/05_finetune.ipynb #70aa8e13
@@ -118,8 +119,9 @@ def predictor(
 
 # %% ../nbs/05_finetune.ipynb #4bcb42e2
 def split_features(
-    run, config, model, cycles,   # a `Run`, a `FinetuneConfig`, a `Classifier`, all `Cycles` of a split
-):                                # [n, C]
+    run, config, model,   # a `Run`, a `FinetuneConfig`, a `Classifier`
+    cycles,               # all `Cycles` of a split
+):                        # [n, C]
     "Features of a split from a frozen encoder, cached beside the task."
     cache = Path(config.data.base_dir)/config.task.name/'.features'
     return cached_features(run, model.encoder, cycles, cache, pooling=model.pooling)
@@ -166,10 +168,10 @@ class FinetuneRecipe:
         task,              # the `Task`
         seen=(),           # persons that the model has learnt from before
     ):
-        self.run, self.config, self.model, self.task, self.validation = run, config, model, task, data['val']
+        self.run, self.config, self.model, self.task = run, config, model, task
         self.frozen, self.settings = config.pretrain.freeze_encoder, config.training
         self.score_name = config.evaluation.primary_metric or task.primary_metric
-        self.persons = {*seen, *data['train'].table['person_id']}
+        self.persons, self.validation = {*seen, *data['train'].table['person_id']}, data['val']
         features = self.prepare_features(data)
         self.set_units(data['train'], features['train'])
         self.predict = predictor(run, model, data['val'], self.settings.batch_size, features['val'])
@@ -199,17 +201,17 @@ def prepare_features(self: FinetuneRecipe,
     features = {split: find(data[split]) for split in ('train', 'val')}
     model.to(device)
     if model.head_settings['standardise']:
-        known = features['train']
-        if known is None: known = encode(model.encoder, data['train'], device, pooling=model.pooling)
+        known, train = features['train'], data['train']
+        if known is None: known = encode(model.encoder, train, device, pooling=model.pooling)
         model.standardise.fit(known)
     return features
 
 @patch
 def set_units(self: FinetuneRecipe, cycles, features):
     "Set what an epoch goes through: cycles, or bags of them (see `pahcl.training_data`)."
-    config, device = self.config, self.run.accelerator.device
-    if config.training.aggregation == 'cycle': self.units = Cyclewise(config, cycles, device, features)
-    else: self.units = Bagwise(config, cycles, device, features, self.run.processes)
+    given = self.config, cycles, self.run.accelerator.device, features
+    if self.settings.aggregation == 'cycle': self.units = Cyclewise(*given)
+    else: self.units = Bagwise(*given, self.run.processes)
     self.epoch_rows, self.make_batch = self.units.rows_of, self.units.batch
     self.batch_rows = self.units.batch_rows
 
@@ -221,7 +223,7 @@ def validate(self: FinetuneRecipe, epoch: int) -> dict:   # of `validation_score
     probabilities, trackers = self.predict(), self.run.trackers
     if trackers:
         figures = epoch_figures(table, probabilities, label_map, level, f'epoch {epoch+1}')
-        trackers.figures(figures, epoch+1)
+        trackers.log_figures(figures, epoch+1)
     scores = split_scores(table, probabilities, len(label_map), level)
     return validation_scores(scores, self.score_name)
 
@@ -300,8 +302,9 @@ def result_facts(
     return dict(
         task=config.task.name, experiment=config.experiment.name, mode=mode_of(config),
         primary_metric=primary, seed=config.seed, best_epoch=saved['epoch'], epochs=len(history),
-        encoder_type=saved['encoder_type'], pretrained=config.pretrain.checkpoint_path, loaded=loaded,
-        training_subjects=int(train['subject_id'].nunique()), training_cycles=len(train))
+        encoder_type=saved['encoder_type'], pretrained=config.pretrain.checkpoint_path,
+        loaded=loaded, training_subjects=int(train['subject_id'].nunique()),
+        training_cycles=len(train))
 
 # %% ../nbs/05_finetune.ipynb #5eeace1a
 def run_experiment(
@@ -347,7 +350,7 @@ def finetune(
     wandb_entity=None,
     output_dir='outputs',  # the run's folder is `<output_dir>/<task>_<experiment name>`
     overwrite=False,       # start anew where the folder holds a run
-    **overrides,           # by flag or dotted key, e.g. `task='pascal', pretrained='none', epochs=3`
+    **overrides,           # by flag or dotted key, e.g. `task='pascal', pretrained='none'`
 ) -> dict:                 # what stands in `final_metrics.json`
     "Fine-tune on a task; a run that is finished is not repeated, one that was killed goes on."
     from pahcl.runs import Run

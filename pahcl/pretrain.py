@@ -209,13 +209,14 @@ class WatchedCycles:
         mine = shares(shuffled_rows(config, cycles, 0), run.processes)[run.rank]
         self.batches = batches(mine, self.size)
 
-    def losses(self, model) -> dict:   # of `ContrastiveModel.watch`
+    def losses(self, model) -> dict:   # of `ContrastiveModel.validation_losses`
         "Losses of all levels and signs of collapse, over the cycles of all processes."
         import torch
         from accelerate.utils import gather_object
         parts = [model.embed(self.make_batch(rows, 0)) for rows in self.batches]
         if self.run.processes > 1: parts = gather_object(parts)
-        return model.watch({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, self.size)
+        embedded = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        return model.validation_losses(embedded, self.size)
 
 # %% ../nbs/04_pretrain.ipynb #e72ec3be
 LOSS, LABELS = 'contrastive loss', 'labels of '   # what a checkpoint's `chosen_by` says
@@ -228,6 +229,10 @@ class EpochChoice:
     message: str          # sentence for the log
     chosen_by: str = LOSS
     probes: list = field(default_factory=list)   # of `pahcl.probe.Probe`; none: no labels choose
+
+    @property
+    def facts(self):   # for metrics and checkpoint
+        return dict(probe_tasks=[p.name for p in self.probes], chosen_by=self.chosen_by)
 
 def judges(
     config,               # a `PretrainConfig`
@@ -282,15 +287,17 @@ def results_of(
     choice: EpochChoice,
 ) -> dict:
     "What stands in `final_metrics.json`: what it was, the best epoch's numbers, the history."
-    best, epochs = state.history[state.best_epoch], len(state.history)
-    numbers = {k.replace('/', '_'): v for k, v in best.items() if k.startswith(('train/', 'validation/'))}
-    about = dict(experiment=config.experiment.name, encoder_type=model.encoder.config['encoder_type'],
-                 moco=config.contrast.moco, positives=config.contrast.positives, seed=config.seed,
-                 best_epoch=best['epoch'], epochs=epochs)
-    if config.contrast.moco: about['moco_momentum'] = model.momentum
-    whom = dict(heldout_persons=data.facts['heldout_persons'],
-                probe_tasks=[p.name for p in choice.probes], chosen_by=choice.chosen_by,
-                include_heldout_subjects=data.facts['include_heldout_subjects'])
+    best, contrast = state.history[state.best_epoch], config.contrast
+    tracked = 'train/', 'validation/'
+    numbers = {k.replace('/', '_'): v for k, v in best.items() if k.startswith(tracked)}
+    about = dict(
+        experiment=config.experiment.name, encoder_type=model.encoder.config['encoder_type'],
+        moco=contrast.moco, positives=contrast.positives, seed=config.seed,
+        best_epoch=best['epoch'], epochs=len(state.history))
+    if contrast.moco: about['moco_momentum'] = model.momentum
+    whom = dict(
+        heldout_persons=data.facts['heldout_persons'], **choice.facts,
+        include_heldout_subjects=data.facts['include_heldout_subjects'])
     return about | numbers | data.counts() | whom | dict(history=state.history)
 
 # %% ../nbs/04_pretrain.ipynb #98ecb8c0
@@ -336,8 +343,7 @@ class PretrainRecipe:
     def training_scores(self, values): return values
 
     def checkpoint(self):
-        probes = dict(probe_tasks=[p.name for p in self.choice.probes], chosen_by=self.choice.chosen_by)
-        return content_of(self.objective, self.config, self.data.facts | probes)
+        return content_of(self.objective, self.config, self.data.facts | self.choice.facts)
 
 # %% ../nbs/04_pretrain.ipynb #8be59fef
 @patch
@@ -389,11 +395,14 @@ def pretrain(
     from pahcl.runs import Run
     config = load_config('pretrain', config, None, overrides)
     data = pretrain_data(config)
-    choice, model = judges(config, data), starting_model(config)   # a mistake leaves no folder behind
+    choice = judges(config, data)
+    model = starting_model(config)   # before the folder is made: a mistake leaves nothing behind
     inputs = {name: c.fingerprint() for name, c in data.splits.items() if c}
     inputs |= {f'probe_{p.name}': p.cycles.fingerprint() for p in choice.probes}
-    run = Run.open(Path(output_dir)/config.experiment.name, config, inputs, overwrite, group='pretrain',
-                   tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity)
+    run = Run.open(
+        Path(output_dir)/config.experiment.name, config, inputs, overwrite, group='pretrain',
+        tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project,
+        wandb_entity=wandb_entity)
     if not run.finished:
         with run: run.finish(run_pretraining(run, config, data, model, choice))
     return run.folder/'best_model.pt'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'probe_tasks', 'Probe', 'usable_classes', 'make_probe', 'make_probes', 'person_features', 'judges', 'judged',
-           'probe_scores', 'encode', 'probe_values']
+           'probe_scores', 'probe_values']
 
 # %% ../nbs/04g_probe.ipynb #01834af4
 from pathlib import Path
@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .basics import PahclError, generator
-from .loader import Cycles, batches, cap_rows, recording_ids
+from .classifier import encode
+from .loader import Cycles, cap_rows, recording_ids
 from .metrics import classification_metrics
 from .tables import cut_difference, prepared_tasks
 from .training import predict_shared
@@ -137,22 +137,6 @@ def probe_scores(
         out |= {name: found['auroc'], f'{name}_f1': found['f1_macro']}
     return out
 
-# %% ../nbs/04g_probe.ipynb #cf182ad1
-@torch.no_grad()
-def encode(
-    encoder,           # in evaluation mode
-    cycles,            # `Cycles`
-    rows,              # of its table [n]
-    batch_size: int,
-    device,
-):                     # [n, C] float32 array
-    "Features of cycles."
-    parts = []
-    for r in batches(rows, batch_size):
-        b = cycles.batch(r, device=device)
-        parts.append(encoder(b['x'], b['valid_length']).float().cpu())
-    return torch.cat(parts).numpy()
-
 # %% ../nbs/04g_probe.ipynb #39cd2502
 def probe_values(
     run,            # a `pahcl.runs.Run`
@@ -160,12 +144,14 @@ def probe_values(
     probes: list,   # of `make_probes`
     neighbours: int,
     batch_size: int,
-) -> dict:          # 'score': mean AUROC of both classifiers over tasks, weighted by their persons; 'probe_<task>_knn', 'probe_<task>_linear' and so on
-    "What all tasks say."
-    values = {}
+) -> dict:          # 'score', and 'probe_<task>_knn', 'probe_<task>_linear' and so on
+    "Score the encoder on all tasks; 'score' is the AUROC's mean, weighted by persons."
+    values, aurocs, device = {}, [], run.accelerator.device
     for p in probes:
-        features = predict_shared(run, p.rows, lambda rows: encode(encoder, p.cycles, rows, batch_size, run.accelerator.device))
-        scores = probe_scores(person_features(features, p.group), p.label, p.scored, p.num_classes, neighbours)
+        predict = lambda rows: encode(encoder, p.cycles, device, batch_size, rows)
+        features = person_features(predict_shared(run, p.rows, predict), p.group)
+        scores = probe_scores(features, p.label, p.scored, p.num_classes, neighbours)
         values |= {f'probe_{p.name}_{k}': v for k, v in scores.items()}
-    score = np.average([(values[f'probe_{p.name}_knn']+values[f'probe_{p.name}_linear'])/2 for p in probes], weights=[p.scored.sum() for p in probes])
+        aurocs.append((scores['knn']+scores['linear'])/2)
+    score = np.average(aurocs, weights=[p.scored.sum() for p in probes])
     return dict(score=float(score)) | values

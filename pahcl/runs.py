@@ -144,7 +144,7 @@ class Run:
         AcceleratorState._reset_state()  # a second run in one process may use another precision
         several = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.cuda.is_available()  # torchrun without a GPU: gloo
         self.accelerator = Accelerator(mixed_precision=choose_precision(use_amp), cpu=several)
-        self.state = self.decide(overwrite)
+        self.state = self.find_state(overwrite)
 
 # %% ../nbs/04e_runs.ipynb #8e8c6e6c
 @patch(as_prop=True)
@@ -163,7 +163,7 @@ def __repr__(self: Run):
 
 # %% ../nbs/04e_runs.ipynb #0135a0d9
 @patch
-def decide(self: Run, overwrite: bool) -> str:
+def find_state(self: Run, overwrite: bool) -> str:
     "What the folder means, for all processes alike; see `open_folder`."
     answer = [None]
     if self.is_main:
@@ -242,8 +242,8 @@ def say(self: Run, message: str):
 @patch
 def track(self: Run, values: dict, step: int):
     "Send numbers, and histograms of what is watched, to the trackers."
-    self.trackers.scalars(values, step)
-    self.trackers.histograms(step)
+    self.trackers.log_scalars(values, step)
+    self.trackers.log_histograms(step)
 
 # %% ../nbs/04e_runs.ipynb #3a4682cf
 @patch
@@ -252,6 +252,7 @@ def finish(self: Run, metrics: dict):
     self.accelerator.wait_for_everyone()
     if not self.is_main: return
     write_json(self.folder/'final_metrics.json', metrics)
-    self.trackers.scalars({f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}, metrics.get('epochs', 0))
+    numbers = {f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}
+    self.trackers.log_scalars(numbers, metrics.get('epochs', 0))
     (self.folder/'last.pt').unlink(missing_ok=True)
     self.set_status('finished')

@@ -10,6 +10,7 @@ __all__ = ['HELDOUT', 'check_pretraining', 'head_settings', 'substructure_note',
 from dataclasses import dataclass
 
 from .basics import PahclError, some
+from .jobs import file_hash
 
 # %% ../nbs/05c_starting_model.ipynb #61fe9b4e
 HELDOUT = 'whether persons of the validation and test splits'
@@ -124,7 +125,8 @@ def starting_model(
     told = [loading_line(source, found), check_pretraining(saved, heldout, source),
             *substructure_note(config, saved), *choice_lines(config, found)]
     if not config.pretrain.load_encoder_only: load_whole(model, saved, source)
-    return StartingPoint(model, found, [line for line in told if line], persons_seen(saved) or set())
+    messages = [line for line in told if line]
+    return StartingPoint(model, found, messages, persons_seen(saved) or set())
 
 # %% ../nbs/05c_starting_model.ipynb #0baea36d
 def pretrained_fingerprint(

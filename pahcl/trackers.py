@@ -81,7 +81,7 @@ class Trackers:
 
 # %% ../nbs/04f_trackers.ipynb #12712730
 @patch
-def scalars(self: Trackers,
+def log_scalars(self: Trackers,
     values: dict,   # name -> number; what is undefined (None, NaN) is left out
     step: int,      # the epoch
 ):
@@ -91,7 +91,7 @@ def scalars(self: Trackers,
 
 # %% ../nbs/04f_trackers.ipynb #c3311b6e
 @patch
-def text(self: Trackers, name: str, text: str):
+def log_text(self: Trackers, name: str, text: str):
     "A note that has no step: W&B keeps it in the run's summary."
     for t in self.watchers:
         if t.name == 'tensorboard': t.writer.add_text(name, text)
@@ -105,7 +105,7 @@ def wandb_value(kind: str, value):
 
 # %% ../nbs/04f_trackers.ipynb #6c00a3a4
 @patch
-def figures(self: Trackers,
+def log_figures(self: Trackers,
     figures: dict,   # name -> matplotlib figure
     step: int,       # the epoch
 ):
@@ -120,7 +120,7 @@ def figures(self: Trackers,
 def watch(self: Trackers,
     module,   # whose parameters and gradients are drawn at each epoch's end; frozen ones never
 ):
-    "Remember a module for `histograms`."
+    "Remember a module for `log_histograms`."
     if not self.watchers: return
     self.module = module
     for name, p in module.named_parameters():
@@ -128,7 +128,7 @@ def watch(self: Trackers,
 
 # %% ../nbs/04f_trackers.ipynb #7b039664
 @patch
-def histograms(self: Trackers, step: int):
+def log_histograms(self: Trackers, step: int):
     "Histograms of all parameters that learn and of their last gradients."
     if self.module is None: return
     drawn = {f'parameters/{name}': p for name, p in self.module.named_parameters() if p.requires_grad}

@@ -205,10 +205,12 @@ class TrainingState:
 
     def note_epoch(self,
         score,           # of the validation; None: it was not asked for
+        step: int,       # optimiser steps done
         numbers: dict,   # what is kept of the epoch
     ) -> bool:           # whether it is the best so far
         "Add an epoch to the history."
         score = -math.inf if score is None else score
+        self.step, self.part = step, None
         better = score > self.best or self.best_epoch < 0
         if better: self.best, self.best_epoch = score, self.epoch
         self.epoch += 1
@@ -262,15 +264,17 @@ class Trainer:
         run: Run,   # an entered one
         recipe,     # of pretraining or fine-tuning, see the table
     ):
-        self.run, self.recipe, self.settings, self.state = run, recipe, recipe.settings, TrainingState()
+        self.run, self.recipe, self.settings = run, recipe, recipe.settings
+        self.state = TrainingState()
         rows = len(recipe.epoch_rows(0))
         self.total, self.warmup = steps_of(run, rows, recipe.batch_rows, self.settings)
         optimiser = torch.optim.AdamW(recipe.groups, lr=self.settings.learning_rate)
         self.optimiser = prepare_optimiser(run, optimiser)
         self.objective = recipe.objective.to(run.accelerator.device)
         if run.state == 'resume' and (run.folder/'last.pt').exists(): self.resume()
-        self.model = prepare_objective(run, self.objective)   # the objective as it is called in training
-        self.done = self.state.step+(self.state.part['steps'] if self.state.part else 0)   # optimiser steps
+        self.model = prepare_objective(run, self.objective)   # the objective as training calls it
+        within = self.state.part['steps'] if self.state.part else 0
+        self.done = self.state.step+within                    # optimiser steps
 
     def rate(self, step: int) -> float:
         "The learning rate of an optimiser step, before the scale of each group."
@@ -332,7 +336,8 @@ def fit(self: Trainer) -> TrainingState:
             for batch in self.batches(steps):
                 # the randomness and the rate of this step
                 if batch.first: torch.manual_seed(step_seed(run.seed, self.done, run.rank))
-                for group in optimiser.param_groups: group['lr'] = self.rate(self.done)*group['scale']
+                rate = self.rate(self.done)
+                for group in optimiser.param_groups: group['lr'] = rate*group['scale']
                 # the loss; processes exchange gradients in the last batch of a step only
                 with nullcontext() if batch.last else accelerator.no_sync(self.model):
                     with accelerator.autocast(): loss, reported = self.model(batch.inputs)
@@ -353,11 +358,11 @@ def fit(self: Trainer) -> TrainingState:
             sums = EpochSums.merge(from_all(sums.plain, run))
             train = dict(loss=sums.loss, **recipe.training_scores(sums.reported()))
             scores = recipe.validate(epoch)
-            numbers = self.epoch_numbers(train, scores)
-            state.step, state.part = self.done, None
-            better, seconds = state.note_epoch(scores['score'], numbers), time.monotonic()-start
+            score, numbers = scores['score'], self.epoch_numbers(train, scores)
+            better = state.note_epoch(score, self.done, numbers)
             run.track(numbers, state.epoch)
-            run.say(epoch_line(state, settings, sums.loss, scores['score'], recipe.score_name, seconds))
+            seconds = time.monotonic()-start
+            run.say(epoch_line(state, settings, sums.loss, score, recipe.score_name, seconds))
             self.save_epoch(better)
     self.save_final()
     return state
@@ -416,11 +421,12 @@ def checkpoint(self: Trainer) -> dict:
 def save_epoch(self: Trainer,
     better: bool,   # whether the epoch is the best so far
 ):
-    "Write the best, every so many epochs one to keep, and `last.pt` (last: it vouches for the others)."
+    "Write the best, at intervals one to keep, and `last.pt` (last: it vouches for the others)."
     if not self.run.is_main: return
     content, epoch, folder = self.checkpoint(), self.state.epoch, self.run.folder
+    kept = epoch % self.settings.save_interval == 0
     if better: save_checkpoint(folder/'best_model.pt', content)
-    if epoch % self.settings.save_interval == 0: save_checkpoint(folder/f'epoch_{epoch}.pt', content)
+    if kept: save_checkpoint(folder/f'epoch_{epoch}.pt', content)
     self.save_last(content)
 
 @patch

@@ -87,7 +87,7 @@ from pahcl.trackers import Trackers
 PartialState()
 trackers = Trackers(sys.argv[1], dict(seed=1), wandb=True)
 time.sleep(4)
-trackers.text('why', 'a note')
+trackers.log_text('why', 'a note')
 trackers.close()
 """
 
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_last_step(tmp_path):
         layer.zero_grad()
         (scale*layer(torch.ones(5, 2))).sum().backward()
     layer.zero_grad()   # as the optimiser leaves it
-    trackers.histograms(1)
+    trackers.log_histograms(1)
     trackers.close()
     last = EventAccumulator(str(tmp_path/'tensorboard')).Reload().Histograms('gradients/weight')[-1].histogram_value
     assert (last.min, last.max) == (15., 15.)
@@ -119,7 +119,7 @@ def test_nobody_watches(tmp_path):
     layer, trackers = torch.nn.Linear(2, 1), Trackers()
     trackers.watch(layer)
     assert not layer.weight._post_accumulate_grad_hooks and not trackers
-    for call in (lambda: trackers.scalars({'a': 1}, 1), lambda: trackers.figures(dict(a=Figure()), 1), lambda: trackers.histograms(1), lambda: trackers.text('a', 'b'), trackers.close): call()
+    for call in (lambda: trackers.log_scalars({'a': 1}, 1), lambda: trackers.log_figures(dict(a=Figure()), 1), lambda: trackers.log_histograms(1), lambda: trackers.log_text('a', 'b'), trackers.close): call()
     assert not list(tmp_path.iterdir())
 
 
