@@ -10,7 +10,7 @@ __all__ = ['HELDOUT', 'check_pretraining', 'head_settings', 'substructure_note',
 from dataclasses import dataclass
 
 from .basics import PahclError, some
-from .jobs import file_hash
+from .basics import file_hash
 
 # %% ../nbs/05c_starting_model.ipynb #61fe9b4e
 HELDOUT = 'whether persons of the validation and test splits'
@@ -133,6 +133,5 @@ def pretrained_fingerprint(
     source,   # a path, `packaged` or `none`
 ) -> str:
     "What a run started from: 16 hexadecimal digits of the file's content, or `none`."
-    from pahcl.basics import file_hash
     from pahcl.classifier import find_checkpoint
     return 'none' if source == 'none' else file_hash(find_checkpoint(source))
