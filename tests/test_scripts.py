@@ -1,4 +1,6 @@
-"Every console script: help in under a second, both spellings of every flag, python -m, usage errors, one clear sentence for bad input"
+"""Every console script: help in under a second, both spellings of every flag, python -m, usage
+errors, one clear sentence for bad input
+"""
 import configparser
 import importlib
 import os
@@ -15,17 +17,27 @@ SETTINGS = configparser.ConfigParser(delimiters=['='])
 SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
 SCRIPTS = dict(line.split('=') for line in SETTINGS['DEFAULT']['console_scripts'].split())
 GUIDE = dict(
-    pahcl_download='dataset output-dir', pahcl_preprocess='raw-dir output-dir num-workers', pahcl_prepare='dataset raw-dir processed-dir output-dir seed copy verbose',
-    pahcl_pretrain='config processed-dir downstream-dir output-dir experiment-name encoder-type moco epochs lr batch-size seed include-heldout-subjects tensorboard wandb wandb-project wandb-entity overwrite',
-    pahcl_finetune='task config pretrained data-dir output-dir experiment-name linear-eval few-shot shot-ratio epochs lr batch-size seed tensorboard wandb wandb-project wandb-entity',
-    pahcl_evaluate='checkpoint task data-dir split robustness', pahcl_ensemble='checkpoints task weighted', pahcl_summarize='compare', pahcl_ablation='config jobs dry-run', pahcl_represent='checkpoint task', pahcl_downstream='demo epochs pretrain-epochs', pahcl_simulate='output-dir dataset subjects seed',
+    pahcl_download='dataset output-dir', pahcl_preprocess='raw-dir output-dir num-workers',
+    pahcl_prepare='dataset raw-dir processed-dir output-dir seed copy verbose',
+    pahcl_pretrain='config processed-dir downstream-dir output-dir experiment-name encoder-type '
+                   'moco epochs lr batch-size seed include-heldout-subjects tensorboard wandb '
+                   'wandb-project wandb-entity overwrite',
+    pahcl_finetune='task config pretrained data-dir output-dir experiment-name linear-eval '
+                   'few-shot shot-ratio epochs lr batch-size seed tensorboard wandb wandb-project '
+                   'wandb-entity',
+    pahcl_evaluate='checkpoint task data-dir split robustness',
+    pahcl_ensemble='checkpoints task weighted', pahcl_summarize='compare',
+    pahcl_ablation='config jobs dry-run', pahcl_represent='checkpoint task',
+    pahcl_downstream='demo epochs pretrain-epochs',
+    pahcl_simulate='output-dir dataset subjects seed',
     pahcl_score_states='groups columns only-predicted output')
 POSITIONAL = dict(pahcl_score_states=('found', 'true'))
 
 
 def call(name, *arguments):
     "Run a script as `python -m`, as torchrun does."
-    return subprocess.run([sys.executable, '-m', SCRIPTS[name].split(':')[0], *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([sys.executable, '-m', SCRIPTS[name].split(':')[0], *map(str, arguments)],
+                          capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
@@ -45,7 +57,8 @@ def test_help(name):
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_unknown_flag_is_a_usage_error(name):
     done = call(name, *POSITIONAL.get(name, ()), '--no-such-flag')
-    assert done.returncode == 2 and 'Traceback' not in done.stderr and '--no-such-flag' in done.stderr
+    assert (done.returncode == 2 and 'Traceback' not in done.stderr
+            and '--no-such-flag' in done.stderr)
 
 
 def test_one_script_a_module_and_all_are_installed():
@@ -62,23 +75,34 @@ BAD = [
     ('pahcl_score_states', '{0}/empty {0}/empty', 'no states'),
     ('pahcl_preprocess', '--raw_dir {0}/none --output_dir {0}/out', 'none'),
     ('pahcl_preprocess', '--raw-dir {0}/empty --output-dir {0}/out', 'no labels found'),
-    ('pahcl_prepare', '--raw-dir {0}/empty --processed-dir {0}/none --output-dir {0}/out', 'no labels found'),
-    ('pahcl_pretrain', '--processed-dir {0}/none --output-dir {0}/out --include-heldout-subjects', 'none'),
-    ('pahcl_pretrain', '--downstream-dir {0}/none --output-dir {0}/out', 'none.*pahcl_prepare first, or give --include-heldout-subjects'),
-    ('pahcl_finetune', '--task pascal --pretrained none --data-dir {0}/none --output-dir {0}/out', 'pahcl_prepare'),
+    ('pahcl_prepare',
+     '--raw-dir {0}/empty --processed-dir {0}/none --output-dir {0}/out', 'no labels found'),
+    ('pahcl_pretrain',
+     '--processed-dir {0}/none --output-dir {0}/out --include-heldout-subjects', 'none'),
+    ('pahcl_pretrain', '--downstream-dir {0}/none --output-dir {0}/out',
+     'none.*pahcl_prepare first, or give --include-heldout-subjects'),
+    ('pahcl_finetune', '--task pascal --pretrained none --data-dir {0}/none --output-dir {0}/out',
+     'pahcl_prepare'),
     ('pahcl_finetune', '--pretrained none --output-dir {0}/out', '--task'),
-    ('pahcl_finetune', '--task pascal --config {0}/typing_error.yaml --pretrained none', 'sa8e_interval.*save_interval'),
-    ('pahcl_finetune', '--task pascal --pretrained none --epochs 0', r'--epochs \(training.num_epochs\)'),
-    ('pahcl_finetune', '--task pascal --pretrained none --shot-ratio 2', r'--shot-ratio \(few_shot\)'),
-    ('pahcl_finetune', '--task pascal --pretrained none --experiment-name ../evil', 'no name for a folder'),
+    ('pahcl_finetune', '--task pascal --config {0}/typing_error.yaml --pretrained none',
+     'sa8e_interval.*save_interval'),
+    ('pahcl_finetune', '--task pascal --pretrained none --epochs 0',
+     r'--epochs \(training.num_epochs\)'),
+    ('pahcl_finetune', '--task pascal --pretrained none --shot-ratio 2',
+     r'--shot-ratio \(few_shot\)'),
+    ('pahcl_finetune', '--task pascal --pretrained none --experiment-name ../evil',
+     'no name for a folder'),
     ('pahcl_evaluate', '--checkpoint {0}/none.pt --task pascal', 'none.pt'),
     ('pahcl_evaluate', '--checkpoint {0}/text.pt --task pascal --data-dir {0}/none', 'pascal'),
-    ('pahcl_ensemble', '--checkpoints {0}/none_*/best_model.pt --task pascal', 'no checkpoint matches'),
+    ('pahcl_ensemble', '--checkpoints {0}/none_*/best_model.pt --task pascal',
+     'no checkpoint matches'),
     ('pahcl_summarize', '--output-dir {0}/none', 'none'),
     ('pahcl_downstream', 'train circor', 'circor_murmur'),
-    ('pahcl_downstream', 'train pascal --output-dir {0}/empty --data-dir {0}/none', 'checkpoint not found')]
+    ('pahcl_downstream', 'train pascal --output-dir {0}/empty --data-dir {0}/none',
+     'checkpoint not found')]
 
-@pytest.mark.parametrize('name, arguments, told', BAD, ids=[f'{n}-{i}' for i, (n, *_) in enumerate(BAD)])
+@pytest.mark.parametrize('name, arguments, told', BAD,
+                         ids=[f'{n}-{i}' for i, (n, *_) in enumerate(BAD)])
 def test_bad_input_is_one_sentence(tmp_path, name, arguments, told):
     (tmp_path/'empty').mkdir()
     (tmp_path/'text.pt').write_text('not a checkpoint')
@@ -96,13 +120,21 @@ def test_bad_input_is_one_sentence(tmp_path, name, arguments, told):
 def test_ctrl_c_while_importing(tmp_path, command):
     "An import that is interrupted: here of pydantic, which our modules need."
     (tmp_path/'pydantic.py').write_text('raise KeyboardInterrupt')
-    (tmp_path/'pahcl_finetune').write_text('import sys\nfrom pahcl.finetune import pahcl_finetune\nsys.exit(pahcl_finetune())\n')   # as pip writes it
-    done = subprocess.run([sys.executable, *(c.format(tmp_path) for c in command), '--help'], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}'))
-    assert done.returncode == 130 and done.stderr == 'pahcl_finetune: error: interrupted; the same command goes on where it stopped\n' and not done.stdout
+    # as pip writes it
+    (tmp_path/'pahcl_finetune').write_text('import sys\nfrom pahcl.finetune import pahcl_finetune\n'
+                                           'sys.exit(pahcl_finetune())\n')
+    done = subprocess.run([sys.executable, *(c.format(tmp_path) for c in command), '--help'],
+                          capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}'))
+    assert (done.returncode == 130 and done.stderr == 'pahcl_finetune: error: interrupted; '
+                                                      'the same command goes on where it stopped\n'
+            and not done.stdout)
 
 
 def test_an_import_elsewhere_keeps_its_hook():
-    done = subprocess.run([sys.executable, '-c', 'import sys; before = sys.excepthook; import pahcl.basics; sys.exit(sys.excepthook is not before)'], cwd=ROOT)
+    done = subprocess.run([sys.executable,
+                           '-c', 'import sys; before = sys.excepthook; import pahcl.core.basics; '
+                                 'sys.exit(sys.excepthook is not before)'], cwd=ROOT)
     assert done.returncode == 0
 
 
@@ -110,11 +142,19 @@ def test_an_import_elsewhere_keeps_its_hook():
 def test_switches_make_no_noise(name): assert 'default: False' not in call(name, '--help').stdout
 
 
-@pytest.mark.parametrize('yaml, told', [('num_epochs: many', "training.num_epochs is 'many'; a whole number is expected"), ('num_epochs: 1.5', 'training.num_epochs is 1.5; a whole number is expected'), ('learning_rate: fast', "is 'fast'; a number is expected"),
-                                        ('use_amp: 1', 'use_amp is 1; true or false is expected'), ('learning_rate: 0', 'a number above 0 is expected'), ('label_smoothing: 1', 'a number below 1 is expected'), ('loss_type: hinge', "one of 'ce', 'focal' is expected"),
-                                        ('batch_size:', 'batch_size is empty; a whole number is expected'), ('batch_size: [1]', r'batch_size is \[1\]; a whole number is expected')])
+@pytest.mark.parametrize('yaml, told', [
+    ('num_epochs: many', "training.num_epochs is 'many'; a whole number is expected"),
+    ('num_epochs: 1.5', 'training.num_epochs is 1.5; a whole number is expected'),
+    ('learning_rate: fast', "is 'fast'; a number is expected"),
+    ('use_amp: 1', 'use_amp is 1; true or false is expected'),
+    ('learning_rate: 0', 'a number above 0 is expected'),
+    ('label_smoothing: 1', 'a number below 1 is expected'),
+    ('loss_type: hinge', "one of 'ce', 'focal' is expected"),
+    ('batch_size:', 'batch_size is empty; a whole number is expected'),
+    ('batch_size: [1]', r'batch_size is \[1\]; a whole number is expected')])
 def test_a_wrong_value_is_a_sentence(tmp_path, yaml, told):
-    from pahcl.basics import PahclError
-    from pahcl.config import load_config
+    from pahcl.core.basics import PahclError
+    from pahcl.core.config import load_config
     (tmp_path/'my.yaml').write_text('training: {'+yaml+'}')
-    with pytest.raises(PahclError, match=rf'my\.yaml: .*{told}\.$'): load_config('finetune', tmp_path/'my.yaml')
+    with pytest.raises(PahclError, match=rf'my\.yaml: .*{told}\.$'):
+        load_config('finetune', tmp_path/'my.yaml')

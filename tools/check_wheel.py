@@ -1,11 +1,11 @@
 """Whether an installed wheel brings the compiled scan and it agrees with the definition"""
 import torch
 
-from pahcl.compiled_scan import find_library
-from pahcl.scan import selective_scan
+from pahcl.models.compiled_scan import _find_library
+from pahcl.models.selective_scan import selective_scan
 
 if __name__ == '__main__':
-    found, why = find_library()
+    found, why = _find_library()
     assert found, why
     torch.manual_seed(0)
     u, delta, z = torch.randn(3, 2, 6, 50)
