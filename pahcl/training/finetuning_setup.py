@@ -35,8 +35,8 @@ def _check_pretraining(
     advice = ('Pretrain again with this --downstream-dir, or prepare with the seed that was '
               'used then.')
     if not saved.get('include_heldout_subjects'): raise PahclError(f'{message}. {advice}')
-    return (f'WARNING: {message}, by --include-heldout-subjects. Its test scores are no estimate for '
-            'new persons.')
+    return (f'WARNING: {message}, by --include-heldout-subjects. Its test scores are no estimate '
+            'for new persons.')
 
 # %% ../../nbs/training/finetuning_setup.ipynb #cell11
 def _head_settings(
