@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .models.layers import count_frames, MambaBlock
+from .models.mamba_block import MambaBlock
+from .models.masked_layers import count_frames
 
 # %% ../nbs/03_encoder.ipynb #cell10
 # what a user calls lives in the rooms; the command line is parsed before any of them is read

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.basics import PahclError, require_path
-from .layers import SincConv
+from .sinc_filters import SincConv
 
 # %% ../../nbs/models/foreign_checkpoints.ipynb #cell5
 class _InertObject:
@@ -236,7 +236,7 @@ def _convert_sincnet(
 def _convert_checkpoint(
     content: dict,  # of `read_foreign_checkpoint`
 ) -> dict:          # with the keys that checkpoints of pahcl have
-    "A foreign checkpoint as `pahcl.models.checkpoints.load_pretrained_encoder` reads it."
+    "A foreign checkpoint as `pahcl.models.pretrained.load_pretrained_encoder` reads it."
     state = {k.removeprefix('module.'): v for k, v in content['model_state_dict'].items()}
     odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
     if odd:
