@@ -19,14 +19,14 @@ from ..core.config import ModelSection, register_keys
 from ..data.signal import CYCLE_SAMPLE_RATE
 from .masked_layers import count_frames, _length_mask
 
-# %% ../../nbs/models/encoder_base.ipynb #cell4
+# %% ../../nbs/models/encoder_base.ipynb #cell7
 class Encoder(nn.Module):
-    """[B, 1, T] → [B, C].
+    """A network [B, 1, T] → [B, C].
 
     `config` rebuilds it, `stride` is samples a frame, `out_dim` is C, `frame_rate` frames a second
     at `CYCLE_SAMPLE_RATE`.
 
-    An encoder of your own says in `encode_frames` how cycles become frames; all else is inherited.
+    A subclass defines `encode_frames`; all else is inherited.
     """
     old_names = {}   # first part of a weight's name in older checkpoints -> what it is now
 
@@ -36,24 +36,23 @@ class Encoder(nn.Module):
         out_dim: int,  # channels of the features
     ):
         super().__init__()
-        self.config, self.stride, self.out_dim, self.frame_rate = (dict(config), stride, out_dim,
-                                                                   CYCLE_SAMPLE_RATE/stride)
+        self.config, self.stride, self.out_dim = dict(config), stride, out_dim
+        self.frame_rate = CYCLE_SAMPLE_RATE/stride
 
     def forward(self,
         x,                  # [B, 1, T] standardised cycles
         valid_length=None,  # [B] samples before the padding begins, or None: no padding
     ):                      # [B, C]
-        sequence = self.sequence(x, valid_length)
-        return self.pool(sequence, None if valid_length is None
-                         else self.frame_mask(valid_length, x.shape[-1]))
+        mask = None if valid_length is None else self.frame_mask(valid_length, x.shape[-1])
+        return self.pool(self.sequence(x, valid_length), mask)
 
-# %% ../../nbs/models/encoder_base.ipynb #cell5
+# %% ../../nbs/models/encoder_base.ipynb #cell9
 @patch
 def frame_mask(self: Encoder,
     valid_length,  # [B] valid samples
     T: int,        # samples
 ):                 # [B, L'] bool
-    "Which frames overlap at least one valid sample."
+    "Mark the frames that overlap at least one valid sample."
     return _length_mask(count_frames(valid_length, self.stride), count_frames(T, self.stride))
 
 @patch
@@ -61,17 +60,18 @@ def pool(self: Encoder,
     sequence,   # [B, L', C]
     mask=None,  # [B, L'] bool, or None: all frames
 ):              # [B, C]
-    "The mean over the valid frames; zeros for a cycle that has none."
+    "Average the valid frames; zeros for a cycle that has none."
     if mask is None: return sequence.mean(1)
     weight = mask.to(sequence.dtype)[..., None]
     return (sequence*weight).sum(1)/weight.sum(1).clamp(min=1)
 
+# %% ../../nbs/models/encoder_base.ipynb #cell11
 @patch
 def clean_input(self: Encoder,
-    x,             # what should be [B, 1, T]
-    valid_length,  # what should be [B] or None
-):                # x with zeros for padding, whatever stood there
-    "What an encoder may work on; a `PahclError` for wrong shapes."
+    x,             # [B, 1, T]
+    valid_length,  # [B], or None: no padding
+):                # [B, 1, T]
+    "Set the padding to zero; a `PahclError` for wrong shapes."
     if x.dim() != 3 or x.shape[1] != 1 or not x.shape[2]:
         raise PahclError(f'encoder: x has shape {list(x.shape)}; cycles are [B, 1, T].')
     if valid_length is not None and valid_length.shape != x.shape[:1]:
@@ -80,13 +80,13 @@ def clean_input(self: Encoder,
     return (x if valid_length is None
             else x.masked_fill(~_length_mask(valid_length, x.shape[-1])[:, None], 0))
 
-# %% ../../nbs/models/encoder_base.ipynb #cell6
+# %% ../../nbs/models/encoder_base.ipynb #cell12
 @patch
 def encode_frames(self: Encoder,
     x,             # [B, 1, T], zeros where not valid
     valid_length,  # [B] valid samples, or None: no padding
 ):                 # [B, L', C]; where not valid, anything finite
-    "Return the features frame by frame: this is what makes an encoder."
+    "Return the features frame by frame; a subclass defines this."
     raise NotImplementedError(f'{type(self).__name__}.encode_frames')
 
 @patch
@@ -99,7 +99,42 @@ def sequence(self: Encoder,
     if valid_length is None: return y
     return y*self.frame_mask(valid_length, x.shape[-1])[..., None]
 
-# %% ../../nbs/models/encoder_base.ipynb #cell8
+# %% ../../nbs/models/encoder_base.ipynb #cell15
+class _RegisteredEncoder(NamedTuple):
+    "An encoder that can be built by name."
+    encoder_class: type   # takes complete settings
+    preset: dict          # key of `model:` -> value
+
+ENCODERS = {}   # name -> `_RegisteredEncoder`, in the order of registration
+
+# %% ../../nbs/models/encoder_base.ipynb #cell16
+def register_encoder(
+    name: str,   # in `model.encoder_type`
+    **preset,    # key of `model:` -> value; a value of a new key says its type
+):               # a decorator for subclasses of `Encoder`
+    "Make an encoder known to `build_encoder`, to configurations and to every command."
+    def add(encoder_class):
+        registered = ENCODERS.get(name)
+        if registered and registered.encoder_class.__qualname__ != encoder_class.__qualname__:
+            raise PahclError(f'two encoders are called {name}: '
+                             f'give that of {encoder_class.__name__} another name.')
+        kind = lambda v: Any if v is None else Optional[type(v)]
+        register_keys(ModelSection, **{k: (kind(v), None) for k, v in preset.items()})
+        ENCODERS[name] = _RegisteredEncoder(encoder_class, preset)
+        return encoder_class
+    return add
+
+# %% ../../nbs/models/encoder_base.ipynb #cell17
+def _registered_encoder(
+    name: str,           # in `model.encoder_type`
+) -> _RegisteredEncoder:
+    "Look an encoder up; an unknown name is a `PahclError` with all names."
+    if name in ENCODERS: return ENCODERS[name]
+    valid = ', '.join(ENCODERS)
+    raise PahclError(f'encoder: unknown encoder_type {name!r}; the valid ones are {valid}. '
+                     'One of your own is known once its module is imported (PAHCL_EXTENSIONS).')
+
+# %% ../../nbs/models/encoder_base.ipynb #cell20
 def _rename_weights(
     model: nn.Module,  # an encoder, or what holds one
     state: dict,       # name -> tensor
@@ -115,6 +150,7 @@ def _rename_weights(
             state = {name(k): v for k, v in state.items()}
     return state
 
+# %% ../../nbs/models/encoder_base.ipynb #cell22
 @patch
 def _load_from_state_dict(self: Encoder, state_dict, prefix, *args):
     "Load as every module does, older names too."
@@ -124,62 +160,29 @@ def _load_from_state_dict(self: Encoder, state_dict, prefix, *args):
         state_dict.update(renamed)
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
-# %% ../../nbs/models/encoder_base.ipynb #cell11
-class _RegisteredEncoder(NamedTuple):
-    "What is known of an encoder that can be asked for."
-    encoder_class: type   # takes complete settings
-    preset: dict          # key of `model:` -> value
-
-ENCODERS = {}   # name -> `_RegisteredEncoder`, in the order of registration
-
-# %% ../../nbs/models/encoder_base.ipynb #cell12
-def register_encoder(
-    name: str,   # in `model.encoder_type`
-    **preset,    # key of `model:` -> value; a value of a new key says its type
-):               # a decorator for subclasses of `Encoder`
-    "Make an encoder known to `build_encoder`, to configurations and to every command."
-    def add(encoder_class):
-        there = ENCODERS.get(name)
-        if there and there.encoder_class.__qualname__ != encoder_class.__qualname__:
-            own = encoder_class.__name__
-            raise PahclError(f'two encoders are called {name}: give that of {own} another name.')
-        kind = lambda v: Any if v is None else Optional[type(v)]
-        register_keys(ModelSection, **{k: (kind(v), None) for k, v in preset.items()})
-        ENCODERS[name] = _RegisteredEncoder(encoder_class, preset)
-        return encoder_class
-    return add
-
-# %% ../../nbs/models/encoder_base.ipynb #cell13
-def _registered_encoder(
-    name: str,           # in `model.encoder_type`
-) -> _RegisteredEncoder:
-    "Look an encoder up; an unknown name is a `PahclError` with all names."
-    if name in ENCODERS: return ENCODERS[name]
-    valid = ', '.join(ENCODERS)
-    raise PahclError(f'encoder: unknown encoder_type {name!r}; the valid ones are {valid}. '
-                     'One of your own is known once its module is imported (PAHCL_EXTENSIONS).')
-
-# %% ../../nbs/models/encoder_base.ipynb #cell15
+# %% ../../nbs/models/encoder_base.ipynb #cell24
 def load_weights(
-    model: nn.Module,  # what is to be filled
+    model: nn.Module,  # its parameters are overwritten
     state: dict,       # name -> tensor
-    source='weights',  # where they came from, for the message
+    source='weights',  # their file, for the message
 ):
     """Fill every parameter from `state`; a missing, superfluous or misshapen one is a `PahclError`
     that names it, and nothing is changed.
     """
-    own, state = model.state_dict(), _rename_weights(model, state)
-    misfits = dict(missing=sorted(own.keys()-state.keys()),
-                   superfluous=sorted(state.keys()-own.keys()),
-                   misshapen=[f'{k} {list(state[k].shape)} there, {list(own[k].shape)} here'
-                              for k in own if k in state and own[k].shape != state[k].shape])
+    expected, state = model.state_dict(), _rename_weights(model, state)
+    misshapen = [k for k in expected if k in state and expected[k].shape != state[k].shape]
+    misfits = dict(missing=sorted(expected.keys()-state.keys()),
+                   superfluous=sorted(state.keys()-expected.keys()),
+                   misshapen=[f'{k} {list(state[k].shape)} there, {list(expected[k].shape)} here'
+                              for k in misshapen])
     if any(misfits.values()):
-        some = '; '.join(f'{len(v)} {k}: {", ".join(v[:4])}{" …" if len(v) > 4 else ""}'
-                         for k, v in misfits.items() if v)
-        raise PahclError(f'{source} does not fit the encoder ({some}). '
+        listed = '; '.join(f'{len(v)} {k}: {", ".join(v[:4])}{" …" if len(v) > 4 else ""}'
+                           for k, v in misfits.items() if v)
+        raise PahclError(f'{source} does not fit the encoder ({listed}). '
                          'Was it made by another encoder_type or other settings?')
     model.load_state_dict(state)
 
+# %% ../../nbs/models/encoder_base.ipynb #cell27
 @patch
 def save_pretrained(self: Encoder,
     folder,  # is made if need be; files of the same names are replaced
@@ -190,11 +193,11 @@ def save_pretrained(self: Encoder,
         save_file(state, t, metadata={'format': 'pt'})
     write_json(Path(folder)/'config.json', self.config)
 
-# %% ../../nbs/models/encoder_base.ipynb #cell17
+# %% ../../nbs/models/encoder_base.ipynb #cell29
 def encoder_fingerprint(
-    encoder,
-) -> str:     # 16 hexadecimal digits
-    "What stands for an encoder's settings and weights."
+    encoder: Encoder,
+) -> str:   # 16 hexadecimal digits
+    "Hash an encoder's settings and weights."
     digest = hashlib.sha256(fingerprint(encoder.config).encode())
     for name, value in encoder.state_dict().items():
         digest.update(name.encode()+value.detach().cpu().contiguous().numpy().tobytes())

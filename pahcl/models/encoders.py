@@ -26,28 +26,22 @@ from .pooling import AttentiveStatisticsPooling
 from .sequence_layers import LSTMStack, MambaStack, TransformerStack
 from .sinc_filters import SincConv
 
-# %% ../../nbs/models/encoders.ipynb #cell6
-_CONVOLUTION_PRESET = dict(cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[7, 5, 5, 3],
-                    cnn_strides=[2, 2, 2, 2], dropout=0.1, channel_attention=False)
-_SMALL_CONVOLUTION_PRESET = dict(cnn_channels=[16, 32, 64, 96], cnn_kernel_sizes=[15, 7, 5, 5],
-                        cnn_strides=[4, 4, 2, 2], dropout=0.1, channel_attention=False)
-_MAMBA_PRESET = dict(mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=None,
-             mamba_bidirectional=False, drop_path=0.)
-
 # %% ../../nbs/models/encoders.ipynb #cell7
-def _mamba_settings(
-    c: dict,  # complete settings
-) -> dict:    # what `MambaStack` calls them; a preset without such keys has the defaults
-    "The keys of `model:` that shape a Mamba layer."
-    ssm = {k: c[f'mamba_{k}'] for k in ('d_state', 'd_conv', 'expand', 'bidirectional')
-           if f'mamba_{k}' in c}
-    return ssm | {'dt_rank': c.get('mamba_dt_rank') or 'auto', 'drop_path': c.get('drop_path', 0.)}
+_CONVOLUTION_PRESET = dict(
+    cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[7, 5, 5, 3], cnn_strides=[2, 2, 2, 2],
+    dropout=0.1, channel_attention=False)
+_SMALL_CONVOLUTION_PRESET = dict(
+    cnn_channels=[16, 32, 64, 96], cnn_kernel_sizes=[15, 7, 5, 5], cnn_strides=[4, 4, 2, 2],
+    dropout=0.1, channel_attention=False)
+_MAMBA_PRESET = dict(
+    mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=None, mamba_bidirectional=False,
+    drop_path=0.)
 
-# %% ../../nbs/models/encoders.ipynb #cell8
+# %% ../../nbs/models/encoders.ipynb #cell9
 class CNNEncoder(Encoder):
-    """Convolutional stack and projection to `mamba_d_model` where the channels differ.
+    """A convolutional stack, and a projection to `mamba_d_model` where the channels differ.
 
-    Subclasses mix the frames.
+    A subclass defines `mix_frames`.
     """
     def __init__(self,
         config: dict,  # complete settings, see `_resolve_settings`
@@ -60,14 +54,23 @@ class CNNEncoder(Encoder):
         self.projection = nn.Identity() if last == self.out_dim else nn.Linear(last, self.out_dim)
 
     def mix_frames(self, y, length):
-        "[B, L', C] → [B, L', C]; `length` [B] valid frames, or None: all."
+        "Map [B, L', C] → [B, L', C]; `length` [B] valid frames, or None: all."
         raise NotImplementedError(f'{type(self).__name__}.mix_frames')
 
     def encode_frames(self, x, valid_length):
         length = None if valid_length is None else count_frames(valid_length, self.stride)
         return self.mix_frames(self.projection(self.cnn(x, valid_length).transpose(1, 2)), length)
 
-# %% ../../nbs/models/encoders.ipynb #cell9
+# %% ../../nbs/models/encoders.ipynb #cell10
+def _mamba_settings(
+    c: dict,  # complete settings
+) -> dict:    # by the names of `MambaStack`; what a preset lacks has its default
+    "Select the keys of `model:` that shape a Mamba layer."
+    ssm = {k: c[f'mamba_{k}'] for k in ('d_state', 'd_conv', 'expand', 'bidirectional')
+           if f'mamba_{k}' in c}
+    return ssm | {'dt_rank': c.get('mamba_dt_rank') or 'auto', 'drop_path': c.get('drop_path', 0.)}
+
+# %% ../../nbs/models/encoders.ipynb #cell11
 @register_encoder('cnn', **_CONVOLUTION_PRESET, mamba_d_model=256)
 @register_encoder('cnn_mamba_small', **_SMALL_CONVOLUTION_PRESET, **_MAMBA_PRESET, mamba_d_model=96,
                   mamba_n_layers=2)
@@ -84,7 +87,7 @@ class _CNNMamba(CNNEncoder):
 
     def mix_frames(self, y, length): return self.mamba(y, length)
 
-# %% ../../nbs/models/encoders.ipynb #cell11
+# %% ../../nbs/models/encoders.ipynb #cell15
 @register_encoder('cnn_transformer', **_CONVOLUTION_PRESET, mamba_d_model=256, mamba_n_layers=4,
                   mamba_expand=2)
 class _CNNTransformer(CNNEncoder):
@@ -93,13 +96,12 @@ class _CNNTransformer(CNNEncoder):
 
     def __init__(self, config):
         super().__init__(config)
-        c = config
-        self.transformer = TransformerStack(self.out_dim, c['mamba_n_layers'], c['dropout'],
-                                            c['mamba_expand'])
+        self.transformer = TransformerStack(self.out_dim, config['mamba_n_layers'],
+                                            config['dropout'], config['mamba_expand'])
 
     def mix_frames(self, y, length): return self.transformer(y, length)
 
-# %% ../../nbs/models/encoders.ipynb #cell12
+# %% ../../nbs/models/encoders.ipynb #cell16
 @register_encoder('cnn_lstm', **_CONVOLUTION_PRESET, mamba_d_model=256, mamba_n_layers=2)
 class _CNNLSTM(CNNEncoder):
     "The convolutions of `cnn_mamba`, then bidirectional LSTM layers."
@@ -111,7 +113,7 @@ class _CNNLSTM(CNNEncoder):
 
     def mix_frames(self, y, length): return self.lstm(y, length)
 
-# %% ../../nbs/models/encoders.ipynb #cell15
+# %% ../../nbs/models/encoders.ipynb #cell19
 @register_encoder('resnet34_1d', cnn_channels=[64, 128, 256, 512], cnn_kernel_sizes=[3, 3, 3, 3],
                   cnn_strides=[1, 2, 2, 2], dropout=0.1, norm='group')
 class _ResNet34(Encoder):
@@ -122,13 +124,11 @@ class _ResNet34(Encoder):
     def __init__(self, config):
         c = config
         super().__init__(c, 4*math.prod(c['cnn_strides']), c['cnn_channels'][-1])
-        self.stem, self.blocks = (MaskedConvolution(1, c['cnn_channels'][0], 7, 2, c['norm']),
-                                  nn.ModuleList())
-        before = c['cnn_channels'][0]
-        depths = [(3, 4, 6, 3)[min(i, 3)] for i in range(len(c['cnn_channels']))]
-        for depth, channels, kernel, stride in zip(depths, c['cnn_channels'], c['cnn_kernel_sizes'],
-                                                   c['cnn_strides']):
-            for i in range(depth):
+        self.stem = MaskedConvolution(1, c['cnn_channels'][0], 7, 2, c['norm'])
+        self.blocks, before = nn.ModuleList(), c['cnn_channels'][0]
+        stages = zip(c['cnn_channels'], c['cnn_kernel_sizes'], c['cnn_strides'])
+        for stage, (channels, kernel, stride) in enumerate(stages):
+            for i in range((3, 4, 6, 3)[min(stage, 3)]):
                 self.blocks.append(ResidualBlock(before, channels, kernel, 1 if i else stride,
                                                  c['dropout'], c['norm']))
                 before = channels
@@ -143,7 +143,7 @@ class _ResNet34(Encoder):
         for block in self.blocks: x, length = block(x, length)
         return x[..., :count].transpose(1, 2)
 
-# %% ../../nbs/models/encoders.ipynb #cell16
+# %% ../../nbs/models/encoders.ipynb #cell21
 @register_encoder('sincnext_bm', cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[401, 7, 7, 7],
                   cnn_strides=[4, 2, 2, 1],
                   dropout=0.1, **{**_MAMBA_PRESET, 'mamba_bidirectional': True},
@@ -153,14 +153,13 @@ class _SincNeXt(Encoder):
     def __init__(self, config):
         c = config
         super().__init__(c, math.prod(c['cnn_strides']), c['mamba_d_model'])
-        self.sinc_conv, self.sinc_norm = (SincConv(c['cnn_channels'][0], c['cnn_kernel_sizes'][0],
-                                                   c['cnn_strides'][0]),
-                                          MaskedGroupNorm(c['cnn_channels'][0]))
-        sizes = zip(c['cnn_channels'], c['cnn_channels'][1:], c['cnn_kernel_sizes'][1:],
-                    c['cnn_strides'][1:])
+        channels, kernels, strides = c['cnn_channels'], c['cnn_kernel_sizes'], c['cnn_strides']
+        self.sinc_conv = SincConv(channels[0], kernels[0], strides[0])
+        self.sinc_norm = MaskedGroupNorm(channels[0])
+        sizes = zip(channels, channels[1:], kernels[1:], strides[1:])
         self.stages = nn.ModuleList(ConvNeXtStage(*s, c['dropout']) for s in sizes)
-        self.projection = (nn.Identity() if c['cnn_channels'][-1] == self.out_dim
-                           else nn.Linear(c['cnn_channels'][-1], self.out_dim))
+        self.projection = (nn.Identity() if channels[-1] == self.out_dim
+                           else nn.Linear(channels[-1], self.out_dim))
         self.mamba = MambaStack(self.out_dim, c['mamba_n_layers'], c['dropout'],
                                 **_mamba_settings(c))
         self.statistics = AttentiveStatisticsPooling(self.out_dim)
@@ -168,21 +167,21 @@ class _SincNeXt(Encoder):
     def encode_frames(self, x, valid_length):
         x = self.sinc_conv(x)
         length = None if valid_length is None else count_frames(valid_length, self.sinc_conv.stride)
-        x = F.gelu(self.sinc_norm(x, None if length is None
-                                  else _length_mask(length, x.shape[-1]))).transpose(1, 2)
+        mask = None if length is None else _length_mask(length, x.shape[-1])
+        x = F.gelu(self.sinc_norm(x, mask)).transpose(1, 2)
         for stage in self.stages: x, length = stage(x, length)
         return self.mamba(self.projection(x), length)
 
     def pool(self, sequence, mask=None):
-        "Attentive statistics over the valid frames; zeros for a cycle that has none."
+        "Pool by attentive statistics; zeros for a cycle that has no valid frame."
         y = self.statistics(sequence, mask)
         return y if mask is None else y*mask.any(1, keepdim=True)
 
-# %% ../../nbs/models/encoders.ipynb #cell19
+# %% ../../nbs/models/encoders.ipynb #cell23
 def _check_layer_lists(
     settings: dict,  # complete settings
 ):
-    "Raise a `PahclError` for values that do not fit together."
+    "Raise a `PahclError` for lists of layers that do not fit together."
     lists = {k: v for k, v in settings.items() if k.startswith('cnn_')}
     if len({len(v) for v in lists.values()}) > 1 or not all(lists.values()):
         raise PahclError('encoder: ' + ', '.join(f'{k} {v}' for k, v in lists.items())
@@ -190,7 +189,7 @@ def _check_layer_lists(
     for k, v in lists.items():
         if min(v) < 1: raise PahclError(f'encoder: {k} {v}: every number must be at least 1.')
 
-# %% ../../nbs/models/encoders.ipynb #cell20
+# %% ../../nbs/models/encoders.ipynb #cell24
 def _read_settings(
     given,   # a name, a dictionary with keys of `model:`, a `ModelSection`, or None
     **overrides,
@@ -203,13 +202,13 @@ def _read_settings(
     try: return ModelSection.model_validate(given).model_dump(exclude_none=True)
     except ValidationError as e: raise PahclError(explain_error(e, ModelSection, 'encoder')) from e
 
-# %% ../../nbs/models/encoders.ipynb #cell21
+# %% ../../nbs/models/encoders.ipynb #cell25
 def _resolve_settings(
     # a name, a dictionary with keys of `model:`, a `ModelSection`, or None: all defaults
     name_or_config='cnn_mamba',
     **overrides,                 # single keys; None means not given
 ) -> dict:                       # complete settings, with `encoder_type`
-    """Preset < configuration < overrides.
+    """Complete the settings of an encoder: preset < configuration < overrides.
 
     Unknown names and keys, wrong types and lists of different lengths are `PahclError`s.
     """
@@ -223,21 +222,21 @@ def _resolve_settings(
     _check_layer_lists(settings)
     return copy.deepcopy(settings)  # the lists of a preset stay its own
 
-# %% ../../nbs/models/encoders.ipynb #cell22
+# %% ../../nbs/models/encoders.ipynb #cell26
 def build_encoder(
     # as for `_resolve_settings`: a name, a dictionary, a `ModelSection`
     name_or_config='cnn_mamba',
     **overrides,                 # single keys of `model:`, e.g. `mamba_n_layers=2`
 ) -> Encoder:                    # with random weights, drawn from PyTorch's generator
-    "The one way to an encoder."
+    "Build an encoder by its name; what `_resolve_settings` refuses is a `PahclError`."
     settings = _resolve_settings(name_or_config, **overrides)
     return _registered_encoder(settings['encoder_type']).encoder_class(settings)
 
-# %% ../../nbs/models/encoders.ipynb #cell32
+# %% ../../nbs/models/encoders.ipynb #cell30
 def from_pretrained(
     source,     # a folder, or the name of a repository on the Hub
 ) -> Encoder:   # in evaluation mode
-    """The encoder that `save_pretrained` wrote.
+    """Load the encoder that `save_pretrained` wrote.
 
     A missing or broken file, or weights of another encoder, are a `PahclError`.
     """

@@ -16,13 +16,6 @@ from torch import nn
 from .compiled_scan import _find_library
 from .selective_scan import have_mamba_ssm, LOGGED, selective_scan
 
-# %% ../../nbs/models/mamba_block.ipynb #cell5
-def _inverse_softplus(
-    y,  # positive numbers
-):      # x with softplus(x) = y
-    "log(exp(y) - 1), without overflow."
-    return y+torch.log(-torch.expm1(-y))
-
 # %% ../../nbs/models/mamba_block.ipynb #cell7
 class MambaBlock(nn.Module):
     """[B, L, d_model] → [B, L, d_model], causal; parameters named and shaped as in mamba_ssm's
@@ -50,7 +43,14 @@ class MambaBlock(nn.Module):
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
         self.start_step_sizes()
 
-# %% ../../nbs/models/mamba_block.ipynb #cell8
+# %% ../../nbs/models/mamba_block.ipynb #cell9
+def _inverse_softplus(
+    y,  # positive numbers
+):      # x with softplus(x) = y
+    "Return log(exp(y) - 1), without overflow."
+    return y+torch.log(-torch.expm1(-y))
+
+# %% ../../nbs/models/mamba_block.ipynb #cell11
 @patch
 def start_step_sizes(self: MambaBlock, smallest=0.001, largest=0.1, floor=1e-4):
     "Draw dt_proj as published (constants: mamba_ssm's `Mamba`)."
@@ -60,10 +60,10 @@ def start_step_sizes(self: MambaBlock, smallest=0.001, largest=0.1, floor=1e-4):
     with torch.no_grad(): self.dt_proj.bias.copy_(_inverse_softplus(dt))
     self.dt_proj.bias._no_reinit = True
 
-# %% ../../nbs/models/mamba_block.ipynb #cell9
+# %% ../../nbs/models/mamba_block.ipynb #cell12
 @patch
 def convolve(self: MambaBlock, x):
-    """[B, L, d_inner] → [B, L + d_conv - 1, d_inner], the first L causal.
+    """Convolve [B, L, d_inner] → [B, L + d_conv - 1, d_inner], the first L causal.
 
     In 2-D: on CPUs that one runs with the channels last, the 1-D one does not.
     """
@@ -72,7 +72,7 @@ def convolve(self: MambaBlock, x):
     x = F.conv2d(image, weight, self.conv1d.bias, padding=padding, groups=self.d_inner)
     return x.squeeze(2).transpose(1, 2)
 
-# %% ../../nbs/models/mamba_block.ipynb #cell10
+# %% ../../nbs/models/mamba_block.ipynb #cell13
 @patch
 def forward(self: MambaBlock, x):
     x, z = self.in_proj(x).chunk(2, -1)   # [B, L, d_inner] each
@@ -84,7 +84,14 @@ def forward(self: MambaBlock, x):
     y = selective_scan(u, delta, A, B, C, self.D.float(), z, bias, True, backend=self.backend)
     return self.out_proj(y.transpose(1, 2))
 
-# %% ../../nbs/models/mamba_block.ipynb #cell12
+# %% ../../nbs/models/mamba_block.ipynb #cell21
+def _state_time_constants(
+    block: MambaBlock,
+):                      # [d_inner, d_state] steps
+    "Count the steps until each state number is down to 1/e, for the step size of the bias alone."
+    return 1/(F.softplus(block.dt_proj.bias.detach())[:, None]*block.A_log.detach().exp())
+
+# %% ../../nbs/models/mamba_block.ipynb #cell28
 _NO_KERNELS_WARNING = ("WARNING: mamba_ssm's kernels are not there (the module "
                        "selective_scan_cuda): the scan runs on the GPU "
                        "step by step in plain PyTorch, which is slow. "
@@ -94,19 +101,10 @@ def slow_scan_warnings(
     model,    # a module
     device,   # where it will run
 ) -> list:    # no or one sentence for the log
-    "Say that the Mamba blocks of a model, if it has any, must do without their device's fast scan."
+    "Warn where the Mamba blocks of a model must do without their device's fast scan."
     device, mamba = torch.device(device), any(isinstance(m, MambaBlock) for m in model.modules())
     if device.type not in ('cpu', 'cuda') or not mamba: return []
-    told = (_find_library()[1] if device.type == 'cpu' else '' if have_mamba_ssm()
-            else _NO_KERNELS_WARNING)
-    LOGGED.add(told)
-    return [told] if told else []
-
-# %% ../../nbs/models/mamba_block.ipynb #cell21
-def _state_time_constants(
-    block: MambaBlock,
-):                      # [d_inner, d_state] steps
-    """After how many steps each number of the state is down to 1/e, for the step size that the bias
-    alone gives.
-    """
-    return 1/(F.softplus(block.dt_proj.bias.detach())[:, None]*block.A_log.detach().exp())
+    if device.type == 'cpu': warning = _find_library()[1]
+    else: warning = '' if have_mamba_ssm() else _NO_KERNELS_WARNING
+    LOGGED.add(warning)
+    return [warning] if warning else []

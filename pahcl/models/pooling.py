@@ -16,14 +16,14 @@ from ..core.basics import PahclError
 from ..data.phases import phase_masks, valid_lengths
 from .masked_layers import count_frames
 
-# %% ../../nbs/models/pooling.ipynb #cell5
+# %% ../../nbs/models/pooling.ipynb #cell8
 def _pool_phases(
     sequence,     # [B, L', C]
     masks,        # [B, K, T] bool, one mask a phase
     # samples a frame; None: ⌈T / L'⌉, which is right where T is much longer than the stride
     stride=None,
 ):                # (features [B, K, C], zeros where a phase is absent; present [B, K] bool)
-    "The mean of the sequence over each phase."
+    "Average the sequence over each phase; masks of another length are a `PahclError`."
     L, T = sequence.shape[1], masks.shape[-1]
     stride = stride or count_frames(T, L)
     if count_frames(T, stride) != L:
@@ -34,13 +34,14 @@ def _pool_phases(
     total = share.sum(-1, keepdim=True)
     return share@sequence/total.clamp(min=1/stride), total[..., 0] > 0
 
-# %% ../../nbs/models/pooling.ipynb #cell10
+# %% ../../nbs/models/pooling.ipynb #cell12
 class _LevelFeatures(NamedTuple):
     "Features of both levels."
     cycle: torch.Tensor          # [B, C]
     substructure: torch.Tensor   # [B, K, C], or None where none are asked for
     present: torch.Tensor        # [B, K] bool: which sub-structures the cycle has, or None
 
+# %% ../../nbs/models/pooling.ipynb #cell13
 def pool_levels(
     encoder,     # of `pahcl.models.encoders.build_encoder`
     x,           # [B, 1, T] one view
@@ -54,17 +55,18 @@ def pool_levels(
     if not K: return _LevelFeatures(cycle, None, None)
     return _LevelFeatures(cycle, *_pool_phases(sequence, phase_masks(phases, K), encoder.stride))
 
-# %% ../../nbs/models/pooling.ipynb #cell13
+# %% ../../nbs/models/pooling.ipynb #cell16
 _POOLED_PARTS = dict(cycle=1, phases=4)   # how many means stand side by side
 
 def _pool_features(
     encoder,             # of `build_encoder`
     x,                   # [B, 1, T] cycles
     valid_length=None,   # [B] samples that are no padding
-    phases=None,  # [B, T] uint8, 0 padding, 1 S1, 2 systole, 3 S2, 4 diastole; needed for 'phases'
+    # [B, T] uint8, 0 padding, 1 S1, 2 systole, 3 S2, 4 diastole; needed for 'phases'
+    phases=None,
     pooling='cycle',     # a name in `_POOLED_PARTS`
 ):                       # [B, C], or [B, 4 C]: S1, systole, S2, diastole
-    "Features of cycles; raises `PahclError` where states are asked for and not given."
+    "Pool the features of cycles; states that are asked for and not given are a `PahclError`."
     if pooling == 'cycle': return encoder(x, valid_length)
     if phases is None:
         raise PahclError('classifier.pooling is phases, but the states of the cycles were not '
@@ -72,7 +74,7 @@ def _pool_features(
     cycle, states, present = pool_levels(encoder, x, phases)
     return torch.where(present[..., None], states, cycle[:, None]).flatten(1)
 
-# %% ../../nbs/models/pooling.ipynb #cell19
+# %% ../../nbs/models/pooling.ipynb #cell20
 class AttentiveStatisticsPooling(nn.Module):
     "Weighted mean and standard deviation, brought back to C channels: [B, L, C] → [B, C]."
     def __init__(self, channels):

@@ -14,17 +14,17 @@ from torch import nn
 from .mamba_block import MambaBlock
 from .masked_layers import _Dropout, _DropPath, _length_mask
 
-# %% ../../nbs/models/sequence_layers.ipynb #cell5
+# %% ../../nbs/models/sequence_layers.ipynb #cell9
 def _reverse_valid(
     x,            # [B, L, C]
     length=None,  # [B] valid frames, or None: all
 ):                # [B, L, C]
-    "Turn the valid frames round."
+    "Reverse the valid frames, leave the others where they are."
     if length is None: return x.flip(1)
     t = torch.arange(x.shape[1], device=x.device)
     return x.take_along_dim(torch.where(t < length[:, None], length[:, None]-1-t, t)[..., None], 1)
 
-# %% ../../nbs/models/sequence_layers.ipynb #cell7
+# %% ../../nbs/models/sequence_layers.ipynb #cell11
 class _MambaLayer(nn.Module):
     "x + drop_path(dropout(Mamba(norm(x)))): [B, L, C] → [B, L, C]."
     def __init__(self,
@@ -46,6 +46,7 @@ class _MambaLayer(nn.Module):
             out = out+_reverse_valid(self.ssm_backward(_reverse_valid(y, length)), length)
         return x+self.drop_path(self.dropout(out))
 
+# %% ../../nbs/models/sequence_layers.ipynb #cell12
 class MambaStack(nn.Module):
     """Mamba layers and a last norm; without layers, just the norm.
 
@@ -61,15 +62,16 @@ class MambaStack(nn.Module):
         for layer in self.layers: x = layer(x, length)
         return self.norm(x)
 
-# %% ../../nbs/models/sequence_layers.ipynb #cell9
+# %% ../../nbs/models/sequence_layers.ipynb #cell14
 def _sinusoidal_positions(
     L: int,   # frames
     C: int,   # channels
 ):            # [L, C]
-    "Sines and cosines of the frame number, wavelengths from 2π to 10,000 · 2π frames."
+    "Return sines and cosines of the frame number, wavelengths from 2π to 10,000 · 2π frames."
     angle = torch.arange(L)[:, None]*torch.exp(torch.arange(0, C, 2)*(-math.log(10000)/C))
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C]
 
+# %% ../../nbs/models/sequence_layers.ipynb #cell16
 class TransformerStack(nn.Module):
     "Self-attention layers and a last norm: [B, L, C] → [B, L, C]."
     def __init__(self,
@@ -92,7 +94,7 @@ class TransformerStack(nn.Module):
         for layer in self.layers: x = layer(x, src_key_padding_mask=padding)
         return self.norm(x)
 
-# %% ../../nbs/models/sequence_layers.ipynb #cell12
+# %% ../../nbs/models/sequence_layers.ipynb #cell18
 class LSTMStack(nn.Module):
     "Residual bidirectional LSTM layers and a last norm: [B, L, C] → [B, L, C]."
     def __init__(self,
@@ -101,17 +103,17 @@ class LSTMStack(nn.Module):
         dropout=0.,  # on each layer's output, in training
     ):
         super().__init__()
+        self.d_model, self.dropout = d_model, _Dropout(dropout)
         half = lambda n: nn.ModuleList(nn.LSTM(d_model, n, batch_first=True)
                                        for _ in range(n_layers))
-        self.onward, self.backward_, self.dropout = (half(d_model-d_model//2),
-                                                     half(max(1, d_model//2)), _Dropout(dropout))
-        self.norms, self.norm, self.d_model = nn.ModuleList(
-            nn.LayerNorm(d_model) for _ in range(n_layers)), nn.LayerNorm(d_model), d_model
+        self.onward, self.backward_ = half(d_model-d_model//2), half(max(1, d_model//2))
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model)
 
     def forward(self, x, length=None):
         for norm, onward, back in zip(self.norms, self.onward, self.backward_):
             y = norm(x)
-            both = torch.cat(
-                [onward(y)[0], _reverse_valid(back(_reverse_valid(y, length))[0], length)], -1)
+            backwards = _reverse_valid(back(_reverse_valid(y, length))[0], length)
+            both = torch.cat([onward(y)[0], backwards], -1)
             x = x+self.dropout(both[..., :self.d_model])
         return self.norm(x)
