@@ -7,7 +7,6 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'classifier_checkpoint', 'load_
 
 # %% ../../nbs/models/checkpoints.ipynb #cell2
 import re
-from pathlib import Path
 
 import torch
 
@@ -16,10 +15,10 @@ from .classifier import Classifier
 from .encoder_base import load_weights
 from .encoders import build_encoder
 
-# %% ../../nbs/models/checkpoints.ipynb #cell5
+# %% ../../nbs/models/checkpoints.ipynb #cell7
 _FORMAT_VERSION = 1
 
-# %% ../../nbs/models/checkpoints.ipynb #cell6
+# %% ../../nbs/models/checkpoints.ipynb #cell8
 def save_checkpoint(
     path,           # the file to write
     content: dict,  # tensors and plain types, nested as you like
@@ -38,7 +37,7 @@ def save_checkpoint(
         raise PahclError(f'{path} could not be written ({reason}); '
                          f'what was there before is intact. {advice}') from e
 
-# %% ../../nbs/models/checkpoints.ipynb #cell7
+# %% ../../nbs/models/checkpoints.ipynb #cell9
 def load_checkpoint(
     path,          # a checkpoint of `pahcl_pretrain` or `pahcl_finetune`
     kind=None,     # 'pretrain' or 'finetune': any other kind is an error
@@ -46,9 +45,8 @@ def load_checkpoint(
     """Read a checkpoint without unpickling code; raises `PahclError` for a missing, broken, foreign
     or newer one.
     """
-    path, advice = (require_path(path, 'checkpoint',
-                                 'Give the path of a .pt file that a training wrote.'),
-                    'Give a .pt file of pahcl_pretrain or pahcl_finetune.')
+    advice = 'Give a .pt file of pahcl_pretrain or pahcl_finetune.'
+    path = require_path(path, 'checkpoint', 'Give the path of a .pt file that a training wrote.')
     try: content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise PahclError(f'{path} is not a checkpoint, or is damaged ({type(e).__name__}). '
@@ -65,13 +63,13 @@ def load_checkpoint(
 
 # %% ../../nbs/models/checkpoints.ipynb #cell14
 def classifier_checkpoint(
-    model: Classifier,
+    model: Classifier,  # after training
     task: str,          # e.g. `pascal`
     label_map: dict,    # class name -> output
     config: dict,       # the resolved configuration, kept for the record
-    persons=(),         # whom it was trained on, pretraining included
-) -> dict:
-    "What a checkpoint of a fine-tuned model holds."
+    persons=(),         # ids of those it was trained on, pretraining included
+) -> dict:              # for `save_checkpoint`
+    "Collect what a checkpoint of a fine-tuned model holds."
     return dict(
         kind='finetune', encoder_type=model.encoder.config['encoder_type'],
         encoder_config=model.encoder.config, head=model.head_settings,
@@ -88,12 +86,12 @@ def load_classifier(
     load_weights(model, saved['model_state_dict'], path)
     return model.eval(), saved
 
-# %% ../../nbs/models/checkpoints.ipynb #cell17
+# %% ../../nbs/models/checkpoints.ipynb #cell20
 def persons_trained_on(
     saved: dict,   # a checkpoint's content
 ):                 # set of person ids, or None where the checkpoint does not say
-    "Everybody a checkpoint was trained on, in pretraining or fine-tuning."
+    "Collect all persons that a checkpoint was trained on, in pretraining or fine-tuning."
     lists = [saved[k] for k in ('pretrain_persons', 'training_persons') if saved.get(k) is not None]
     # as older versions called the persons of 2016's folder b
-    old = lambda p: re.sub(r'^bS(\d+)$', r'2016-b-\1', str(p))
-    return {old(p) for persons in lists for p in persons} if lists else None
+    today = lambda p: re.sub(r'^bS(\d+)$', r'2016-b-\1', str(p))
+    return {today(p) for persons in lists for p in persons} if lists else None

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .scan_reference import (
     _add_skip_and_gate, _apply_softplus_and_bias, _to_common_precision)
 
-# %% ../../nbs/models/chunked_scan.ipynb #cell5
+# %% ../../nbs/models/chunked_scan.ipynb #cell7
 # steps between two kept states: 8 to 24 measure the same on a CPU, and memory
 # grows with 2 CHUNK + L / CHUNK
 _CHUNK_STEPS = 8
@@ -25,6 +25,7 @@ def _to_time_first(
     "Bring some steps into the layout in which they are computed."
     return v.permute(2, 0, 1).contiguous()
 
+# %% ../../nbs/models/chunked_scan.ipynb #cell8
 def _advance_state(
     h,       # [b, N, D] state before the step
     delta,   # [b, D] step sizes
@@ -38,7 +39,7 @@ def _advance_state(
     torch.mul(delta[:, None], A, out=decay).exp_()
     torch.mul(h, decay, out=out).addcmul_(drive[:, None], B[:, :, None])
 
-# %% ../../nbs/models/chunked_scan.ipynb #cell7
+# %% ../../nbs/models/chunked_scan.ipynb #cell10
 def _run_chunk_forward(
     u, delta,    # [k, b, D]
     A,           # [N, D]
@@ -46,22 +47,22 @@ def _run_chunk_forward(
     h,           # [b, N, D] state before; is overwritten with the state after
     decay,       # [b, N, D] room to work in
 ):               # [b, D, k] what the states give
-    "The steps of a chunk, forwards."
+    "Run the steps of a chunk forwards."
     drive, y = delta*u, torch.empty_like(u)
     for k in range(len(u)):
         _advance_state(h, delta[k], drive[k], A, B[k], decay, h)
         torch.bmm(C[k, :, None], h, out=y[k, :, None])
     return y.permute(1, 2, 0)
 
-# %% ../../nbs/models/chunked_scan.ipynb #cell9
+# %% ../../nbs/models/chunked_scan.ipynb #cell12
 class _ChunkGradients(NamedTuple):
-    "What the backward pass of a chunk gives."
+    "The gradients of a chunk."
     drive: torch.Tensor      # [k, b, D] of Δ u
     exponent: torch.Tensor   # [k, b, D] of Δ in the exponent
     B: torch.Tensor          # [k, b, N]
     C: torch.Tensor          # [k, b, N]
 
-# %% ../../nbs/models/chunked_scan.ipynb #cell10
+# %% ../../nbs/models/chunked_scan.ipynb #cell13
 def _run_chunk_backward(
     delta, drive,   # [k, b, D] step sizes Δ, Δ u
     A,              # [N, D]
@@ -73,7 +74,7 @@ def _run_chunk_backward(
     g,
     dA, q,          # [b, N, D] is added to; room to work in
 ) -> _ChunkGradients:
-    "Go through the steps of a chunk backwards."
+    "Run the steps of a chunk backwards."
     d = _ChunkGradients(*(torch.empty_like(v) for v in (drive, delta, B, C)))
     d_drive, d_delta, dB, dC = d
     for k in reversed(range(len(drive))):
@@ -87,40 +88,41 @@ def _run_chunk_backward(
         torch.sum(q.mul_(A), 1, out=d_delta[k])
     return d
 
-# %% ../../nbs/models/chunked_scan.ipynb #cell12
+# %% ../../nbs/models/chunked_scan.ipynb #cell15
 def _call_with_gradients(
     function,   # of tensors and of None
     *tensors,
 ):              # (its result, function: gradient of the result -> list of gradients, None for None)
-    "Apply a function with a small gradient graph of its own."
+    "Apply a function in a small gradient graph of its own."
     leaves = [v if v is None else v.detach().requires_grad_() for v in tensors]
     with torch.enable_grad(): result = function(*leaves)
     present = [v for v in leaves if v is not None]
     def gradients(d):
-        found = iter(torch.autograd.grad(result, present, d, allow_unused=True))
-        return [v if v is None else next(found) for v in leaves]
+        gradient = iter(torch.autograd.grad(result, present, d, allow_unused=True))
+        return [v if v is None else next(gradient) for v in leaves]
     return result.detach(), gradients
 
+# %% ../../nbs/models/chunked_scan.ipynb #cell16
 def _add_gradients(
-    total, extra,   # tensors, or None
+    total, extra,   # gradients of one shape, or None: zero
 ):
     "Add to a gradient that has been begun, or begin it."
     return extra if total is None else total if extra is None else total.add_(extra)
 
-# %% ../../nbs/models/chunked_scan.ipynb #cell13
+# %% ../../nbs/models/chunked_scan.ipynb #cell17
 def _run_chunks_backward(
-    u, delta, A, B, C, D, z, bias,   # as for `selective_scan`, all of one type
+    u, delta, A, B, C, D, z, bias,   # inputs of the scan, all of one type
     checkpoints,                     # [chunks, B, N, D] states before each chunk
     softplus,                        # whether delta goes through softplus
     dy, d_last,  # gradients of the output [B, D, L] and of the last state [B, D, N]
 ) -> list:                           # gradients of u, delta, A, B, C, D, z, bias; None for None
-    "Go through all chunks from the last to the first."
+    "Run all chunks backwards, from the last to the first."
     du, d_delta, dB, dC, dz = (v if v is None else torch.empty_like(v) for v in (u, delta, B, C, z))
-    (dD, d_bias), rates = ((v if v is None else torch.zeros_like(v) for v in (D, bias)),
-                           A.T.contiguous())
+    dD, d_bias = (v if v is None else torch.zeros_like(v) for v in (D, bias))
+    rates = A.T.contiguous()
     g = d_last.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    h, decay, q, dA = (g.new_empty(_CHUNK_STEPS+1, *g.shape), g.new_empty(_CHUNK_STEPS, *g.shape),
-                       torch.empty_like(g), torch.zeros_like(g))
+    h, decay = g.new_empty(_CHUNK_STEPS+1, *g.shape), g.new_empty(_CHUNK_STEPS, *g.shape)
+    q, dA = torch.empty_like(g), torch.zeros_like(g)
     back = lambda v: v.permute(1, 2, 0)
     for start in reversed(range(0, u.shape[2], _CHUNK_STEPS)):
         cut = lambda v: v if v is None else v[..., start:start+_CHUNK_STEPS]
@@ -144,18 +146,15 @@ def _run_chunks_backward(
         dD, d_bias = _add_gradients(dD, dD_now), _add_gradients(d_bias, d_bias_now)
     return [du, d_delta, dA.sum(0).T, dB, dC, dD, dz, d_bias]
 
-# %% ../../nbs/models/chunked_scan.ipynb #cell14
+# %% ../../nbs/models/chunked_scan.ipynb #cell19
 class _ChunkedScan(torch.autograd.Function):
-    """The scan with the backward pass above; the last state's gradient counts too.
-
-    No second derivatives.
-    """
+    "The scan in chunks, with a backward pass by hand; no second derivatives."
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, keep):
         y, rates = torch.empty_like(u), A.T.contiguous()
         h = u.new_zeros(u.shape[0], *rates.shape)
-        decay, checkpoints = (torch.empty_like(h),
-                              u.new_empty(-(-u.shape[2]//_CHUNK_STEPS) if keep else 0, *h.shape))
+        count = -(-u.shape[2]//_CHUNK_STEPS) if keep else 0
+        decay, checkpoints = torch.empty_like(h), u.new_empty(count, *h.shape)
         for start in range(0, u.shape[2], _CHUNK_STEPS):
             cut = lambda v: v if v is None else v[..., start:start+_CHUNK_STEPS]
             if keep: checkpoints[start//_CHUNK_STEPS] = h
@@ -173,11 +172,11 @@ class _ChunkedScan(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             return *_run_chunks_backward(*ctx.saved_tensors, ctx.softplus, dy, d_last), None, None
 
-# %% ../../nbs/models/chunked_scan.ipynb #cell15
+# %% ../../nbs/models/chunked_scan.ipynb #cell20
 def _scan_torch(
-    # see `selective_scan`
+    # as of `pahcl.models.selective_scan.selective_scan`
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
 ):  # (y [B, D, L], last state [B, D, N])
-    "The scan in plain PyTorch with a backward pass by hand."
+    "Scan in plain PyTorch."
     return _ChunkedScan.apply(*_to_common_precision(u, delta, A, B, C, D, z, delta_bias),
                               delta_softplus, torch.is_grad_enabled())

@@ -11,54 +11,57 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.basics import PahclError, progress
+from ..core.basics import progress
 from ..data.loader import bag_ids
 from .bags import _average_bags, GatedAttention, _softmax_within_bags, _sum_bags
 from .heads import ClassifierHead, _FeatureNormaliser
 from .pooling import _POOLED_PARTS, _pool_features
 
-# %% ../../nbs/models/classifier.ipynb #cell6
+# %% ../../nbs/models/classifier.ipynb #cell7
 class Classifier(nn.Module):
     "An encoder and a head."
     def __init__(self,
         encoder,                # of `build_encoder`
-        num_classes: int,
+        num_classes: int,       # outputs
         hidden_dim=128,         # of the head; 0: linear
         dropout=0.3,            # in the head
-        standardise=False,      # features are standardised before the head
-        aggregation='cycle',    # 'mean' or 'attention': it was trained on bags
+        standardise=False,      # bring features to one scale before the head
+        aggregation='cycle',    # 'mean' or 'attention': one answer a bag
         attention_dim=64,       # hidden width of the attention
         bag_level='subject',    # 'recording' or 'subject': what a bag was in training
-        pooling='cycle',        # see `_pool_features`
+        pooling='cycle',        # 'cycle' or 'phases': one mean, or one a heart state
     ):
         super().__init__()
         width = encoder.out_dim*_POOLED_PARTS[pooling]
-        self.encoder, self.classifier, self.pooling = (
-            encoder, ClassifierHead(width, hidden_dim, num_classes, dropout), pooling)
+        self.encoder, self.pooling = encoder, pooling
+        self.classifier = ClassifierHead(width, hidden_dim, num_classes, dropout)
         self.standardise = _FeatureNormaliser(width) if standardise else nn.Identity()
-        self.attention = GatedAttention(width,
-                                        attention_dim) if aggregation == 'attention' else None
+        attends = aggregation == 'attention'
+        self.attention = GatedAttention(width, attention_dim) if attends else None
         self.head_settings = dict(num_classes=num_classes, hidden_dim=hidden_dim, dropout=dropout,
                                   standardise=standardise, aggregation=aggregation,
                                   attention_dim=attention_dim, bag_level=bag_level, pooling=pooling)
 
-# %% ../../nbs/models/classifier.ipynb #cell8
+# %% ../../nbs/models/classifier.ipynb #cell9
 @patch
-def features(self: Classifier, x, valid_length=None, phases=None):   # see `_pool_features`
+def features(self: Classifier, x, valid_length=None, phases=None):   # as of `_pool_features`
+    "Pool the features of cycles."
     return _pool_features(self.encoder, x, valid_length, phases, self.pooling)
 
+# %% ../../nbs/models/classifier.ipynb #cell10
 @patch
 def head(self: Classifier,
-    features,   # [n, C] of `features`
+    features,   # [n, C]
     bag=None,   # the bag of each [n], int64 from 0; None: each for itself
 ):              # logits [n or bags, num_classes]
+    "Classify cycles by their features, or bags of them."
     features = self.standardise(features)
     if bag is None: return self.classifier(features)
     if self.attention is None: return _average_bags(self.classifier(features), bag)
-    return self.classifier(
-        _sum_bags(_softmax_within_bags(self.attention(features), bag)[:, None]*features, bag))
+    weight = _softmax_within_bags(self.attention(features), bag)
+    return self.classifier(_sum_bags(weight[:, None]*features, bag))
 
-# %% ../../nbs/models/classifier.ipynb #cell9
+# %% ../../nbs/models/classifier.ipynb #cell11
 @patch
 def forward(self: Classifier,
     x,                  # [B, 1, T] cycles
@@ -66,60 +69,61 @@ def forward(self: Classifier,
     bag=None,           # [B], see `head`
     phases=None,        # [B, T], needed where `pooling` is 'phases'
 ):                      # logits [B or bags, num_classes]
+    "Classify cycles, or bags of them."
     return self.head(self.features(x, valid_length, phases), bag)
 
-# %% ../../nbs/models/classifier.ipynb #cell10
+# %% ../../nbs/models/classifier.ipynb #cell12
 @patch(as_prop=True)
 def bag_levels(self: Classifier):
-    "The levels it answers for by itself; other levels are means of the one below."
+    "List the levels that the model answers for by itself; others are means of the one below."
     if self.head_settings['aggregation'] == 'cycle': return []
     return ['recording', 'subject'][:1+(self.head_settings['bag_level'] == 'subject')]
 
-# %% ../../nbs/models/classifier.ipynb #cell15
+# %% ../../nbs/models/classifier.ipynb #cell16
 @torch.no_grad()
 def encode_cycles(
-    encoder,          # used in evaluation mode
+    encoder,          # an `Encoder`, used in evaluation mode
     cycles,           # a `pahcl.data.loader.Cycles`
     device=None,      # None: where the encoder is
     batch_size=64,    # only speed and memory depend on it
     rows=None,        # which cycles; None: all
-    pooling='cycle',  # see `_pool_features`
+    pooling='cycle',  # 'cycle' or 'phases'
 ) -> np.ndarray:      # [rows, features] float32
-    "Features of cycles, from one pass."
-    rows, was_training = (np.arange(len(cycles)) if rows is None else np.asarray(rows),
-                          encoder.training)
+    "Compute the features of cycles in one pass over them."
+    rows = np.arange(len(cycles)) if rows is None else np.asarray(rows)
+    was_training = encoder.training
     device = device or next(encoder.parameters()).device
     encoder.to(device).eval()
     parts = [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
     batches = (cycles.batch(part, device=device) for part in progress(parts, 'features'))
-    out = [_pool_features(encoder, b['x'], b['valid_length'], b.get('phases'),
-                          pooling).float().cpu().numpy() for b in batches]
+    pool = lambda b: _pool_features(encoder, b['x'], b['valid_length'], b.get('phases'), pooling)
+    out = [pool(b).float().cpu().numpy() for b in batches]
     encoder.train(was_training)
-    return np.concatenate(out) if out else np.zeros((0, encoder.out_dim*_POOLED_PARTS[pooling]),
-                                                    np.float32)
+    if out: return np.concatenate(out)
+    return np.zeros((0, encoder.out_dim*_POOLED_PARTS[pooling]), np.float32)
 
-# %% ../../nbs/models/classifier.ipynb #cell16
+# %% ../../nbs/models/classifier.ipynb #cell17
 @torch.no_grad()
 def predict_probabilities(
     model,           # a `Classifier`
     features,        # of `encode_cycles` [n, C]
-    table=None,      # of the cycles; a model of bags needs it
+    table=None,      # a row a cycle; a model of bags needs it
     # probabilities [n, classes]; of a model of bags `{'cycle': [n, classes], 'recording': …,
     # 'subject': …}`, by sorted ids
 ):
-    "What the head says about cycles, and what a model of bags says about the bags that it knows."
+    "Return the head's probabilities for cycles, of a model of bags for its bags as well."
     was_training, weights = model.training, next(model.classifier.parameters())
     model.eval()
     features = torch.as_tensor(features).to(weights)
-    say = lambda bag=None: model.head(features, bag).float().softmax(-1).cpu().numpy()
-    out = say()
+    predict = lambda bag=None: model.head(features, bag).float().softmax(-1).cpu().numpy()
+    out = predict()
     bags = {level: torch.from_numpy(bag_ids(table, level)).to(weights.device)
             for level in model.bag_levels}
-    if bags: out = dict(cycle=out) | {level: say(bag) for level, bag in bags.items()}
+    if bags: out = dict(cycle=out) | {level: predict(bag) for level, bag in bags.items()}
     model.train(was_training)
     return out
 
-# %% ../../nbs/models/classifier.ipynb #cell17
+# %% ../../nbs/models/classifier.ipynb #cell18
 def predict_cycles(
     model,           # a `Classifier`
     cycles,          # a `pahcl.data.loader.Cycles`
@@ -127,9 +131,9 @@ def predict_cycles(
     rows=None,       # which cycles; None: all
     device=None,     # None: where the model is
 ):                   # see `predict_probabilities`
-    "What the model says about each cycle, and a model of bags about each bag."
+    "Return the model's probabilities for cycles, of a model of bags for its bags as well."
     model.to(device or next(model.parameters()).device)
     features = encode_cycles(model.encoder, cycles, device, batch_size, rows, model.pooling)
-    return predict_probabilities(model, features,
-                                 (cycles.table if rows is None else cycles.table.iloc[rows])
-                                 if model.bag_levels else None)
+    if not model.bag_levels: return predict_probabilities(model, features)
+    table = cycles.table if rows is None else cycles.table.iloc[rows]
+    return predict_probabilities(model, features, table)

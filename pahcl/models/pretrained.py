@@ -26,7 +26,7 @@ _HEAD_PREFIXES = ('cycle_projector.', 'substructure_projector.', 'classifier.', 
 def _weight_part(
     key: str,   # of a `model_state_dict`
 ) -> str:       # 'encoder', 'heads', 'moco' or ''
-    "Where a key belongs."
+    "Tell which part of a checkpoint a key belongs to."
     if '_momentum.' in key or 'queue' in key.split('.')[0]: return 'moco'
     return ('encoder' if key.startswith('encoder.') else 'heads'
             if key.startswith(_HEAD_PREFIXES) else '')
@@ -36,18 +36,16 @@ def _split_weights(
     state: dict,   # a checkpoint's `model_state_dict`
     source='',     # its file, for the message
 ) -> dict:  # 'encoder', 'heads', 'moco' -> {key: tensor}; the encoder's keys without their prefix
-    """Account for every key of a checkpoint; raises `PahclError` for keys that belong nowhere, or
-    when there is no encoder.
-    """
-    sorted_keys = {part: {k.removeprefix('encoder.'): v for k, v in state.items()
-                          if _weight_part(k) == part} for part in ('encoder', 'heads', 'moco')}
+    "Split the weights by part; keys of no part, or no encoder, are a `PahclError`."
+    parts = {part: {k.removeprefix('encoder.'): v for k, v in state.items()
+                    if _weight_part(k) == part} for part in ('encoder', 'heads', 'moco')}
     stray = [k for k in state if not _weight_part(k)]
     if stray:
         raise PahclError(f'{source}: {len(stray)} keys belong to no part of a checkpoint of pahcl: '
                          f'{first_few(stray, 3, " …")}.')
-    if not sorted_keys['encoder']:
+    if not parts['encoder']:
         raise PahclError(f'{source} holds no encoder (no key begins with "encoder.").')
-    return sorted_keys
+    return parts
 
 # %% ../../nbs/models/pretrained.ipynb #cell13
 _TRAINING_ONLY_KEYS = ('dropout', 'drop_path')  # keys of `model:` that no weight depends on
@@ -58,7 +56,7 @@ def _merge_encoder_config(
     wanted: dict,     # keys of `model:` that were set
     source='',        # the checkpoint's file, for the message
 ) -> dict:            # what `build_encoder` needs
-    "The checkpoint's encoder, unless the configuration contradicts it: that is a `PahclError`."
+    "Take the checkpoint's encoder; a configuration that contradicts it is a `PahclError`."
     inside = saved.get('encoder_config')
     # the original project's checkpoints do not say
     if not inside: return dict(dict(encoder_type='cnn_mamba'), **wanted)
@@ -87,36 +85,37 @@ _PACKAGED_CHECKPOINT = 'pahcl/parameters/pretrained_small.pt'
 def resolve_checkpoint(
     source,   # a path, or `packaged`
 ) -> Path:
-    "Where a checkpoint is."
-    return (Path(str(files('pahcl')/'parameters'/'pretrained_small.pt'))
-            if str(source) == 'packaged' else Path(source))
+    "Find the file of a checkpoint."
+    if str(source) != 'packaged': return Path(source)
+    return Path(str(files('pahcl')/'parameters'/'pretrained_small.pt'))
 
 # %% ../../nbs/models/pretrained.ipynb #cell19
 class _LoadedWeights(NamedTuple):
-    "What became of the weights of a file."
-    loaded: int       # how many were loaded
+    "Which weights of a file were loaded."
+    loaded: int       # number of tensors
     skipped: list     # names that the encoder does not have
     at_random: list   # names of the encoder that are not in the file
 
 # %% ../../nbs/models/pretrained.ipynb #cell20
+def _load_encoder_weights(
+    encoder,         # its weights are overwritten
+    weights: dict,   # keys without the prefix `encoder.`
+    partial=False,   # take what fits and leave the rest at random; otherwise every key must fit
+    source='',       # the checkpoint's file, for messages
+) -> _LoadedWeights:
+    "Load an encoder's weights."
+    expected, weights = encoder.state_dict(), _rename_weights(encoder, weights)
+    given = {k: v for k, v in weights.items() if k in expected} if partial else weights
+    at_random = [k for k in expected if k not in given] if partial else []
+    load_weights(encoder, {k: expected[k] for k in at_random} | given, source)
+    return _LoadedWeights(len(given), [k for k in weights if k not in given], at_random)
+
+# %% ../../nbs/models/pretrained.ipynb #cell22
 class PretrainedEncoder(NamedTuple):
     "An encoder and where it comes from."
     encoder: nn.Module   # an `Encoder`
     saved: dict          # the checkpoint's content
-    found: dict          # what `describe_loading` says
-
-# %% ../../nbs/models/pretrained.ipynb #cell21
-def _load_encoder_weights(
-    encoder, weights: dict,   # keys without the prefix `encoder.`
-    partial=False,  # take what fits and leave the rest at random; otherwise every key must fit
-    source='',                # the checkpoint's file, for messages
-) -> _LoadedWeights:
-    "Load an encoder's weights."
-    own, weights = encoder.state_dict(), _rename_weights(encoder, weights)
-    given = {k: v for k, v in weights.items() if k in own} if partial else weights
-    at_random = [k for k in own if k not in given] if partial else []
-    load_weights(encoder, {k: own[k] for k in at_random} | given, source)
-    return _LoadedWeights(len(given), [k for k in weights if k not in given], at_random)
+    found: dict          # counts and names of weights, for `describe_loading`
 
 # %% ../../nbs/models/pretrained.ipynb #cell23
 def load_pretrained_encoder(
@@ -125,47 +124,45 @@ def load_pretrained_encoder(
     path,
     wanted=None,   # keys of `model:` that were set
 ) -> PretrainedEncoder:
-    "Build the encoder of a checkpoint."
+    "Build the encoder of a checkpoint; a file without one is a `PahclError`."
     saved = read_pretrained(resolve_checkpoint(path))
-    parts, notes, meta = (_split_weights(saved['model_state_dict'], path), saved.get('notes') or {},
-                          saved.get('moco_metadata') or {})
+    parts = _split_weights(saved['model_state_dict'], path)
+    notes, meta = saved.get('notes') or {}, saved.get('moco_metadata') or {}
     encoder = build_encoder(_merge_encoder_config(saved, wanted or {}, path))
-    given, left, at_random = _load_encoder_weights(encoder, parts['encoder'],
-                                                   notes.get('partial'), path)
+    result = _load_encoder_weights(encoder, parts['encoder'], notes.get('partial'), path)
     skipped = dict(moco_skipped=len(parts['moco']), heads_skipped=len(parts['heads']),
-                   encoder_skipped=[*notes.get('skipped', []), *left])
+                   encoder_skipped=[*notes.get('skipped', []), *result.skipped])
     found = dict(moco=bool(parts['moco']),
                  momentum=meta.get('momentum'), queue_size=meta.get('queue_size'),
-                 loaded=given, folded=notes.get('folded', 0), at_random=at_random, **skipped)
+                 loaded=result.loaded, folded=notes.get('folded', 0), at_random=result.at_random,
+                 **skipped)
     return PretrainedEncoder(encoder, saved, found)
 
 # %% ../../nbs/models/pretrained.ipynb #cell24
 def describe_loading(
     path,          # the checkpoint
-    found: dict,   # of `load_pretrained_encoder`
+    found: dict,   # `PretrainedEncoder.found`
 ) -> str:
-    "What was found, skipped and loaded, as one line of the log."
+    "Describe what was found, skipped and loaded in one line of the log."
     moco = (f', momentum {found["momentum"]}, queue size {found["queue_size"]}, '
             f'{found["moco_skipped"]} MoCo parameters skipped' if found['moco'] else '')
     folded = f', {found["folded"]} statistics of batch norms folded in' if found['folded'] else ''
-    left, new = found['encoder_skipped'], found['at_random']
-    skipped = (f', {len(left)} parameters of the encoder skipped ({first_few(left, 3, " …")})'
-               if left else '')
+    unused, new = found['encoder_skipped'], found['at_random']
+    skipped = (f', {len(unused)} parameters of the encoder skipped ({first_few(unused, 3, " …")})'
+               if unused else '')
     random = (f'; WARNING: {len(new)} parameters of the encoder are not in the file and start at '
               f'random ({first_few(new, 3, " …")})' if new else '')
     heads = f', {found["heads_skipped"]} parameters of heads skipped'
     return (f'{path}: MoCo detected: {found["moco"]}{moco}{heads}{skipped}{folded}, '
             f'{found["loaded"]} parameters loaded{random}')
 
-# %% ../../nbs/models/pretrained.ipynb #cell28
+# %% ../../nbs/models/pretrained.ipynb #cell30
 def _strip_to_encoder(
     saved: dict,   # a pretraining checkpoint's content
-    # the same with the encoder's weights only, marked as having seen
-    # persons whom others may hold out
-) -> dict:
-    "What the package ships of a checkpoint."
-    kept = {k: v for k, v in saved['model_state_dict'].items() if k.startswith('encoder.')}
-    told = {k: saved[k] for k in ('kind', 'encoder_type', 'encoder_config', 'epoch', 'config',
-                                  'pretrain_persons')}
-    if 'chosen_by' in saved: told['chosen_by'] = saved['chosen_by']
-    return told | dict(model_state_dict=kept, include_heldout_subjects=True)
+) -> dict:         # marked as having seen persons whom others may hold out
+    "Keep what the package ships of a checkpoint."
+    weights = {k: v for k, v in saved['model_state_dict'].items() if k.startswith('encoder.')}
+    keys = ('kind', 'encoder_type', 'encoder_config', 'epoch', 'config', 'pretrain_persons',
+            'chosen_by')
+    facts = {k: saved[k] for k in keys if k in saved or k != 'chosen_by'}
+    return facts | dict(model_state_dict=weights, include_heldout_subjects=True)

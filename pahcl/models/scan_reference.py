@@ -9,7 +9,7 @@ __all__ = []
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/models/scan_reference.ipynb #cell5
+# %% ../../nbs/models/scan_reference.ipynb #cell7
 def _to_common_precision(
     *tensors,  # floating-point tensors; None stays None
 ) -> list:     # all of them in one type: float32, or float64 when any of them is
@@ -18,33 +18,33 @@ def _to_common_precision(
     for t in tensors: dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
     return [t if t is None else t.to(dtype) for t in tensors]
 
-# %% ../../nbs/models/scan_reference.ipynb #cell7
+# %% ../../nbs/models/scan_reference.ipynb #cell10
 def _apply_softplus_and_bias(
     delta,           # [B, D, L]
     delta_bias,      # [D] or None
     delta_softplus,  # True: through softplus, so that steps are positive
 ):                   # [B, D, L] Δ as the recurrence uses it
-    "The step sizes Δ."
+    "Compute the step sizes Δ of the recurrence."
     if delta_bias is not None: delta = delta+delta_bias[:, None]
     return F.softplus(delta) if delta_softplus else delta
 
-# %% ../../nbs/models/scan_reference.ipynb #cell8
+# %% ../../nbs/models/scan_reference.ipynb #cell11
 def _add_skip_and_gate(
     y,  # [B, D, L] what the states gave
     u,  # [B, D, L] the input
     D,  # [D] weight of the input's direct way to the output, or None
     z,  # [B, D, L] gate, or None
 ):      # [B, D, L] (y + D u) silu(z)
-    "The two elementwise ends of the scan."
+    "Add the direct way of the input and apply the gate."
     if D is not None: y = torch.addcmul(y, u, D[:, None])
     return y if z is None else y*F.silu(z)
 
-# %% ../../nbs/models/scan_reference.ipynb #cell10
+# %% ../../nbs/models/scan_reference.ipynb #cell14
 def _scan_reference(
-    # see `selective_scan`
+    # as of `pahcl.models.selective_scan.selective_scan`
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
 ):  # (y [B, D, L], last state [B, D, N])
-    "The definition, step by step; gradients by autograd."
+    "Scan step by step; gradients by autograd."
     u, delta, A, B, C, D, z, delta_bias = _to_common_precision(u, delta, A, B, C, D, z, delta_bias)
     delta = _apply_softplus_and_bias(delta, delta_bias, delta_softplus)
     h, ys = u.new_zeros(u.shape[0], *A.shape), []

@@ -15,7 +15,7 @@ from .chunked_scan import _scan_torch
 from .compiled_scan import compiled_scan, _find_library, _have_compiled
 from .scan_reference import _scan_reference, _to_common_precision
 
-# %% ../../nbs/models/selective_scan.ipynb #cell5
+# %% ../../nbs/models/selective_scan.ipynb #cell10
 @lru_cache
 def have_mamba_ssm() -> bool:
     "Whether the published CUDA kernels are there; mamba_ssm installs and imports without them too."
@@ -26,11 +26,12 @@ def have_mamba_ssm() -> bool:
     except Exception: return False
     return True
 
+# %% ../../nbs/models/selective_scan.ipynb #cell11
 def _scan_mamba_ssm(
-    # see `selective_scan`; on a CUDA device
+    # as of `selective_scan`; on a CUDA device
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
 ):  # (y [B, D, L], last state [B, D, N])
-    "The scan by mamba_ssm's kernels."
+    "Scan by mamba_ssm's kernels; without them a `PahclError`."
     if not have_mamba_ssm():
         advice = "pip install 'pahcl[cuda]' on a machine with CUDA, or use backend 'auto'."
         raise PahclError("selective_scan: backend 'mamba_ssm' has no kernels here (the module "
@@ -41,31 +42,33 @@ def _scan_mamba_ssm(
     return selective_scan_fn(u, like(delta), exact(A), like(B), like(C), exact(D), like(z),
                              exact(delta_bias), delta_softplus, True)
 
-# %% ../../nbs/models/selective_scan.ipynb #cell7
+# %% ../../nbs/models/selective_scan.ipynb #cell13
 def _scan_c(
-    # see `selective_scan`; on the CPU
+    # as of `selective_scan`; on the CPU
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
 ):  # (y [B, D, L], last state [B, D, N])
-    "The scan in C; of nothing it is left to PyTorch."
+    "Scan in C; empty inputs are left to PyTorch."
     if not u.numel() or not A.numel():
         return _scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return compiled_scan(*_to_common_precision(u, delta, A, B, C, D, z, delta_bias), delta_softplus)
 
-# %% ../../nbs/models/selective_scan.ipynb #cell9
+# %% ../../nbs/models/selective_scan.ipynb #cell15
 _BACKENDS = dict(reference=_scan_reference, torch=_scan_torch, c=_scan_c, mamba_ssm=_scan_mamba_ssm)
 
 LOGGED = set()  # warnings that the log has had
 
+# %% ../../nbs/models/selective_scan.ipynb #cell16
 def _log_once(sentence: str):
-    "Warn, once a process."
+    "Warn once a process."
     if sentence not in LOGGED: get_logger().warning(sentence)
     LOGGED.add(sentence)
 
+# %% ../../nbs/models/selective_scan.ipynb #cell17
 def _choose_backend(
     u,               # the scan's input
     backend='auto',  # `auto` or a key of `_BACKENDS`
 ) -> str:            # a key of `_BACKENDS`
-    "What `auto` means for this input; an unknown name is a `PahclError` that lists the valid ones."
+    "Choose the backend of an input; an unknown name is a `PahclError` that lists the valid ones."
     if backend == 'auto':
         if u.is_cuda:
             return 'mamba_ssm' if u.dtype != torch.float64 and have_mamba_ssm() else 'torch'
@@ -76,9 +79,9 @@ def _choose_backend(
                          f'use one of auto, {", ".join(_BACKENDS)}.')
     return backend
 
-# %% ../../nbs/models/selective_scan.ipynb #cell10
+# %% ../../nbs/models/selective_scan.ipynb #cell19
 def _check_shapes(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None,  # see `selective_scan`
+    u, delta, A, B, C, D=None, z=None, delta_bias=None,  # as of `selective_scan`
 ):
     "Raise a `PahclError` that names the first argument of a wrong shape or type."
     if u.dim() != 3 or A.dim() != 2:
@@ -96,7 +99,7 @@ def _check_shapes(
             raise PahclError(
                 f'selective_scan: {name} is {v.dtype}; real floating-point numbers are needed.')
 
-# %% ../../nbs/models/selective_scan.ipynb #cell11
+# %% ../../nbs/models/selective_scan.ipynb #cell20
 def selective_scan(
     u,                        # [B, D, L] input
     delta,                    # [B, D, L] step sizes, before bias and softplus
@@ -110,8 +113,9 @@ def selective_scan(
     return_last_state=False,  # also return the state after the last step
     backend='auto',           # `auto`, or a key of `_BACKENDS`
 ):  # [B, D, L] in u's type; with `return_last_state` (that, [B, D, N] in float32 or float64)
-    """mamba_ssm's `selective_scan_fn` on any device: y = (C h + D u) silu(z), h = exp(delta A) h +
-    delta B u. Wrong shapes are a `PahclError`.
+    """Compute y = (C h + D u) silu(z), h = exp(delta A) h + delta B u, on any device.
+
+    Means what mamba_ssm's `selective_scan_fn` does. Wrong shapes are a `PahclError`.
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
     # half precision is for the matrices around the scan
