@@ -9,8 +9,9 @@ from scipy.optimize import linear_sum_assignment
 from pahcl.core.basics import get_logger, PahclError
 from pahcl.data.recordings import read_annotation
 from pahcl.cycles import pahcl_score_states
-from pahcl.segmentation.scoring import (
-    f1_interval, _find_annotation_files, _group_recordings, _score_folders, score_folders_in_groups)
+from pahcl.segmentation.folder_scoring import (
+    _find_annotation_files, _group_recordings, _score_folders, score_folders_in_groups)
+from pahcl.segmentation.scoring import f1_interval
 from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.simulation import simulate_dataset
 from pahcl.segmentation.segmenter import segment, write_states
