@@ -11,7 +11,7 @@ import numpy as np
 from ..data.datasets import TASKS
 from .beats import REJECTION_REASONS
 
-# %% ../../nbs/segmentation/beat_counts.ipynb #cell7
+# %% ../../nbs/segmentation/beat_counts.ipynb #cell9
 def _count_beats(
     summaries,   # of `process_recording`
 ) -> dict:       # `recordings, fallback, no_heartbeat, found, kept, made_up, rejected` (reason →
@@ -29,7 +29,7 @@ def _count_beats(
     return dict(recordings=len(summaries), **total, made_up=total['kept']-good, rejected=rejected,
                 kept_share=share, quality=mean('quality'), confidence=mean('confidence'))
 
-# %% ../../nbs/segmentation/beat_counts.ipynb #cell9
+# %% ../../nbs/segmentation/beat_counts.ipynb #cell11
 def _count_beats_by_class(
     table,          # from `load_recordings`, a row for each summary
     summaries,      # of `process_recording`
@@ -46,7 +46,7 @@ def _count_beats_by_class(
     return dict(total=_count_beats(summaries), datasets=by([r['dataset'] for r in rows]),
                 classes=classes)
 
-# %% ../../nbs/segmentation/beat_counts.ipynb #cell12
+# %% ../../nbs/segmentation/beat_counts.ipynb #cell14
 # in the column `heartbeat` of recordings.csv; `found` elsewhere
 _NO_HEARTBEAT_FOUND = 'no heartbeat found'
 
@@ -64,7 +64,7 @@ def _format_summary_line(
             f'{kept:>8} kept ({share}{made_up}){counts["fallback"]:>6} fallback{without}'
             f'  quality {counts["quality"]:.2f}  confidence {counts["confidence"]:.2f}')
 
-# %% ../../nbs/segmentation/beat_counts.ipynb #cell14
+# %% ../../nbs/segmentation/beat_counts.ipynb #cell16
 def format_summary(
     stats,         # of `preprocess`
     output_dir,    # the processed folder
