@@ -98,7 +98,7 @@ def _tabulate_group_scores(
                                below_half=line['below_half']))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/segmentation/left_out_scores.ipynb #cell26
+# %% ../../nbs/segmentation/left_out_scores.ipynb #cell30
 def _simulate_music(
     length,          # samples
     sample_rate,     # Hz
