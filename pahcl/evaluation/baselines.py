@@ -44,7 +44,7 @@ def _demographic_features(
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell12
 def _heart_rate_features(
-    cycles,        # a row a cycle: `subject_id`, `s2_end` and `valid_length` in samples, `duration_s`
+    cycles,        # a row a cycle: `subject_id`, `s2_end`, `valid_length` (samples), `duration_s`
     target=4000,   # samples at which a cycle is cut
 ):  # DataFrame by subject id: median `length`, its tenth percentile `short`, `systole`, maybe `cut`
     """Compute how fast a subject's heart beats, and how long its systole is.
@@ -165,7 +165,7 @@ def _baseline_predictions(
     train, val,         # of `_subject_labels`
     subjects,           # ids of those who are predicted
     num_classes: int,
-) -> dict:              # probabilities [subjects, classes], without, train_subjects, strength; or reason
+) -> dict:  # probabilities [subjects, classes], without, train_subjects, strength; or reason
     "Predict by one baseline; where it cannot be computed say why."
     try:
         known = features()

@@ -114,15 +114,15 @@ def reliability_figure(
         ax.set(ylabel='accuracy', xlim=(0, 1), ylim=(-.02, 1.02), title=title)
         counts.set(xlabel='confidence (probability of the predicted class)', ylabel='decisions')
         ax.legend(loc='best')
-    figure.set_label('On the diagonal accuracy equals confidence; below it the model is overconfident. '
-                     'Bars: number of decisions.')
+    figure.set_label('On the diagonal accuracy equals confidence; below it the model is '
+                     'overconfident. Bars: number of decisions.')
     return figure
 
 # %% ../../nbs/evaluation/calibration.ipynb #cell27
 def calibration_scores(
     y_true, probabilities,  # of the split that is reported
     fitted_on=None,         # (y_true, probabilities) of the validation split; None: no temperature
-) -> dict:  # temperature, before, after (calibration_error, brier, surprise); None without `fitted_on`
+) -> dict:  # temperature, before, after: (calibration_error, brier, surprise), None if not fitted
     "Score the calibration of probabilities before and after the temperature."
     names = ('calibration_error', 'brier', 'surprise')
     score = lambda p: {name: METRICS[name].function(y_true, p) for name in names}

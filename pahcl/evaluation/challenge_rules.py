@@ -139,9 +139,9 @@ def _heart_problem_scores(
 
 # %% ../../nbs/evaluation/challenge_rules.ipynb #cell35
 def _pascal_set_scores(
-    y_true, y_pred,   # classes of recordings [n]: 0 normal, 1 murmur, 2 extrasystole (A: extra sound)
+    y_true, y_pred,   # classes of recordings [n]: 0 normal, 1 murmur, 2 extrasystole or extra sound
     group,            # 'a' or 'b': the set of each recording [n]
-) -> dict:            # 'a', 'b' where there: {recordings, total_precision}; b: `_heart_problem_scores`
+) -> dict:  # a, b where there: {recordings, total_precision}; b also `_heart_problem_scores`
     "Compute the PASCAL challenge's scores of each set, of three classes; None where undefined."
     y_true, y_pred, group, out = np.asarray(y_true), np.asarray(y_pred), np.asarray(group), {}
     for name in (n for n in 'ab' if n in group):

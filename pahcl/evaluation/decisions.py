@@ -33,10 +33,10 @@ class Decisions:
     thresholds: dict = field(default_factory=dict)   # level -> probability of the positive class
     comparison: dict = field(default_factory=dict)   # rules, best_rule, chosen_by
     validation: dict = None      # as `levels`, of the validation split; None: no choice
-    missing: dict = field(default_factory=dict)      # subjects, recordings: ids without a prediction
+    missing: dict = field(default_factory=dict)      # subjects, recordings: ids not predicted
     fallback: int = 0            # recordings predicted by the class priors
     notes: list = None           # sentences
-    baselines: dict = field(default_factory=dict)    # name -> predictions of the subjects, or reason
+    baselines: dict = field(default_factory=dict)    # name -> subjects' predictions, or reason
 
     label_map = property(lambda self: self.levels['subject'].label_map)
 
@@ -161,7 +161,7 @@ def _require_rule_inputs(
     bags: bool,        # the predictions are of a model of bags
     validation,        # `Predictions` of the validation split, or None
 ):
-    "Raise `PahclError` where a rule of subjects needs bags or a validation split that are not there."
+    "Raise `PahclError` where a rule needs bags or a validation split that are not there."
     if subject_rule == 'model' and not bags:
         raise PahclError('--subject-rule model is the own answer of a model of bags, '
                          'and this model answers for cycles. Give another rule.')
@@ -226,7 +226,7 @@ def make(cls: Decisions,
 
 # %% ../../nbs/evaluation/decisions.ipynb #cell33
 def _pool_baseline_answers(
-    folds: list,   # of one baseline, a dict a fold: probabilities, without, train_subjects; or reason
+    folds: list,   # of one baseline: probabilities, without, train_subjects; or reason; a fold
 ) -> dict:         # the same for the pooled subjects
     "Pool the predictions of a baseline; where one fold has none there are none."
     if lacking := [a for a in folds if 'reason' in a]: return lacking[0]

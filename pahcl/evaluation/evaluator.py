@@ -136,7 +136,8 @@ def _collect_notes(
     saved, reported = model.saved, threshold != 'argmax' and split == 'val'
     across = ([f'across data sets: {"; ".join(model.matched)}']
               if saved['task'] != model.task.name else [])
-    optimistic = [f'--threshold {threshold} was chosen on the split that is reported: this flatters']
+    optimistic = [f'--threshold {threshold} was chosen on the split that is reported: '
+                  'this flatters']
     notes = [*across, *note_bag_levels(saved, subject_rule, used),
              *note_trained_persons(saved, table)]
     return notes + (optimistic if reported else [])
@@ -166,7 +167,7 @@ def evaluate(
     output_dir=None,             # None: `evaluation_<task>_<split>` beside the checkpoint
     batch_size=64,               # only speed and memory depend on it
     rule='mean',                 # cycles to recordings
-    subject_rule=None,           # recordings to subjects; None: as `rule`, or a model of bags itself
+    subject_rule=None,           # recordings to subjects; None: as `rule`, or a model of bags
     draws=2000,                  # of the bootstrap
     seed=0,                      # of the bootstrap
     threshold='argmax',          # or youden, f1, cost, sensitivity=0.9: chosen on val

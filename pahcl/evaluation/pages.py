@@ -154,15 +154,16 @@ _GLOSSARY_SIGNS = {  # what stands beside numbers
          'are drawn'}
 
 _GLOSSARY_WORDS = {  # baselines, rules and probes
-    'heart rate': 'baseline: a logistic regression that knows only how long cycles and systoles are',
+    'heart rate': 'baseline: a logistic regression that knows only how long cycles and '
+                  'systoles are',
     'folder letter': 'baseline: a logistic regression that knows only which hospital\'s folder a '
                      'recording lies in',
     'demographics': 'baseline: a logistic regression that knows only age, sex, height, '
                     'weight and pregnancy',
     'segmentation': 'baseline: a logistic regression that knows only how sure the segmenter was, '
                     'how good the recordings are and how many',
-    'log-mel statistics': 'baseline: a logistic regression on mean and deviation of 32 mel bands in '
-                          'S1, systole, S2 and diastole; nothing in them was learnt',
+    'log-mel statistics': 'baseline: a logistic regression on mean and deviation of 32 mel bands '
+                          'in S1, systole, S2 and diastole; nothing in them was learnt',
     'logmean': 'mean of the logarithms of the probabilities: one confident denial weighs much',
     'trimmed': 'mean without the most extreme cycles',
     'learned': 'a small model of the predictions of a subject\'s cycles, '

@@ -108,7 +108,8 @@ def official_lines(self: Evaluation) -> list:   # sentences
                           for name, value in official['floors'].items())
     better = 'higher' if official['higher_is_better'] else 'lower'
     value = format_with_interval(official['value'], (official['low'], official['high']))
-    lines = [f'{official["name"]} of {official["level"]}s: {value} ({better} is better; {baselines}).',
+    lines = [f'{official["name"]} of {official["level"]}s: {value} '
+             f'({better} is better; {baselines}).',
              *_describe_quality_rule(official), *_describe_pascal_sets(official)]
     if blind := official.get('blind'):
         area = format_with_interval(official['auroc'], official['auroc_interval'])

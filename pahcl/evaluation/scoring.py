@@ -41,7 +41,7 @@ def _score_level(
     predictions,         # decided `Predictions` of one level
     official=None,       # an entry of `pahcl.core.metrics.CHALLENGE_METRICS`: also scored
     draws=2000, seed=0,  # of the bootstrap
-) -> dict:               # scores, `reasons`, `intervals`, `no_interval` (why), `per_class_intervals`
+) -> dict:  # scores, `reasons`, `intervals`, `no_interval` (why), `per_class_intervals`
     "Score one level, with 95 % intervals over persons."
     rows, k, probabilities = predictions.table, predictions.num_classes, predictions.probabilities
     y, decided = rows['label'].to_numpy(int), rows['predicted'].to_numpy()

@@ -49,7 +49,8 @@ def _weighted_confusion_matrices(
         y_pred, int)
     counts = np.bincount(cells, minlength=weights.shape[1]*num_classes**2)
     of_persons = counts.reshape(weights.shape[1], -1)
-    return (weights @ of_persons.astype(np.float32)).astype(float).reshape(-1, num_classes, num_classes)
+    drawn = (weights @ of_persons.astype(np.float32)).astype(float)
+    return drawn.reshape(-1, num_classes, num_classes)
 
 # %% ../../nbs/evaluation/statistics.ipynb #cell16
 _PSEUDO_PERSONS = .5   # persons a class
@@ -57,7 +58,7 @@ _PSEUDO_PERSONS = .5   # persons a class
 def bootstrap_matrices(
     y_true, y_pred,    # true and predicted classes [n]
     index,             # the person of each row [n], see `pahcl.core.resampling.number_persons`
-    weights,           # of `pahcl.core.resampling.resampling_weights` [1 + persons + draws, persons]
+    weights,           # of `resampling_weights` [1 + persons + draws, persons]
     num_classes: int,
 ):                     # [1 + persons + draws, classes, classes]
     "Return the confusion matrix of every draw; pseudo-persons join the draws."

@@ -53,8 +53,8 @@ def referral_figure(
         ax.set(xlabel='share of subjects referred',
                ylabel='cost per subject (units of the challenge)', ylim=(0, None), title=title)
         ax.legend()
-    figure.set_label('Referring those with the highest probability, against referring as many at random: '
-                     'the gap between the lines is what the model saves.')
+    figure.set_label('Referring those with the highest probability, against referring as many '
+                     'at random: the gap between the lines is what the model saves.')
     return figure
 
 # %% ../../nbs/evaluation/thresholds.ipynb #cell13
