@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/evaluation/report.ipynb #cell2
+import html
 from pathlib import Path
 
 import pandas as pd
@@ -73,7 +74,7 @@ def _describe_quality_rule(
     lacking = f'; {q["unlabelled"]} without a label count as good' if q['unlabelled'] else ''
     return ['By the signal-quality rule of the challenge: '
             f'{part("good", q["good"])}, {part("poor", q["poor"])}{lacking}. '
-            f'Unsure, because no cycle was heard, about {q["unsure"]}: '
+            f'Unsure, because there is no cycle, about {q["unsure"]}: '
             'right where the quality is poor, wrong elsewhere.']
 
 # %% ../../nbs/evaluation/report.ipynb #cell21
@@ -255,8 +256,13 @@ def summary(self: Evaluation) -> str:
     return '\n'.join([self.tables()[0].to_string(), *self.official_lines(), *report])
 
 # %% ../../nbs/evaluation/report.ipynb #cell49
+_NOTEBOOK_STYLE = ('<style>.pahcl .wide { overflow-x: auto } .pahcl th, .pahcl td '
+                   '{ text-align: left !important; white-space: nowrap }</style>')
+
 @patch
 def _repr_html_(self: Evaluation) -> str:
     "Show the scores and what must be known beside them in a notebook."
-    items = [repr(self), *self.official_lines(), self.tables()[0], self.notes]
-    return '\n'.join(_item_to_html(item) for item in items)
+    title = html.escape(f'{self.task or "no task"}: {self.results["n"]["subject"]:,} subjects')
+    items = [*self.official_lines(), self.tables()[0], self.notes]
+    parts = [f'<b>{title}</b>', *(_item_to_html(item) for item in items)]
+    return f'<div class="pahcl">{_NOTEBOOK_STYLE}' + '\n'.join(parts) + '</div>'
