@@ -13,8 +13,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.basics import PahclError
-from ..models.classifier import pool_levels
-from ..models.layers import Projector
+from ..models.heads import Projector
+from ..models.pooling import pool_levels
 from .collapse import _collapse_signs
 from .contrast import _gather_rows, _make_rows, nt_xent
 from .momentum import MomentumQueue, queue_loss, update_moving_average

@@ -21,7 +21,7 @@ from ..data.splitting import describe_persons
 from ..data.tasks import map_ids_to_persons
 from ..models.checkpoints import classifier_checkpoint, load_classifier
 from ..models.classifier import encode_cycles, predict_probabilities
-from ..models.layers import slow_scan_warnings
+from ..models.mamba_block import slow_scan_warnings
 from .batches import _explain_out_of_memory, _predict_distributed
 from pahcl.training.finetuning_data import (
     BagSampler, _compute_features_cached, CycleSampler, _drop_inaudible_recordings,

@@ -18,7 +18,8 @@ from ..data.loader import (
     bag_ids, bag_table, Cycles, draw_epoch_rows, draw_few_shot_rows, sample_bag_cycles,
     sample_rows_per_group)
 from ..data.tasks import check_leaks, CYCLE_SETTINGS, Task
-from ..models.classifier import encode_cycles, encoder_fingerprint
+from ..models.classifier import encode_cycles
+from ..models.encoder_base import encoder_fingerprint
 from .batches import _predict_distributed
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell6
@@ -155,7 +156,7 @@ def _compute_features_cached(
     cycles,             # all `Cycles` of a split
     folder,             # of the cache
     batch_size=64,
-    pooling='cycle',    # see `pahcl.models.classifier._pool_features`
+    pooling='cycle',    # see `pahcl.models.pooling._pool_features`
 ):                      # [n, features] float32
     "Return features of all cycles, computed by all processes if they are not in the cache."
     path = (Path(folder)/f'{encoder_fingerprint(encoder)}-{cycles.fingerprint()}'

@@ -9,10 +9,12 @@ __all__ = ['build_starting_model']
 from dataclasses import dataclass
 
 from ..core.basics import first_few, hash_file, PahclError
-from ..models.checkpoints import (
-    describe_loading, load_pretrained_encoder, persons_trained_on, resolve_checkpoint)
+from ..models.checkpoints import persons_trained_on
 from ..models.classifier import Classifier
-from ..models.encoders import build_encoder, load_weights
+from ..models.encoder_base import load_weights
+from ..models.encoders import build_encoder
+from ..models.pretrained import (
+    describe_loading, load_pretrained_encoder, resolve_checkpoint)
 from .state import _seeded_weights
 
 # %% ../../nbs/training/finetuning_setup.ipynb #cell6

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from ..core.config import load_config
 from ..models.encoders import build_encoder
-from ..models.layers import slow_scan_warnings
+from ..models.mamba_block import slow_scan_warnings
 from .batches import _group_batches
 from .contrastive_model import ContrastiveModel
 from .epoch_choice import _EpochChoice, _select_probes, _WatchedCycles
