@@ -342,9 +342,9 @@ def test_linear_evaluation_asks_the_encoder_once(work, monkeypatch):
     """The second probe, with another learning rate, finds all features in the cache; a damaged
     cache is made again.
     """
-    import pahcl.models.classifier as classifier
-    calls, encode = [], classifier.encode_cycles
-    monkeypatch.setattr(classifier, 'encode_cycles',
+    from pahcl.models.classifier import encode_cycles as encode
+    calls = []
+    monkeypatch.setattr('pahcl.training.finetuning_data.encode_cycles',
                         lambda *a, **k: calls.append(len(a[1])) or encode(*a, **k))
     shutil.copytree(work/'downstream'/'pascal', work/'cached'/'pascal',
                     ignore=shutil.ignore_patterns('.features'))
