@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.basics import (
-    atomic_path, get_logger, PahclError, read_json, require_path, write_json)
-from ..core.config import explain_error, load_extensions, ModelSection, register_keys
+    atomic_path, get_logger, load_extensions, PahclError, read_json, require_path, write_json)
+from ..core.config import explain_error, ModelSection, register_keys
 from ..data.signal import CYCLE_SAMPLE_RATE
 from .layers import (
     AttentiveStatisticsPooling, ConvNeXtStage, ConvStack, count_frames, _length_mask, LSTMStack,
