@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core.basics import first_few, get_logger, PahclError, require_path
 from ..core.pipeline import evaluation_folder
 from ..data.tasks import Task
+from .report import Evaluation   # with what writes it
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell15
 def open_split(

@@ -237,6 +237,7 @@ def _read_settings(
     given = given.model_dump() if isinstance(given, ModelSection) else dict(given or {})
     listed = lambda v: list(v) if isinstance(v, tuple) else v
     given |= {k: listed(v) for k, v in overrides.items() if v is not None}
+    if isinstance(given.get('encoder_type'), str): _registered_encoder(given['encoder_type'])
     try: return ModelSection.model_validate(given).model_dump(exclude_none=True)
     except ValidationError as e: raise PahclError(explain_error(e, ModelSection, 'encoder')) from e
 
