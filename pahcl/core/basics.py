@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PahclError', 'UsageError', 'require_path', 'first_few', 'atomic_path', 'write_text', 'to_json', 'write_json',
            'read_json', 'read_table', 'hash_file', 'fingerprint', 'fingerprint_files', 'generator', 'progress',
-           'get_logger', 'log_to_file', 'report_error', 'console_script', 'lock_folder', 'replace_folder',
-           'require_flags']
+           'get_logger', 'log_to_file', 'report_error', 'load_extensions', 'console_script', 'lock_folder',
+           'replace_folder', 'require_flags']
 
 # %% ../../nbs/core/basics.ipynb #cell2
 import hashlib
@@ -245,7 +245,16 @@ def _handle_interrupt(name: str):
 if _find_command_name(sys.argv[0] if sys.argv else ''):
     _handle_interrupt(_find_command_name(sys.argv[0]))
 
-# %% ../../nbs/core/basics.ipynb #cell46
+# %% ../../nbs/core/basics.ipynb #cell47
+def load_extensions():
+    "Import the modules that `PAHCL_EXTENSIONS` names; a missing one is a `PahclError`."
+    for name in filter(None, os.environ.get('PAHCL_EXTENSIONS', '').split(',')):
+        try: importlib.import_module(name.strip())
+        except ImportError as e:
+            remedy = 'Correct the name, or put its folder on PYTHONPATH.'
+            raise PahclError(f'PAHCL_EXTENSIONS names {name.strip()}: {e}. {remedy}') from e
+
+# %% ../../nbs/core/basics.ipynb #cell49
 def _simplify_switches(
     parser,  # an `argparse.ArgumentParser`
 ):           # the same parser
@@ -255,7 +264,7 @@ def _simplify_switches(
             action.help = action.help.replace(' (default: False)', '')
     return parser
 
-# %% ../../nbs/core/basics.ipynb #cell47
+# %% ../../nbs/core/basics.ipynb #cell50
 def console_script(
     # its parameters are the flags, their docments the help; the last definition of its module
     function,
@@ -272,7 +281,9 @@ def console_script(
             _accept_both_spellings(anno_parser(function, prog=function.__name__)))
         arguments = vars(parser.parse_args(argv))
         for extra in ('pdb', 'xtra'): arguments.pop(extra, None)
-        try: function(**arguments)
+        try:
+            load_extensions()
+            function(**arguments)
         except (PahclError, KeyboardInterrupt) as e: return report_error(function.__name__, e)
         except OSError as e:
             if e.filename is None and e.errno is None: raise
@@ -283,7 +294,7 @@ def console_script(
     main.function = function
     return main
 
-# %% ../../nbs/core/basics.ipynb #cell54
+# %% ../../nbs/core/basics.ipynb #cell57
 @contextmanager
 def lock_folder(
     folder,  # is made when it is not there
@@ -303,7 +314,7 @@ def lock_folder(
     finally:
         if fcntl: os.close(handle)
 
-# %% ../../nbs/core/basics.ipynb #cell55
+# %% ../../nbs/core/basics.ipynb #cell58
 @contextmanager
 def replace_folder(
     folder,  # the folder to write
@@ -321,7 +332,7 @@ def replace_folder(
         os.rename(scratch/'new', folder)
     finally: shutil.rmtree(scratch, ignore_errors=True)
 
-# %% ../../nbs/core/basics.ipynb #cell57
+# %% ../../nbs/core/basics.ipynb #cell60
 def require_flags(**flags):
     "Raise `UsageError` for the first flag that was not given."
     for name, value in flags.items():

@@ -369,6 +369,7 @@ def _undefined_reasons(
     "The reason beside every score that does not exist."
     gone = [f'class {c}' for c, n in enumerate(support) if not n]
     def why(metric):
+        if not gone: return 'it is undefined for these predictions'
         contrast = metric.two_classes or metric.kind == 'ranking'
         if len(gone) == len(support)-1 and contrast: return 'the truth has one class only'
         if len(support) == 2 and metric.kind != 'class means': return f'no row is of {gone[0]}'

@@ -17,6 +17,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+<<<<<<< HEAD
+from ..core.basics import (
+    atomic_path, get_logger, load_extensions, PahclError, read_json, require_path, write_json)
+from ..core.config import explain_error, ModelSection, register_keys
+from ..data.signal import CYCLE_SAMPLE_RATE
+from .layers import (
+    AttentiveStatisticsPooling, ConvNeXtStage, ConvStack, count_frames, _length_mask, LSTMStack,
+    MambaStack, MaskedConvolution, MaskedGroupNorm, ResidualBlock, SincConv, TransformerStack)
+
+# %% ../../nbs/models/encoders.ipynb #cell6
+def _mamba_settings(
+    c: dict,  # complete settings
+) -> dict:    # what `MambaStack` calls them; a preset without such keys has the defaults
+    "The keys of `model:` that shape a Mamba layer."
+    ssm = {k: c[f'mamba_{k}'] for k in ('d_state', 'd_conv', 'expand', 'bidirectional')
+           if f'mamba_{k}' in c}
+    return ssm | {'dt_rank': c.get('mamba_dt_rank') or 'auto', 'drop_path': c.get('drop_path', 0.)}
+=======
 from ..core.basics import get_logger, PahclError, read_json, require_path
 from ..core.config import explain_error, load_extensions, ModelSection
 from .convolutions import ConvNeXtStage, ConvStack, MaskedConvolution, ResidualBlock
@@ -25,6 +43,7 @@ from .masked_layers import count_frames, _length_mask, MaskedGroupNorm
 from .pooling import AttentiveStatisticsPooling
 from .sequence_layers import LSTMStack, MambaStack, TransformerStack
 from .sinc_filters import SincConv
+>>>>>>> main
 
 # %% ../../nbs/models/encoders.ipynb #cell7
 _CONVOLUTION_PRESET = dict(
@@ -199,6 +218,7 @@ def _read_settings(
     given = given.model_dump() if isinstance(given, ModelSection) else dict(given or {})
     listed = lambda v: list(v) if isinstance(v, tuple) else v
     given |= {k: listed(v) for k, v in overrides.items() if v is not None}
+    if isinstance(given.get('encoder_type'), str): _registered_encoder(given['encoder_type'])
     try: return ModelSection.model_validate(given).model_dump(exclude_none=True)
     except ValidationError as e: raise PahclError(explain_error(e, ModelSection, 'encoder')) from e
 
