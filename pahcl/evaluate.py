@@ -163,12 +163,13 @@ def pahcl_downstream(
     """Run all stages, or some: download, preprocess, prepare, pretrain, fine-tune, evaluate,
     summarize.
     """
+    # of the parameters: nothing may be imported before this line
+    given = {flag: value for flag, value in locals().items()
+             if flag not in ('stage', 'demo', 'dry_run') and value is not None}
     from pahcl.core.pipeline import PipelineSettings
     from pahcl.studies.downstream import demo_settings, run_downstream
-    given = {k: v for k, v in locals().items()
-             if k not in ('stage', 'demo', 'dry_run') and v is not None}
-    run_downstream(stage or ['all'],
-                   demo_settings(**given) if demo else PipelineSettings(**given), dry_run)
+    settings = demo_settings(**given) if demo else PipelineSettings(**given)
+    run_downstream(stage or ['all'], settings, dry_run)
 
 # %% ../nbs/06_eval.ipynb #cell37
 @console_script
