@@ -121,7 +121,8 @@ def pahcl_summarize(
     """Print a table of every experiment (accuracy, F1, AUROC on the test split) and write
     summary.csv, .md, .tex and .html.
     """
-    from pahcl.studies.summary import compare_experiments, summarize
+    from pahcl.studies.summary import summarize
+    from pahcl.studies.comparison import compare_experiments
     if compare: compare_experiments(*compare, output_dir=output_dir, split=split)
     else: summarize(output_dir)
 

@@ -9,7 +9,6 @@ __all__ = ['open_split', 'note_trained_persons', 'open_model', 'note_bag_levels'
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pahcl.evaluation import report  # TEMP
 from ..core.basics import first_few, get_logger, PahclError, require_path
 from ..core.pipeline import evaluation_folder
 from ..data.tasks import Task

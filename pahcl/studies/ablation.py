@@ -6,187 +6,22 @@
 __all__ = ['run_ablation', 'parse_list']
 
 # %% ../../nbs/studies/ablation.ipynb #cell2
-import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from ..core.basics import fingerprint, get_logger, PahclError, read_json, UsageError
-from ..core.config import (
-    find_config, load_config, merge_configs, read_yaml, unknown_key_message)
+from ..core.basics import get_logger, PahclError, read_json, UsageError
 from ..core.jobs import check_job_count, Job, run_jobs
 from ..core.pipeline import run_stage
+from ..data.splitting import prepare
+from ..segmentation.preprocessing import preprocess
+from .ablation_plan import (
+    _Ablation, _read_ablation, _training_jobs, _TrainingJob, _variant_folders)
+from .ablation_table import ablation_table, write_ablation
 from .downstream import _evaluate_stage
+from ..training.finetuning import finetune
+from ..training.pretraining import pretrain
 
 # %% ../../nbs/studies/ablation.ipynb #cell6
-@dataclass(frozen=True)
-class _Ablation:
-    "An ablation file, read; one field a key."
-    name: str = 'ablation'                           # its folder below the output folder
-    tasks: list = field(default_factory=lambda: ['circor_murmur'])
-    seeds: list = field(default_factory=lambda: [42])
-    reference: str = None  # the variant that the others are compared with; None: the first
-    raw_dir: str = 'data/raw'  # only read by variants with a length mode of their own
-    processed_dir: str = 'data/processed'
-    data_dir: str = 'data/downstream'
-    pretrain: dict = field(default_factory=dict)   # `config`, and keys of pretraining
-    finetune: dict = field(default_factory=dict)   # `config`, and keys of fine-tuning
-    variants: dict = field(default_factory=dict)   # name -> what it changes, see `_VARIANT_KEYS`
-    source: str = 'ablation'                       # the file, for messages
-
-# %% ../../nbs/studies/ablation.ipynb #cell8
-# pretrained: a path, `packaged` or `none`, in place of a pretraining
-_VARIANT_KEYS = ('pretrain', 'finetune', 'pretrained', 'length_mode')
-
-def _check_keys(
-    # what stands there, what may stand there, the place for the message
-    given: dict, names, where: str,
-) -> dict:                            # the same
-    "Raise `PahclError`, with the nearest valid one, for a key that means nothing."
-    for key in given:
-        if key not in names: raise PahclError(unknown_key_message(key, list(names), where))
-    return given
-
-# %% ../../nbs/studies/ablation.ipynb #cell10
-def _check_ablation(
-    a: _Ablation,
-) -> _Ablation:   # the same, its reference named
-    "Raise `PahclError` for variants, a reference or seeds that cannot be."
-    if not a.variants: raise PahclError(f'{a.source}: variants is empty. Name at least one.')
-    # they become folders
-    wrong = [n for n in a.variants if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', n)]
-    if wrong:
-        hint = 'Use letters, digits, _, - and dots between them.'
-        raise PahclError(f'{a.source}: {wrong[0]!r} is no name for a variant. {hint}')
-    reference = a.reference or next(iter(a.variants))
-    if reference not in a.variants:
-        raise PahclError(
-            f'{a.source}: reference is {reference}, but the variants are {", ".join(a.variants)}.')
-    if len(set(a.seeds)) != len(a.seeds) or not a.seeds:
-        raise PahclError(f'{a.source}: seeds is {a.seeds}. Give at least one, each once.')
-    return replace(a, reference=reference)
-
-# %% ../../nbs/studies/ablation.ipynb #cell11
-def _read_ablation(
-    config,      # a path, the name of a packaged file, or a dictionary
-    **given,     # fields that flags set; None: not given
-) -> _Ablation:
-    "Read an ablation and look for mistakes before anything is trained."
-    source = 'the ablation' if isinstance(config, dict) else str(find_config(config))
-    keys = (dict(config if isinstance(config, dict) else read_yaml(source))
-            | {k: v for k, v in given.items() if v is not None})
-    a = _Ablation(**_check_keys(keys, [f for f in _Ablation.__dataclass_fields__ if f != 'source'],
-                                source), source=source)
-    variants = {str(n): _check_keys(dict(v or {}), _VARIANT_KEYS, f'{source}: variants.{n}')
-                for n, v in a.variants.items()}
-    return _check_ablation(replace(a, variants=variants))
-
-# %% ../../nbs/studies/ablation.ipynb #cell17
-@dataclass(frozen=True)
-class _TrainingJob:
-    "One training: everything that a process needs to do it."
-    kind: str            # 'pretrain' or 'finetune'
-    name: str            # of the run's folder
-    variant: str         # that it belongs to; of a shared pretraining the first
-    seed: int
-    task: str = None     # of fine-tuning
-    # of `pahcl.training.pretraining.pretrain` or `pahcl.training.finetuning.finetune`
-    config: dict = None
-    after: str = None    # the pretraining that it needs
-    output_dir: str = '' # where the folder lies
-    length_mode: str = None
-
-    @property
-    def folder(self): return Path(self.output_dir)/self.name
-
-# %% ../../nbs/studies/ablation.ipynb #cell19
-def _variant_folders(
-    a: _Ablation, variant: str, folder,   # the ablation's folder
-) -> dict:                               # processed_dir, data_dir
-    "Where a variant's cycles are."
-    mode = a.variants[variant].get('length_mode')
-    if not mode: return dict(processed_dir=a.processed_dir, data_dir=a.data_dir)
-    return dict(processed_dir=Path(folder)/f'data_{mode}'/'processed',
-                data_dir=Path(folder)/f'data_{mode}'/'downstream')
-
-# %% ../../nbs/studies/ablation.ipynb #cell21
-def _variant_config(
-    a: _Ablation, variant: str, kind: str,   # 'pretrain' or 'finetune'
-    seed: int, folders: dict,               # `processed_dir` and `data_dir`
-) -> dict:                                  # of `load_config`
-    """The configuration of a training: the file it begins with, what all share, what the variant
-    changes, folders and seed.
-    """
-    keys = merge_configs(getattr(a, kind), a.variants[variant].get(kind) or {})
-    base = read_yaml(find_config(keys['config'])) if keys.get('config') else {}
-    mode = a.variants[variant].get('length_mode')
-    data = dict(processed_dir=str(folders['processed_dir']),
-                base_dir=str(folders['data_dir'])) | (dict(length_mode=mode) if mode else {})
-    return merge_configs(merge_configs(base, {k: v for k, v in keys.items() if k != 'config'}),
-                         dict(data=data, seed=seed))
-
-# %% ../../nbs/studies/ablation.ipynb #cell22
-def _finetune_config(
-    a: _Ablation, variant: str, seed: int, folders: dict,   # as in `_variant_config`
-    task: str,
-    source: str,          # checkpoint, or `none`
-    pretraining: dict,    # its keys: a random start has the encoder that would have been pretrained
-) -> dict:
-    "The configuration of a fine-tuning."
-    keys = _variant_config(a, variant, 'finetune', seed, folders)
-    if source == 'none' and 'model' in pretraining:
-        keys = merge_configs(dict(model=pretraining['model']), keys)
-    return merge_configs(keys,
-                         dict(task=dict(name=task), experiment=dict(name=f'{variant}_seed{seed}'),
-                              pretrain=dict(checkpoint_path=source)))
-
-# %% ../../nbs/studies/ablation.ipynb #cell30
-def _find_pretraining(
-    a: _Ablation, variant: str, seed: int, folder,   # the ablation's folder
-    # fingerprint -> name of the pretrainings there are already; one that is new is added
-    begun: dict,
-):   # (its name, a `_TrainingJob` or None: another variant's has the same configuration)
-    "The pretraining that a variant starts from."
-    name = f'pretrain_{variant}_seed{seed}'
-    keys = _variant_config(a, variant, 'pretrain', seed, _variant_folders(a, variant, folder))
-    used = begun.setdefault(fingerprint(load_config('pretrain', keys).model_dump()), name)
-    if used != name: return used, None
-    config = merge_configs(keys, dict(experiment=dict(name=name)))
-    mode = a.variants[variant].get('length_mode')
-    return name, _TrainingJob('pretrain', name, variant, seed, config=config,
-                              output_dir=str(folder), length_mode=mode)
-
-# %% ../../nbs/studies/ablation.ipynb #cell31
-def _variant_jobs(
-    a: _Ablation, variant: str, seed: int, folder, begun: dict,   # as in `_find_pretraining`
-) -> list:   # of `_TrainingJob`
-    "List the trainings of one variant and seed."
-    v, folders, after, out = a.variants[variant], _variant_folders(a, variant, folder), None, []
-    pretraining = _variant_config(a, variant, 'pretrain', seed, folders)
-    if not (source := v.get('pretrained')):
-        after, job = _find_pretraining(a, variant, seed, folder, begun)
-        out, source = [job] if job else [], str(Path(folder)/after/'best_model.pt')
-    for task in a.tasks:
-        config, name = (_finetune_config(a, variant, seed, folders, task, source, pretraining),
-                        f'{task}_{variant}_seed{seed}')
-        load_config('finetune', config)   # raises for what is wrong
-        out.append(_TrainingJob('finetune', name, variant, seed, task, config, after, str(folder),
-                                v.get('length_mode')))
-    return out
-
-# %% ../../nbs/studies/ablation.ipynb #cell32
-def _training_jobs(
-    a: _Ablation,
-    output_dir='outputs',
-) -> list:   # of `_TrainingJob`, pretrainings first
-    """List all trainings that the ablation means; raise `PahclError` for a configuration that is
-    wrong.
-    """
-    begun, folder = {}, Path(output_dir)/a.name
-    jobs = [j for variant in a.variants for seed in a.seeds
-            for j in _variant_jobs(a, variant, seed, folder, begun)]
-    return sorted(jobs, key=lambda j: j.kind != 'pretrain')
-
-# %% ../../nbs/studies/ablation.ipynb #cell37
 def _split_seed(
     a: _Ablation,
 ) -> int:
@@ -198,14 +33,12 @@ def _split_seed(
                          'seeds. Prepare them again together.')
     return seeds.pop()
 
-# %% ../../nbs/studies/ablation.ipynb #cell38
+# %% ../../nbs/studies/ablation.ipynb #cell7
 def _preprocess_variant(
     a: _Ablation, mode: str,   # of length, e.g. `phase`
     folders: dict,            # of `_variant_folders`
 ):
     "Cut and split the recordings in another length mode, where that was not done yet."
-    from pahcl.segmentation.preprocessing import preprocess
-    from pahcl.data.splitting import prepare
     settings = read_json(Path(a.processed_dir)/'processing_stats.json', 'settings of the cycles',
                          'Make them with pahcl_preprocess.')['settings']
     seed, kept = _split_seed(a), {k: settings[k] for k in ('states', 'sample_rate', 'target_length')
@@ -214,21 +47,19 @@ def _preprocess_variant(
     if all((Path(folders['data_dir'])/t/'task_config.json').exists() for t in a.tasks): return
     prepare('all', a.raw_dir, folders['processed_dir'], folders['data_dir'], seed)
 
-# %% ../../nbs/studies/ablation.ipynb #cell40
+# %% ../../nbs/studies/ablation.ipynb #cell9
 def _run_training(
     **fields,   # of `_TrainingJob`
 ):
     "Train, and after fine-tuning evaluate; what is there already is not done again."
     job = _TrainingJob(**fields)
     if job.kind == 'pretrain':
-        from pahcl.training.pretraining import pretrain
         pretrain(job.config, output_dir=job.output_dir)
     else:
-        from pahcl.training.finetuning import finetune
         finetune(job.config, output_dir=job.output_dir)
         run_stage(_evaluate_stage(job.folder, job.task, job.config['data']['base_dir']))
 
-# %% ../../nbs/studies/ablation.ipynb #cell42
+# %% ../../nbs/studies/ablation.ipynb #cell11
 def _run_trainings(
     jobs: list,   # of `_training_jobs`
     count=1,      # trainings at once
@@ -245,7 +76,7 @@ def _run_trainings(
         failed |= orphans | {j.name: why for j, why in zip(own, whys) if why}
     return failed
 
-# %% ../../nbs/studies/ablation.ipynb #cell47
+# %% ../../nbs/studies/ablation.ipynb #cell16
 def _describe_plan(
     jobs: list,   # of `_training_jobs`
 ) -> str:
@@ -253,7 +84,7 @@ def _describe_plan(
     state = lambda j: 'finished' if (j.folder/'final_metrics.json').exists() else 'to do'
     return '\n'.join(['Plan:', *(f'  {j.kind:9} {state(j):9} {j.folder}' for j in jobs)])
 
-# %% ../../nbs/studies/ablation.ipynb #cell50
+# %% ../../nbs/studies/ablation.ipynb #cell19
 def run_ablation(
     config='ablation',     # a path, the name of a packaged file, or a dictionary
     output_dir='outputs',  # runs and table lie in `<output_dir>/<name>`
@@ -266,7 +97,6 @@ def run_ablation(
     """Train what the file says and write one table; raises `PahclError` at the end, naming them,
     where trainings failed.
     """
-    from pahcl.studies.ablation_table import ablation_table, write_ablation
     a = _read_ablation(config, **given)
     check_job_count(jobs)
     trainings, folder = _training_jobs(a, output_dir), Path(output_dir)/a.name
@@ -282,7 +112,7 @@ def run_ablation(
     whys = '; '.join(f'{n}: {why}' for n, why in failed.items())
     raise PahclError(f'{len(failed)} of {len(trainings)} trainings failed: {whys}')
 
-# %% ../../nbs/studies/ablation.ipynb #cell52
+# %% ../../nbs/studies/ablation.ipynb #cell21
 def parse_list(
     text,        # words separated by commas, or None
     what=str,    # what each of them is

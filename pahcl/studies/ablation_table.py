@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from ..core.basics import PahclError, write_text
 from ..core.figures import save_figure, STYLE
@@ -21,7 +19,7 @@ from ..core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)
 from ..evaluation.pages import (
     flatten_settings, format_p_value, format_with_interval, write_table)
-from .comparison import (
+from .paired_tests import (
     bootstrap_experiment, _check_same_subjects, _paired_scores, read_subject_predictions,
     _score_runs, _stack_probabilities)
 
@@ -61,7 +59,6 @@ def _score_seeds(
     y, runs = tables[0]['label'].to_numpy(int), _stack_probabilities(tables)
     values = bootstrap_experiment(y, runs, index, weights, seed if len(runs) > 1 else None)
     return _SeedScores(_score_runs(y, runs), values)
-
 
 # %% ../../nbs/studies/ablation_table.ipynb #cell13
 def _score_difference(

@@ -11,10 +11,17 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from ..core.basics import first_few, get_logger, PahclError, write_text
-from ..data.tasks import Task
+from ..core.metrics import Predictions
+from ..data.tasks import find_met_persons, Task
 from ..evaluation.evaluator import (
     note_bag_levels, note_trained_persons, open_model, open_split, score_split)
+from ..evaluation.subject_rules import check_rules
+from ..models.checkpoints import load_classifier, persons_trained_on
+from .disagreement import _disagreement_table
 
 # %% ../../nbs/studies/ensemble.ipynb #cell6
 def _find_members(
@@ -55,8 +62,6 @@ def _check_test_persons(
     """Raise `PahclError`, naming members and persons, where some members were trained on persons of
     this split and others were not.
     """
-    from pahcl.models.checkpoints import persons_trained_on
-    from pahcl.data.tasks import find_met_persons
     persons, advice = (set(table['person_id'].astype(str)),
                        'Give checkpoints that were trained on one split of the persons.')
     seen = {path: find_met_persons(known, table) for path, saved in members.items()
@@ -77,7 +82,6 @@ def _fit_member_weights(
     """Weights under which the true classes of validation subjects are most probable, by expectation
     maximisation (Dempster, Laird & Rubin 1977).
     """
-    import numpy as np
     # [members, subjects]
     of_truth = np.take_along_axis(np.asarray(members, float), np.asarray(y_true)[None, :, None],
                                   2)[..., 0]
@@ -86,56 +90,7 @@ def _fit_member_weights(
     for _ in range(steps): weights = (weights[:, None]*true/(weights @ true)).mean(1)
     return weights
 
-# %% ../../nbs/studies/ensemble.ipynb #cell22
-def _mutual_information(
-    members,        # probabilities, one a member [members, n, classes]
-    weights=None,   # of the members; None: all alike
-):                  # (mutual information [n], mean entropy [n]) in bits
-    "Doubt of the choice of the model, and doubt that all models share."
-    import numpy as np
-    members = np.asarray(members, float)
-    entropy = lambda p: -(p*np.log2(np.maximum(p, 1e-12))).sum(-1)
-    shared = np.average(entropy(members), axis=0, weights=weights)
-    return np.maximum(entropy(np.average(members, axis=0, weights=weights))-shared, 0), shared
-
-# %% ../../nbs/studies/ensemble.ipynb #cell26
-def _measure_disagreement(
-    each,           # probabilities of the members [members, subjects, classes]
-    decided,        # what the ensemble decides [subjects]
-    names: list,    # of the classes
-    weights=None,   # of the members; None: all alike
-):                  # DataFrame: agreeing, spread, mutual_information, mean_entropy, votes_<class>
-    "How far the members are from one mind about each subject."
-    import numpy as np
-    import pandas as pd
-    votes, (between, shared) = each.argmax(2), _mutual_information(each, weights)
-    spread = np.take_along_axis(each, decided[None, :, None], axis=2)[..., 0].std(0)
-    counts = {f'votes_{n}': (votes == c).sum(0) for c, n in enumerate(names)}
-    return pd.DataFrame(dict(agreeing=(votes == decided).mean(0), spread=spread,
-                             mutual_information=between, mean_entropy=shared, **counts))
-
-# %% ../../nbs/studies/ensemble.ipynb #cell27
-def _disagreement_table(
-    members: list,                    # `Predictions` of the same cycles, one a member
-    rule='mean', subject_rule=None,   # see `Predictions.at_levels`
-    weights=None,                     # of the members; None: all alike
-):                                    # DataFrame, a row a subject, those who agree least first
-    "Measure how many members decide as the ensemble does, their spread and mutual information."
-    import numpy as np
-    import pandas as pd
-    from pahcl.core.metrics import Predictions
-    level = lambda p: p.at_level('subject', rule, subject_rule)
-    together = level(Predictions.mean(members, rule, subject_rule, weights))
-    each = np.stack([level(m).probabilities for m in members])   # [members, subjects, classes]
-    rows, names, decided = together.table, together.class_names, together.probabilities.argmax(1)
-    about = dict(subject_id=rows['subject_id'], label_name=[names[i] for i in rows['label']],
-                 decided=[names[i] for i in decided])
-    answers = pd.concat([pd.DataFrame(about), _measure_disagreement(each, decided, names, weights)],
-                        axis=1)
-    order = dict(agreeing=True, mutual_information=False, spread=False, subject_id=True)
-    return answers.sort_values(list(order), ascending=list(order.values()), ignore_index=True)
-
-# %% ../../nbs/studies/ensemble.ipynb #cell37
+# %% ../../nbs/studies/ensemble.ipynb #cell25
 def _score_members(
     members: list,                    # `Predictions`, one a member
     paths: list,                      # of their checkpoints
@@ -146,7 +101,7 @@ def _score_members(
     pick = lambda s: {k: s[k] for k in ('accuracy', 'f1_macro', 'auroc', 'uar')}
     return [dict(checkpoint=str(p), **pick(s)) for p, s in zip(paths, alone)]
 
-# %% ../../nbs/studies/ensemble.ipynb #cell38
+# %% ../../nbs/studies/ensemble.ipynb #cell26
 def _add_members(
     evaluation,  # `pahcl.evaluation.scoring.Evaluation` of the mean of the members
     members: list, paths: list,       # `Predictions`, and checkpoints
@@ -163,7 +118,7 @@ def _add_members(
     return evaluation.add(members=[dict(s, weight=w) for s, w in zip(alone, share)],
                           agreement=agreement)
 
-# %% ../../nbs/studies/ensemble.ipynb #cell40
+# %% ../../nbs/studies/ensemble.ipynb #cell28
 def _write_ensemble(
     folder, evaluation,   # of `_add_members`
     told,                 # of `_disagreement_table`
@@ -171,7 +126,6 @@ def _write_ensemble(
     settings=None,        # shown in the report
 ) -> Path:                # the folder
     "Write the files of an evaluation, and disagreement_subject.csv."
-    import pandas as pd
     results = evaluation.results
     members, share = pd.DataFrame(results['members']).round(3), results['agreement']['all_agree']
     summary = f'All members agree about {share:.0%} of the subjects. Those they agree about least:'
@@ -181,14 +135,12 @@ def _write_ensemble(
             'Disagreement': [summary, told.head(20).round(3)]}
     return evaluation.save(folder, title, settings, more)
 
-# %% ../../nbs/studies/ensemble.ipynb #cell43
+# %% ../../nbs/studies/ensemble.ipynb #cell31
 def _check_unseen(
     members: dict,   # path -> the checkpoint's dict
     table,           # of the validation cycles: `person_id`
 ):
     "Raise `PahclError`, naming them, where members were trained on validation subjects."
-    from pahcl.models.checkpoints import persons_trained_on
-    from pahcl.data.tasks import find_met_persons
     seen = {p: find_met_persons(persons_trained_on(saved) or set(), table)
             for p, saved in members.items()}
     told = '; '.join(f'{p} was trained on {len(s)} of them' for p, s in seen.items() if s)
@@ -196,7 +148,7 @@ def _check_unseen(
         raise PahclError(f'weights cannot be learnt on the validation subjects: {told}. '
                          'Leave --weighted out.')
 
-# %% ../../nbs/studies/ensemble.ipynb #cell45
+# %% ../../nbs/studies/ensemble.ipynb #cell33
 def _fit_validation_weights(
     members: dict,                        # path -> content of the checkpoint
     task: str, data_dir, batch_size=64,   # as in `ensemble`
@@ -210,7 +162,7 @@ def _fit_validation_weights(
     labels = subjects[0].table['label'].astype(int)
     return _fit_member_weights([s.probabilities for s in subjects], labels)
 
-# %% ../../nbs/studies/ensemble.ipynb #cell46
+# %% ../../nbs/studies/ensemble.ipynb #cell34
 def _collect_ensemble_notes(
     members: list,      # contents of the checkpoints
     table, task: Task,  # of the cycles that are predicted; what they are predicted for
@@ -224,24 +176,23 @@ def _collect_ensemble_notes(
             for note in [*note_bag_levels(m, subject_rule), *note_trained_persons(m, table)]]
     return [*alone, *across, *dict.fromkeys(each)]
 
-# %% ../../nbs/studies/ensemble.ipynb #cell49
+# %% ../../nbs/studies/ensemble.ipynb #cell37
 def _load_members(
     checkpoints,   # as in `_find_members`
 ) -> dict:         # path -> content of the checkpoint
     "Read the members; raise `PahclError` where they do not belong together."
-    from pahcl.models.checkpoints import load_classifier
     members = {p: load_classifier(p)[1] for p in _find_members(checkpoints)}
     _check_members(members)
     return members
 
-# %% ../../nbs/studies/ensemble.ipynb #cell50
+# %% ../../nbs/studies/ensemble.ipynb #cell38
 def _common_folder(
     paths: list,   # of checkpoints
 ) -> Path:
     "The folder that holds all of their folders."
     return Path(os.path.commonpath([p.parent.absolute() for p in paths]))
 
-# %% ../../nbs/studies/ensemble.ipynb #cell53
+# %% ../../nbs/studies/ensemble.ipynb #cell41
 def ensemble(
     checkpoints,                 # pattern, path or list of them
     task: str,                   # a prepared task
@@ -254,8 +205,6 @@ def ensemble(
     raw_dir=None,     # the folder of raw data, for the floor of demographics
 ) -> dict:            # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
-    from pahcl.evaluation.subject_rules import check_rules
-    from pahcl.core.metrics import Predictions
     members, way = _load_members(checkpoints), dict(rule=rule, subject_rule=subject_rule)
     cycles, prepared = open_split(task, data_dir, split)
     check_rules(prepared, rule, subject_rule, ())
@@ -284,4 +233,3 @@ def ensemble(
                  seed=seed, weights='learnt on val' if weighted else 'all alike')
     _write_ensemble(folder, scored, told, f'{task}, {split}: ensemble of {len(paths)}', asked)
     return results | dict(output_dir=str(folder))
-

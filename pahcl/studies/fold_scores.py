@@ -11,6 +11,7 @@ from dataclasses import replace
 import pandas as pd
 
 from ..core.metrics import metric_names
+from ..data.datasets import identify_devices
 from ..evaluation.decisions import Decisions
 from ..evaluation.pages import format_number, format_with_interval
 from ..evaluation.scoring import Evaluation
@@ -40,7 +41,6 @@ def _split_by_device(
     dataset: str,
 ) -> dict:  # device -> `Decisions` of its subjects; nothing where there is one device
     "Part the pooled decisions by device."
-    from pahcl.data.datasets import identify_devices
     recordings = decisions.levels['recording'].table
     own = identify_devices(recordings, dataset)
     if own is None or len(set(own)) < 2: return {}

@@ -14,6 +14,11 @@ import pandas as pd
 import torch
 
 from ..core.basics import generator, get_logger, progress, write_text
+from ..core.figures import save_figure, STYLE
+from ..data.loader import sample_rows_per_group
+from ..evaluation.evaluator import open_split
+from ..models.checkpoints import load_classifier
+from ..segmentation.plots import STATE_COLOURS
 
 # %% ../../nbs/studies/saliency.ipynb #cell6
 def _integrated_gradients(
@@ -81,7 +86,6 @@ def _explain_cycles(
         found.append((shares[:, 0].numpy(), missing.numpy(), b['phases'].numpy()))
     return _Saliency(*(np.concatenate(part) for part in zip(*found)))
 
-
 # %% ../../nbs/studies/saliency.ipynb #cell20
 _STATE_NAMES = ('S1', 'systole', 'S2', 'diastole')
 _STATE_PARTS = (14, 24, 12, 50)  # of the states: their usual shares of a cycle of 0.8 s, in percent
@@ -143,7 +147,6 @@ def _draw_class_curve(
     title: str,
 ):
     "What speaks for a class (above 0) and against it, under the four states."
-    from pahcl.segmentation.plots import STATE_COLOURS
     edges, at = np.cumsum([0, *_STATE_PARTS]), curve['part']+.5
     for k in range(4): ax.axvspan(edges[k], edges[k+1], color=STATE_COLOURS[k+1], alpha=.35, lw=0)
     for edge in edges[1:-1]: ax.axvline(edge, color='.5', lw=.5, ls='-')
@@ -163,7 +166,6 @@ def _saliency_figure(
     "A panel a class."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from pahcl.core.figures import STYLE
     chosen = sorted(set(curves['label']))
     with rc_context(STYLE):
         figure = Figure(figsize=(4.8, .6+1.4*len(chosen)), layout='constrained')
@@ -219,9 +221,6 @@ def _explain_split(
     cycles_per_subject: int, steps: int, seed: int,
 ) -> _ExplainedSplit:
     "Explain a few cycles of each subject for their true class."
-    from pahcl.models.checkpoints import load_classifier
-    from pahcl.evaluation.evaluator import open_split
-    from pahcl.data.loader import sample_rows_per_group
     model, saved = load_classifier(checkpoint)
     cycles, prepared = open_split(task, data_dir, split)
     columns = prepared.match_columns(saved['label_map'], saved['task'])
@@ -231,13 +230,11 @@ def _explain_split(
     found = _explain_cycles(model, cycles, rows, [columns[c] for c in table['label']], steps)
     return _ExplainedSplit(table, prepared.class_names, found)
 
-
 # %% ../../nbs/studies/saliency.ipynb #cell38
 _SIZES_NOTE = ('Where it listens: share of the sizes in each state, and in brackets how many times '
                'that is its share of ' 'the time.')
 _NETS_NOTE = ('What it hears there: above 0 speaks for the class, below against it; '
               'with two standard errors over ' 'subjects.')
-
 
 # %% ../../nbs/studies/saliency.ipynb #cell39
 def saliency_report(
@@ -246,7 +243,6 @@ def saliency_report(
     seed=0, cycles_per_subject=4, steps=64,
 ):   # (numbers for a JSON file, things for a report)
     "Explain a few cycles of each subject for their true class, and draw the classes' curves."
-    from pahcl.core.figures import save_figure
     found = _explain_split(checkpoint, task, data_dir, split, cycles_per_subject, steps, seed)
     shares, phases, missing = (found.cycles.shares, found.cycles.phases,
                                float(np.median(found.cycles.missing)))
@@ -262,4 +258,3 @@ def saliency_report(
     numbers = dict(cycles=len(found.table), steps=steps, median_missing=missing)
     numbers |= dict(states=found.mean_shares(False), net=found.mean_shares(True))
     return numbers, [note, _SIZES_NOTE, sizes, _NETS_NOTE, nets, figure]
-
