@@ -214,11 +214,10 @@ def pahcl_ablation(
 ):
     "Train the variants of an ablation and write one table with intervals over seeds and persons."
     from pahcl.studies.ablation import run_ablation
-    def parse_list(text, kind=str):
-        try: return None if text is None else [kind(t.strip()) for t in text.split(',') if t.strip()]
-        except ValueError:
-            raise UsageError(
-                f'--seeds is {text}; whole numbers separated by commas are expected.') from None
-    run_ablation(config, output_dir, jobs, dry_run, tasks=parse_list(tasks),
-                 seeds=parse_list(seeds, int), raw_dir=raw_dir, processed_dir=processed_dir,
-                 data_dir=data_dir)
+    def split_list(text): return text and [t.strip() for t in text.split(',') if t.strip()]
+    try: numbers = seeds and [int(s) for s in split_list(seeds)]
+    except ValueError:
+        raise UsageError(
+            f'--seeds is {seeds}; whole numbers separated by commas are expected.') from None
+    run_ablation(config, output_dir, jobs, dry_run, tasks=split_list(tasks), seeds=numbers,
+                 raw_dir=raw_dir, processed_dir=processed_dir, data_dir=data_dir)

@@ -14,7 +14,7 @@ from ..core.basics import fingerprint, PahclError
 from ..core.config import (
     find_config, load_config, merge_configs, read_yaml, unknown_key_message)
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell6
+# %% ../../nbs/studies/ablation_plan.ipynb #cell8
 @dataclass(frozen=True)
 class _Ablation:
     "An ablation file, read; one field a key."
@@ -30,20 +30,21 @@ class _Ablation:
     variants: dict = field(default_factory=dict)   # name -> what it changes, see `_VARIANT_KEYS`
     source: str = 'ablation'                       # the file, for messages
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell8
+# %% ../../nbs/studies/ablation_plan.ipynb #cell10
 # pretrained: a path, `packaged` or `none`, in place of a pretraining
 _VARIANT_KEYS = ('pretrain', 'finetune', 'pretrained', 'length_mode')
 
 def _check_keys(
-    # what stands there, what may stand there, the place for the message
-    given: dict, names, where: str,
-) -> dict:                            # the same
+    given: dict,   # what stands there
+    names,         # what may stand there
+    where: str,    # the place, for the message
+) -> dict:         # what stands there
     "Raise `PahclError`, with the nearest valid one, for a key that means nothing."
     for key in given:
         if key not in names: raise PahclError(unknown_key_message(key, list(names), where))
     return given
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell10
+# %% ../../nbs/studies/ablation_plan.ipynb #cell12
 def _check_ablation(
     a: _Ablation,
 ) -> _Ablation:   # the same, its reference named
@@ -62,7 +63,7 @@ def _check_ablation(
         raise PahclError(f'{a.source}: seeds is {a.seeds}. Give at least one, each once.')
     return replace(a, reference=reference)
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell11
+# %% ../../nbs/studies/ablation_plan.ipynb #cell13
 def _read_ablation(
     config,      # a path, the name of a packaged file, or a dictionary
     **given,     # fields that flags set; None: not given
@@ -77,7 +78,7 @@ def _read_ablation(
                 for n, v in a.variants.items()}
     return _check_ablation(replace(a, variants=variants))
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell17
+# %% ../../nbs/studies/ablation_plan.ipynb #cell19
 @dataclass(frozen=True)
 class _TrainingJob:
     "One training: everything that a process needs to do it."
@@ -95,23 +96,23 @@ class _TrainingJob:
     @property
     def folder(self): return Path(self.output_dir)/self.name
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell19
+# %% ../../nbs/studies/ablation_plan.ipynb #cell21
 def _variant_folders(
     a: _Ablation, variant: str, folder,   # the ablation's folder
 ) -> dict:                               # processed_dir, data_dir
-    "Where a variant's cycles are."
+    "Return where a variant's cycles are."
     mode = a.variants[variant].get('length_mode')
     if not mode: return dict(processed_dir=a.processed_dir, data_dir=a.data_dir)
     return dict(processed_dir=Path(folder)/f'data_{mode}'/'processed',
                 data_dir=Path(folder)/f'data_{mode}'/'downstream')
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell21
+# %% ../../nbs/studies/ablation_plan.ipynb #cell23
 def _variant_config(
     a: _Ablation, variant: str, kind: str,   # 'pretrain' or 'finetune'
     seed: int, folders: dict,               # `processed_dir` and `data_dir`
 ) -> dict:                                  # of `load_config`
-    """The configuration of a training: the file it begins with, what all share, what the variant
-    changes, folders and seed.
+    """Put the configuration of a training together: the file it begins with, what all share, what
+    the variant changes, folders and seed.
     """
     keys = merge_configs(getattr(a, kind), a.variants[variant].get(kind) or {})
     base = read_yaml(find_config(keys['config'])) if keys.get('config') else {}
@@ -121,14 +122,15 @@ def _variant_config(
     return merge_configs(merge_configs(base, {k: v for k, v in keys.items() if k != 'config'}),
                          dict(data=data, seed=seed))
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell22
+# %% ../../nbs/studies/ablation_plan.ipynb #cell24
 def _finetune_config(
-    a: _Ablation, variant: str, seed: int, folders: dict,   # as in `_variant_config`
+    a: _Ablation, variant: str, seed: int,
+    folders: dict,        # `processed_dir` and `data_dir`
     task: str,
     source: str,          # checkpoint, or `none`
     pretraining: dict,    # its keys: a random start has the encoder that would have been pretrained
 ) -> dict:
-    "The configuration of a fine-tuning."
+    "Put the configuration of a fine-tuning together."
     keys = _variant_config(a, variant, 'finetune', seed, folders)
     if source == 'none' and 'model' in pretraining:
         keys = merge_configs(dict(model=pretraining['model']), keys)
@@ -136,13 +138,13 @@ def _finetune_config(
                          dict(task=dict(name=task), experiment=dict(name=f'{variant}_seed{seed}'),
                               pretrain=dict(checkpoint_path=source)))
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell30
+# %% ../../nbs/studies/ablation_plan.ipynb #cell32
 def _find_pretraining(
     a: _Ablation, variant: str, seed: int, folder,   # the ablation's folder
     # fingerprint -> name of the pretrainings there are already; one that is new is added
     begun: dict,
 ):   # (its name, a `_TrainingJob` or None: another variant's has the same configuration)
-    "The pretraining that a variant starts from."
+    "Find the pretraining that a variant starts from."
     name = f'pretrain_{variant}_seed{seed}'
     keys = _variant_config(a, variant, 'pretrain', seed, _variant_folders(a, variant, folder))
     used = begun.setdefault(fingerprint(load_config('pretrain', keys).model_dump()), name)
@@ -152,25 +154,27 @@ def _find_pretraining(
     return name, _TrainingJob('pretrain', name, variant, seed, config=config,
                               output_dir=str(folder), length_mode=mode)
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell31
+# %% ../../nbs/studies/ablation_plan.ipynb #cell33
 def _variant_jobs(
-    a: _Ablation, variant: str, seed: int, folder, begun: dict,   # as in `_find_pretraining`
+    a: _Ablation, variant: str, seed: int,
+    folder,        # the ablation's folder
+    begun: dict,   # see `_find_pretraining`
 ) -> list:   # of `_TrainingJob`
     "List the trainings of one variant and seed."
-    v, folders, after, out = a.variants[variant], _variant_folders(a, variant, folder), None, []
+    folders, after, jobs = _variant_folders(a, variant, folder), None, []
     pretraining = _variant_config(a, variant, 'pretrain', seed, folders)
-    if not (source := v.get('pretrained')):
+    if not (source := a.variants[variant].get('pretrained')):
         after, job = _find_pretraining(a, variant, seed, folder, begun)
-        out, source = [job] if job else [], str(Path(folder)/after/'best_model.pt')
+        jobs, source = [job] if job else [], str(Path(folder)/after/'best_model.pt')
     for task in a.tasks:
-        config, name = (_finetune_config(a, variant, seed, folders, task, source, pretraining),
-                        f'{task}_{variant}_seed{seed}')
+        config = _finetune_config(a, variant, seed, folders, task, source, pretraining)
         load_config('finetune', config)   # raises for what is wrong
-        out.append(_TrainingJob('finetune', name, variant, seed, task, config, after, str(folder),
-                                v.get('length_mode')))
-    return out
+        jobs.append(_TrainingJob('finetune', f'{task}_{variant}_seed{seed}', variant, seed, task,
+                                 config, after, str(folder),
+                                 a.variants[variant].get('length_mode')))
+    return jobs
 
-# %% ../../nbs/studies/ablation_plan.ipynb #cell32
+# %% ../../nbs/studies/ablation_plan.ipynb #cell34
 def _training_jobs(
     a: _Ablation,
     output_dir='outputs',

@@ -16,38 +16,40 @@ from ..core.metrics import group_labels
 from ..core.ranking import auroc, weighted_auroc
 from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
 
-# %% ../../nbs/studies/anomaly.ipynb #cell5
+# %% ../../nbs/studies/anomaly.ipynb #cell8
 @dataclass(frozen=True)
 class _CycleFeatures:
     "Some cycles of a split as an encoder hears them."
     table: pd.DataFrame   # a row a cycle: subject_id, person_id, recording_id, label
     values: np.ndarray    # [n, C] float32
 
-# %% ../../nbs/studies/anomaly.ipynb #cell9
+# %% ../../nbs/studies/anomaly.ipynb #cell11
 def _mahalanobis_score(
     normal,   # features of normal cycles [n, C]
     x,        # features [m, C]
 ):            # [m]
-    "Distance from the normal, with the shrunk covariance of Ledoit and Wolf."
+    "Return the Mahalanobis distance from the normal, with the shrunk covariance of Ledoit and Wolf."
     from sklearn.covariance import LedoitWolf
     fitted = LedoitWolf().fit(np.asarray(normal, float))
     return np.sqrt(np.maximum(fitted.mahalanobis(np.asarray(x, float)), 0))
 
-# %% ../../nbs/studies/anomaly.ipynb #cell12
+# %% ../../nbs/studies/anomaly.ipynb #cell14
 def _cosine_score(
-    normal, x,   # as in `_mahalanobis_score`
-):               # [m], 0 to 2
-    "One minus the cosine of the angle to the mean direction of the normal."
+    normal,   # features of normal cycles [n, C]
+    x,        # features [m, C]
+):            # [m], 0 to 2
+    "Return one minus the cosine of the angle to the mean direction of the normal."
     unit = lambda v: v/np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-12)
     return 1-unit(np.asarray(x, float)) @ unit(unit(np.asarray(normal, float)).mean(0))
 
-# %% ../../nbs/studies/anomaly.ipynb #cell15
+# %% ../../nbs/studies/anomaly.ipynb #cell17
 def _neighbour_score(
-    normal, x,   # as in `_mahalanobis_score`
-    k=10,        # neighbours
-):               # [m]
-    """Mean distance to the nearest normal cycles, each feature divided by its standard deviation
-    among the normal.
+    normal,   # features of normal cycles [n, C]
+    x,        # features [m, C]
+    k=10,     # neighbours
+):            # [m]
+    """Return the mean distance to the nearest normal cycles, each feature divided by its standard
+    deviation among the normal.
     """
     from sklearn.neighbors import NearestNeighbors
     normal = np.asarray(normal, float)
@@ -57,38 +59,40 @@ def _neighbour_score(
 
 _DETECTORS = dict(mahalanobis=_mahalanobis_score, cosine=_cosine_score, neighbours=_neighbour_score)
 
-# %% ../../nbs/studies/anomaly.ipynb #cell18
+# %% ../../nbs/studies/anomaly.ipynb #cell20
 _NORMAL_NAMES, _UNLABELLED_NAMES = ('normal', 'absent'), ('unknown',)
 
 def _normal_and_ill_classes(
     label_map: dict,   # of the task
 ):                     # (number of the normal class, numbers that count as ill)
-    "Who is normal and who is ill in a task."
-    by = {str(n).casefold(): c for n, c in label_map.items()}
-    if not (found := [by[n] for n in _NORMAL_NAMES if n in by]):
+    "Return which class of a task is normal and which ones are ill."
+    classes = {str(n).casefold(): c for n, c in label_map.items()}
+    if not (normal := [classes[n] for n in _NORMAL_NAMES if n in classes]):
         raise PahclError(f'no class of {", ".join(label_map)} is called '
                          f'{" or ".join(_NORMAL_NAMES)}: anomaly detection needs one.')
-    return found[0], [c for n, c in by.items() if c != found[0] and n not in _UNLABELLED_NAMES]
+    ill = [c for n, c in classes.items() if c != normal[0] and n not in _UNLABELLED_NAMES]
+    return normal[0], ill
 
-# %% ../../nbs/studies/anomaly.ipynb #cell21
+# %% ../../nbs/studies/anomaly.ipynb #cell23
 def _subject_means(
     table, values,   # a row a cycle, and a number a cycle
 ):                   # DataFrame: subject_id, person_id, label, value
-    "Mean over recordings, then over the recordings of a subject."
-    rows, how = (table.assign(value=values).astype(dict(subject_id=str, recording_id=str)),
-                 dict(person_id=('person_id', 'first'), value=('value', 'mean')))
+    "Return the mean over the recordings of a subject, each of them the mean of its cycles."
+    rows = table.assign(value=values).astype(dict(subject_id=str, recording_id=str))
+    how = dict(person_id=('person_id', 'first'), value=('value', 'mean'))
     subjects = rows.groupby(['subject_id', 'recording_id'], as_index=False).agg(**how).groupby(
         'subject_id', as_index=False).agg(**how)
     label = subjects['subject_id'].map(group_labels(rows, rows['subject_id'], 'subject'))
     return subjects.assign(label=label)[['subject_id', 'person_id', 'label', 'value']]
 
-# %% ../../nbs/studies/anomaly.ipynb #cell24
+# %% ../../nbs/studies/anomaly.ipynb #cell26
 def _score_detector(
-    subjects,              # of `_subject_means`
-    normal: int, ill: list,   # of `_normal_and_ill_classes`
-    draws=2000, seed=0,
-) -> dict:                 # subjects, ill, auroc, low, high
-    "The AUROC of a detector on the subjects who were judged."
+    subjects,        # DataFrame, a row a subject: person_id, label, value (large: strange)
+    normal: int,     # number of the normal class
+    ill: list,       # numbers of the classes that count as ill
+    draws=2000, seed=0,   # of the bootstrap over persons
+) -> dict:           # subjects, ill, auroc, low, high
+    "Return the AUROC of a detector on the subjects who are normal or ill."
     judged = subjects[subjects['label'].isin([normal, *ill])]
     positive, value = judged['label'].isin(ill).to_numpy(), judged['value'].to_numpy()
     index, persons = number_persons(judged['person_id'])
@@ -97,21 +101,23 @@ def _score_detector(
     return dict(subjects=len(judged), ill=int(positive.sum()), auroc=auroc(positive, value),
                 low=low, high=high)
 
-# %% ../../nbs/studies/anomaly.ipynb #cell25
+# %% ../../nbs/studies/anomaly.ipynb #cell27
 def _detect_anomalies(
-    train, test,       # `_CycleFeatures` of both splits; of the first only normal cycles are used
-    label_map: dict, draws=2000, seed=0,
-):   # (DataFrame of `_score_detector`, a row a detector; DataFrame of the subjects' scores)
-    "How well illness is noticed by one who has heard normal hearts only."
+    train: _CycleFeatures,   # of the training split; only normal cycles are used
+    test: _CycleFeatures,    # of the split that is scored
+    label_map: dict,         # of the task
+    draws=2000, seed=0,      # of the bootstrap over persons
+):   # (DataFrame, a row a detector; DataFrame of the subjects' scores, a column a detector)
+    "Score how well illness is noticed by one who has heard normal hearts only."
     normal, ill = _normal_and_ill_classes(label_map)
-    own = train.values[train.table['label'].to_numpy() == normal]
-    if len(own) < 2:
+    normal_cycles = train.values[train.table['label'].to_numpy() == normal]
+    if len(normal_cycles) < 2:
         raise PahclError('the training split has fewer than two normal cycles: '
                          'nothing to learn from.')
-    subjects = {name: _subject_means(test.table, detector(own, test.values))
+    subjects = {name: _subject_means(test.table, detector(normal_cycles, test.values))
                 for name, detector in _DETECTORS.items()}
-    rows = [dict(detector=name, **_score_detector(told, normal, ill, draws, seed))
-            for name, told in subjects.items()]
+    rows = [dict(detector=name, **_score_detector(means, normal, ill, draws, seed))
+            for name, means in subjects.items()]
     scores = next(iter(subjects.values())).drop(columns='value').assign(
-        **{name: told['value'] for name, told in subjects.items()})
+        **{name: means['value'] for name, means in subjects.items()})
     return pd.DataFrame(rows), scores

@@ -17,42 +17,45 @@ from .paired_tests import (
     _check_same_subjects, _compare_runs, _delong_by_class, read_subject_predictions)
 from .summary import _read_runs, _select_runs
 
-# %% ../../nbs/studies/comparison.ipynb #cell5
+# %% ../../nbs/studies/comparison.ipynb #cell7
 def _read_seeds(
-    rows,             # of `_select_runs`, of one task
-    task: str, output_dir, split='test',
-    # seed -> table of `pahcl.studies.comparison.read_subject_predictions`; numbered
-    # where seeds are not known
-) -> dict:
-    "What each run of an experiment says about the subjects."
+    rows,             # of `pahcl.studies.summary._select_runs`, of one task
+    task: str,
+    output_dir,       # folder of all runs
+    split='test',     # whose predictions are read
+) -> dict:            # seed (a number from 0 where seeds are not known) -> table
+    "Read what each run of an experiment says about the subjects."
     seeds = (rows['seed'] if rows['seed'].notna().all() and rows['seed'].is_unique
              else range(len(rows)))
     return {int(s): read_subject_predictions(Path(output_dir)/f, task, split)
             for s, f in zip(seeds, rows['folder'])}
 
-# %% ../../nbs/studies/comparison.ipynb #cell6
+# %% ../../nbs/studies/comparison.ipynb #cell8
 @dataclass(frozen=True)
 class _TaskComparison:
     "Two experiments on one task."
     task: str
-    scores: object     # DataFrame of `pahcl.studies.comparison._compare_runs`
-    notes: list        # sentences, of the same
-    by_class: object   # DataFrame of `pahcl.studies.comparison._delong_by_class`
-    subjects: int      # that both were tested on
+    scores: pd.DataFrame     # DataFrame of `pahcl.studies.paired_tests._compare_runs`
+    notes: list              # sentences, of the same
+    by_class: pd.DataFrame   # DataFrame of `pahcl.studies.paired_tests._delong_by_class`
+    subjects: int            # that both were tested on
 
     def sentences(self) -> list:
         "Say what has to be known of the task beside its table."
-        said = [f'{self.task}: {note}.' for note in self.notes]
+        sentences = [f'{self.task}: {note}.' for note in self.notes]
         for r in self.by_class.dropna().itertuples():
             areas = (f'AUROC of {r.class_name} ({r.subjects} subjects): '
                      f'{r.auroc_a:.4f} and {r.auroc_b:.4f}')
-            said.append(f"{self.task}, {areas}, DeLong's p {format_p_value(r.p)}.")
-        return said
+            sentences.append(f"{self.task}, {areas}, DeLong's p {format_p_value(r.p)}.")
+        return sentences
 
-# %% ../../nbs/studies/comparison.ipynb #cell7
+# %% ../../nbs/studies/comparison.ipynb #cell9
 def _compare_task(
-    a, b,   # rows of `_select_runs`, of one task
-    task: str, output_dir, split='test', draws=2000, seed=0,
+    a, b,                # rows of `pahcl.studies.summary._select_runs`, of one task
+    task: str,
+    output_dir,          # folder of all runs
+    split='test',        # whose predictions are compared
+    draws=2000, seed=0,  # of the bootstrap over persons
 ) -> _TaskComparison:
     "Compare two experiments on one task."
     runs = [_read_seeds(rows, task, output_dir, split) for rows in (a, b)]
@@ -62,72 +65,73 @@ def _compare_task(
     scores, notes = _compare_runs(*runs, draws, seed)
     return _TaskComparison(task, scores, notes, _delong_by_class(*runs), len(tables[0]))
 
-# %% ../../nbs/studies/comparison.ipynb #cell9
+# %% ../../nbs/studies/comparison.ipynb #cell11
 def _format_comparison(
-    found,                       # scores of a `_TaskComparison`
-    names: tuple,                # of the two experiments
-):                               # DataFrame of strings
-    "The comparison for people."
-    row = lambda r: {'Score': r.score, names[0]: format_number(r.a, 4),
-                     names[1]: format_number(r.b, 4),
-                     'Difference': format_number(r.difference, 4, '+'),
-                     '95 %': format_interval(r.low, r.high, 4, '+') or '–'}
+    scores,         # of a `_TaskComparison`
+    names: tuple,   # of the two experiments
+):                  # DataFrame of strings
+    "Tabulate a comparison for people."
+    def row(r):
+        return {'Score': r.score, names[0]: format_number(r.a, 4), names[1]: format_number(r.b, 4),
+                'Difference': format_number(r.difference, 4, '+'),
+                '95 %': format_interval(r.low, r.high, 4, '+') or '–'}
     tests = {'p (bootstrap)': 'p_bootstrap', 'p (Wilcoxon, seeds)': 'p_wilcoxon',
              'p (DeLong)': 'p_delong'}
-    p_values = {title: [format_p_value(p) for p in found[column]]
+    p_values = {title: [format_p_value(p) for p in scores[column]]
                 for title, column in tests.items()}
-    return pd.DataFrame([row(r) for r in found.itertuples()]).assign(**p_values)
+    return pd.DataFrame([row(r) for r in scores.itertuples()]).assign(**p_values)
 
-# %% ../../nbs/studies/comparison.ipynb #cell13
+# %% ../../nbs/studies/comparison.ipynb #cell15
 def _shared_tasks(
     a: str, b: str,   # names of two experiments
-    own, other,       # their rows, of `_select_runs`
+    rows_a, rows_b,   # their runs, of `pahcl.studies.summary._select_runs`
 ):                    # (tasks that both were trained on, tasks that only one of them was)
-    "What can be compared; raises `PahclError` where nothing can."
-    tasks = [sorted(set(rows['task'])) for rows in (own, other)]
+    "Return what can be compared; raise `PahclError` where nothing can."
+    tasks = [sorted(set(rows['task'])) for rows in (rows_a, rows_b)]
     both = [t for t in tasks[0] if t in tasks[1]]
     if both: return both, sorted({*tasks[0], *tasks[1]}-{*both})
     raise PahclError(f'{a} and {b} have no task in common: {a} is of {", ".join(tasks[0])}, '
                      f'{b} of {", ".join(tasks[1])}. Name two experiments of one task.')
 
-# %% ../../nbs/studies/comparison.ipynb #cell15
+# %% ../../nbs/studies/comparison.ipynb #cell17
 def _write_comparison(
     path,           # without ending
-    found: dict,    # task -> numbers
+    compared: dict, # task -> numbers
     tables: list,   # the same for people, with a column `Task`
     title: str, notes: list,
 ):
     "Print a comparison and write it as CSV (numbers), Markdown, LaTeX and HTML."
     table = pd.concat(tables)[['Task', *tables[0].columns[:-1]]]
     print('\n'.join([table.to_string(index=False), *notes]))
-    write_text(f'{path}.csv', pd.concat(found.values()).to_csv(index=False))
+    write_text(f'{path}.csv', pd.concat(compared.values()).to_csv(index=False))
     write_table(path, table, title, notes)
 
-# %% ../../nbs/studies/comparison.ipynb #cell16
+# %% ../../nbs/studies/comparison.ipynb #cell18
 def compare_experiments(
-    a: str, b: str,        # names, see `_select_runs`
+    a: str, b: str,        # names of experiments, of groups of seeds, or of runs' folders
     output_dir='outputs',  # the folder of all runs
-    split='test', draws=2000, seed=0,
-) -> dict:                 # task -> DataFrame of `pahcl.studies.comparison._compare_runs`
+    split='test',          # whose predictions are compared
+    draws=2000, seed=0,    # of the bootstrap over persons
+) -> dict:                 # task -> DataFrame, a row a score: a, b, difference, interval, p-values
     """Print the paired comparison of two experiments on every task that both have, and write
     `compare_<a>_<b>.csv`, `.md`, `.tex` and `.html`.
     """
     runs = _read_runs(output_dir)
-    own = [_select_runs(runs, name) for name in (a, b)]
-    both, left = _shared_tasks(a, b, *own)
-    found, tables, notes = {}, [], []
+    selected = [_select_runs(runs, name) for name in (a, b)]
+    both, left_out = _shared_tasks(a, b, *selected)
+    compared, tables, notes = {}, [], []
     for task in both:
-        pair = _compare_task(*(rows[rows['task'] == task] for rows in own), task, output_dir, split,
-                             draws, seed)
-        found[task] = pair.scores.assign(task=task, experiment_a=a, experiment_b=b,
+        rows = [r[r['task'] == task] for r in selected]
+        pair = _compare_task(*rows, task, output_dir, split, draws, seed)
+        compared[task] = pair.scores.assign(task=task, experiment_a=a, experiment_b=b,
                                          subjects=pair.subjects)
         tables.append(_format_comparison(pair.scores,
                                          (a, b)).assign(Task=f'{task} ({pair.subjects} subjects)'))
         notes += pair.sentences()
-    if left: notes.append(f'Only one of the two has {", ".join(left)}.')
+    if left_out: notes.append(f'Only one of the two has {", ".join(left_out)}.')
     notes.append('Difference: second minus first. Interval and p (bootstrap): persons resampled, '
                  'the same draws for both. In simulations such intervals held the truth '
                  'in 90 to 96 % with 59 persons, in 93 to 96 % with 236.')
-    _write_comparison(Path(output_dir)/f'compare_{a}_{b}'.replace('/', '_'), found, tables,
+    _write_comparison(Path(output_dir)/f'compare_{a}_{b}'.replace('/', '_'), compared, tables,
                       f'{a} and {b}', notes)
-    return found
+    return compared

@@ -11,41 +11,44 @@ import pandas as pd
 
 from ..core.metrics import Predictions
 
-# %% ../../nbs/studies/disagreement.ipynb #cell6
+# %% ../../nbs/studies/disagreement.ipynb #cell7
 def _mutual_information(
     members,        # probabilities, one a member [members, n, classes]
     weights=None,   # of the members; None: all alike
 ):                  # (mutual information [n], mean entropy [n]) in bits
-    "Doubt of the choice of the model, and doubt that all models share."
+    """Measure doubt of the choice of the model, and doubt that all models share.
+
+    Source: Houlsby et al. 2011, arXiv:1112.5745.
+    """
     members = np.asarray(members, float)
     entropy = lambda p: -(p*np.log2(np.maximum(p, 1e-12))).sum(-1)
     shared = np.average(entropy(members), axis=0, weights=weights)
     return np.maximum(entropy(np.average(members, axis=0, weights=weights))-shared, 0), shared
 
-# %% ../../nbs/studies/disagreement.ipynb #cell10
+# %% ../../nbs/studies/disagreement.ipynb #cell11
 def _measure_disagreement(
     each,           # probabilities of the members [members, subjects, classes]
     decided,        # what the ensemble decides [subjects]
     names: list,    # of the classes
     weights=None,   # of the members; None: all alike
 ):                  # DataFrame: agreeing, spread, mutual_information, mean_entropy, votes_<class>
-    "How far the members are from one mind about each subject."
+    "Measure how far the members are from one mind about each subject."
     votes, (between, shared) = each.argmax(2), _mutual_information(each, weights)
     spread = np.take_along_axis(each, decided[None, :, None], axis=2)[..., 0].std(0)
     counts = {f'votes_{n}': (votes == c).sum(0) for c, n in enumerate(names)}
     return pd.DataFrame(dict(agreeing=(votes == decided).mean(0), spread=spread,
                              mutual_information=between, mean_entropy=shared, **counts))
 
-# %% ../../nbs/studies/disagreement.ipynb #cell11
+# %% ../../nbs/studies/disagreement.ipynb #cell12
 def _disagreement_table(
     members: list,                    # `Predictions` of the same cycles, one a member
-    rule='mean', subject_rule=None,   # see `Predictions.at_levels`
+    rule='mean', subject_rule=None,   # cycles to recordings, recordings to subjects
     weights=None,                     # of the members; None: all alike
 ):                                    # DataFrame, a row a subject, those who agree least first
     "Measure how many members decide as the ensemble does, their spread and mutual information."
-    level = lambda p: p.at_level('subject', rule, subject_rule)
-    together = level(Predictions.mean(members, rule, subject_rule, weights))
-    each = np.stack([level(m).probabilities for m in members])   # [members, subjects, classes]
+    def subjects(predictions): return predictions.at_level('subject', rule, subject_rule)
+    together = subjects(Predictions.mean(members, rule, subject_rule, weights))
+    each = np.stack([subjects(m).probabilities for m in members])   # [members, subjects, classes]
     rows, names, decided = together.table, together.class_names, together.probabilities.argmax(1)
     about = dict(subject_id=rows['subject_id'], label_name=[names[i] for i in rows['label']],
                  decided=[names[i] for i in decided])

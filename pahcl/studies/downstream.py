@@ -23,7 +23,7 @@ from .summary import summarize
 from ..training.finetuning import finetune
 from ..training.pretraining import pretrain
 
-# %% ../../nbs/studies/downstream.ipynb #cell6
+# %% ../../nbs/studies/downstream.ipynb #cell8
 _DEMO_FOLDERS = dict(raw_dir='demo/raw', processed_dir='demo/processed', data_dir='demo/downstream',
                      output_dir='demo/outputs')
 _DEMO_SETTINGS = _DEMO_FOLDERS | dict(config='small_finetune', pretrain_config='small_pretrain')
@@ -35,10 +35,9 @@ def demo_settings(
     return PipelineSettings(**_DEMO_SETTINGS | {k: v for k, v in given.items() if v is not None}
                             | dict(demo=True))
 
-# %% ../../nbs/studies/downstream.ipynb #cell10
+# %% ../../nbs/studies/downstream.ipynb #cell11
 _DEMO_SUBJECTS = 24  # enough for each class of each task in each split
 
-# %% ../../nbs/studies/downstream.ipynb #cell11
 def _missing_datasets(settings: PipelineSettings) -> list:
     "List the data sets without any file."
     return [d for d in select_datasets(settings.dataset) if not list_raw_files(settings.raw_dir, d)]
@@ -68,8 +67,8 @@ _CYCLE_TABLES = ('processing_stats.json', 'recordings.csv')
 
 def _preprocess_stage(settings: PipelineSettings) -> Stage:
     "Return the stage from recordings to cycles."
-    folder, how = Path(settings.processed_dir), dict(skip_broken=settings.skip_broken,
-                                                     keep_withdrawn=settings.keep_withdrawn)
+    folder = Path(settings.processed_dir)
+    how = dict(skip_broken=settings.skip_broken, keep_withdrawn=settings.keep_withdrawn)
     cache = folder/'.hashes.json'
     def work():
         preprocess(settings.raw_dir, folder, settings.dataset,

@@ -18,34 +18,36 @@ from ..data.tasks import find_cut_difference, list_prepared_tasks
 from ..evaluation.evaluator import open_split
 from ..models.classifier import encode_cycles
 
-# %% ../../nbs/studies/feature_map.ipynb #cell5
+# %% ../../nbs/studies/feature_map.ipynb #cell7
 def _cycle_heart_rates(
     cycles,              # a `pahcl.data.loader.Cycles`
     processed_dir=None,  # has the beats' true lengths, where it is there
 ):  # beats a minute [n]; NaN where the cycle was cropped and the length is not known
-    "The heart rate of each cycle, from the length of its beat."
-    valid, rate, length = (cycles.boundaries[:, 3].astype(float),
-                           cycles.settings.get('sample_rate', 5000),
-                           cycles.settings['target_length'])
-    out = (np.where(valid < length, 60*rate/np.maximum(valid, 1), np.nan)
-           if cycles.settings.get('length_mode') != 'phase' else np.full(len(valid), np.nan))
-    if not processed_dir: return out
+    "Return the heart rate of each cycle, from the length of its beat."
+    valid, settings = cycles.boundaries[:, 3].astype(float), cycles.settings
+    rates = 60*settings.get('sample_rate', 5000)/np.maximum(valid, 1)
+    known = (valid < settings['target_length']) & (settings.get('length_mode') != 'phase')
+    rates = np.where(known, rates, np.nan)
+    if not processed_dir: return rates
     for folder, rows in cycles.table.groupby('folder').indices.items():
         path = Path(processed_dir)/folder/'cycles.csv'
         if not path.exists(): continue
         beats = pd.read_csv(path).dropna(subset='file').set_index('file')
         seconds = (beats['offset_s']-beats['onset_s']).reindex(
             [Path(f).name for f in cycles.table['file_path'].iloc[rows]]).to_numpy()
-        out[rows] = np.where(seconds > 0, 60/np.where(seconds > 0, seconds, 1), out[rows])
-    return out
+        rates[rows] = np.where(seconds > 0, 60/np.where(seconds > 0, seconds, 1), rates[rows])
+    return rates
 
-# %% ../../nbs/studies/feature_map.ipynb #cell6
+# %% ../../nbs/studies/feature_map.ipynb #cell8
 def _compute_tsne(
     features,     # [n, C]
     seed=0,
-    perplexity=30.,  # neighbours that count, about; fewer where there are few points
+    perplexity=30.,  # neighbours that count, about (the authors: 5 to 50); fewer of few points
 ):                # [n, 2]
-    "The map of standardised features, begun from their two main directions."
+    """Return the t-SNE map of standardised features, begun from their two main directions.
+
+    Source: van der Maaten and Hinton 2008, Journal of Machine Learning Research 9:2579.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     x = np.asarray(features, float)
@@ -55,47 +57,46 @@ def _compute_tsne(
     return TSNE(perplexity=min(perplexity, max(1., (len(x)-1)/3)), init='pca', learning_rate='auto',
                 random_state=seed).fit_transform(x)
 
-# %% ../../nbs/studies/feature_map.ipynb #cell9
+# %% ../../nbs/studies/feature_map.ipynb #cell11
 def _draw_categories(
     ax, places, values,   # axes, [n, 2], Series of names; '' is grey
     order=(),             # of the names; others follow
 ):
-    "A map coloured by names."
+    "Draw a map coloured by names."
     ax.scatter(*places[values == ''].T, s=3, c='.85', lw=0)
     names = sorted(set(values)-{''},
                    key=lambda n: (list(order).index(n) if n in order else len(order), n))
     for i, name in enumerate(names):
-        own = places[values == name]
-        ax.scatter(*own.T, s=9, c=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], lw=0,
-                   alpha=.7, label=name)
+        ax.scatter(*places[values == name].T, s=9, c=COLOURS[i % len(COLOURS)],
+                   marker=MARKERS[i % len(MARKERS)], lw=0, alpha=.7, label=name)
     if names: ax.legend(markerscale=2, loc='best', fontsize=7)
 
-# %% ../../nbs/studies/feature_map.ipynb #cell10
+# %% ../../nbs/studies/feature_map.ipynb #cell12
 def _draw_values(
     ax, places, values,   # axes, [n, 2], Series of numbers; NaN is grey
     name: str,            # of the unit
 ):
-    "A map coloured by a number, from dark (small) to light (large)."
+    "Draw a map coloured by a number, from dark (small) to light (large)."
     known = values.notna()
     ax.scatter(*places[~known].T, s=3, c='.85', lw=0)
     dots = ax.scatter(*places[known].T, s=5, c=values[known], cmap='viridis', lw=0,
                       vmin=values.quantile(.02), vmax=values.quantile(.98))
     ax.figure.colorbar(dots, ax=ax, label=name)
 
-# %% ../../nbs/studies/feature_map.ipynb #cell11
+# %% ../../nbs/studies/feature_map.ipynb #cell13
 def _draw_map(
     ax, places,          # axes, of `_compute_tsne` [n, 2]
     column: str, values, # of `_map_figure`
     classes=(),          # names of the classes in the task's order
 ):
-    "A map in one colouring."
+    "Draw a map in one colouring."
     if column == 'heart rate': _draw_values(ax, places, values, 'beats a minute')
     else: _draw_categories(ax, places, values, classes)
     known = values.notna().any() and (values != '').any()
     ax.set(xticks=[], yticks=[], title=column if known else f'{column}: not known')
     ax.spines[:].set_visible(False)
 
-# %% ../../nbs/studies/feature_map.ipynb #cell13
+# %% ../../nbs/studies/feature_map.ipynb #cell15
 _MAP_CAPTION = ('A dot a cycle. Neighbours lie side by side; distances and sizes of groups mean '
                 'nothing. Small grey dots: not known, or of another data set.')
 
@@ -106,7 +107,7 @@ def _map_figure(
     about,
     classes=(),  # names of the classes in the task's order
 ):               # a matplotlib Figure
-    "One map, as many colourings as columns."
+    "Draw one map in as many colourings as there are columns."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     rows, columns = (len(about.columns)+1)//2, min(2, len(about.columns))
@@ -118,70 +119,74 @@ def _map_figure(
     figure.set_label(_MAP_CAPTION)
     return figure
 
-# %% ../../nbs/studies/feature_map.ipynb #cell14
+# %% ../../nbs/studies/feature_map.ipynb #cell16
 def _map_figures(
-    places, about, classes=(),   # as in `_map_figure`
-) -> list:                       # matplotlib Figures
-    "Each colouring in a picture of its own."
+    places,      # of `_compute_tsne` [n, 2]
+    about,       # DataFrame [n], a column a colouring, see `_map_figure`
+    classes=(),  # names of the classes in the task's order
+) -> list:       # matplotlib Figures
+    "Draw each colouring in a picture of its own."
     figures = [_map_figure(places, about[[column]], classes) for column in about]
     for figure in figures: figure.set_label('')  # said once for all, see `_representation_sections`
     return figures
 
-# %% ../../nbs/studies/feature_map.ipynb #cell17
+# %% ../../nbs/studies/feature_map.ipynb #cell19
 def _sample_cycles(
     cycles,               # a `Cycles`
     per_recording: int,   # cycles of each recording; 0: all
     seed: int,
 ):                        # a `Cycles`
-    "A few cycles of each recording."
+    "Draw a few cycles of each recording."
     if not per_recording: return cycles
     return cycles.subset(sample_rows_per_group(cycles.recording_ids, per_recording,
                                                generator(seed, 'representation')))
 
-# %% ../../nbs/studies/feature_map.ipynb #cell18
+# %% ../../nbs/studies/feature_map.ipynb #cell20
 def _compatible_splits(
-    task: str, data_dir, split: str,   # as in `represent`
-) -> dict:                             # data set -> (cycles, `Task`), the task's own first
-    "The task's cycles, and those of one task of each other data set that was cut alike."
+    task: str,   # a prepared task
+    data_dir,    # folder of the prepared tasks
+    split: str,  # train, val or test
+) -> dict:       # data set -> (cycles, `Task`), the task's own first
+    "Open the task's cycles, and those of one task of each other data set that was cut alike."
     sets = {}
     for name in dict.fromkeys([task, *list_prepared_tasks(data_dir)]):
-        cycles, found = open_split(name, data_dir, split)
-        first = next(iter(sets.values()))[1] if sets else found
-        if not find_cut_difference(found.config, first.config):
-            sets.setdefault(found.dataset, (cycles, found))
+        cycles, prepared = open_split(name, data_dir, split)
+        first = next(iter(sets.values()))[1] if sets else prepared
+        if not find_cut_difference(prepared.config, first.config):
+            sets.setdefault(prepared.dataset, (cycles, prepared))
     return sets
 
-# %% ../../nbs/studies/feature_map.ipynb #cell19
+# %% ../../nbs/studies/feature_map.ipynb #cell21
 def _describe_cycles(
     cycles, task,           # of a data set, see `_compatible_splits`
-    # it is the task's: classes are named, and places (every data set names these its own way)
-    own: bool,
+    # it is the task's own data set: classes are named, and places (which others name otherwise)
+    named: bool,
     processed_dir=None,     # see `_cycle_heart_rates`
 ):                          # DataFrame of `_map_figure`
-    "What is known of each cycle."
-    classes = [task.class_names[i] if own else '' for i in cycles.table['label']]
-    places = [p if own else '' for p in cycles.table['location'].fillna('').astype(str)]
+    "Describe each cycle by class, data set, place and heart rate."
+    classes = [task.class_names[i] if named else '' for i in cycles.table['label']]
+    places = [p if named else '' for p in cycles.table['location'].fillna('').astype(str)]
     return pd.DataFrame({'class': classes, 'data set': task.dataset, 'location': places,
                          'heart rate': _cycle_heart_rates(cycles, processed_dir)})
 
-# %% ../../nbs/studies/feature_map.ipynb #cell20
+# %% ../../nbs/studies/feature_map.ipynb #cell22
 def _encode_map_cycles(
-    encoder,              # as all of these in `represent`
-    task: str,
-    data_dir,
-    split: str,
-    points: int,
-    processed_dir=None,
-    seed=0,
-    batch_size=64,
+    encoder,
+    task: str,            # a prepared task
+    data_dir,             # folder of the prepared tasks
+    split: str,           # train, val or test
+    points: int,          # cycles on the map, of all data sets together
+    processed_dir=None,   # see `_cycle_heart_rates`
+    seed=0,               # of which cycles are taken
+    batch_size=64,        # cycles at once
 ):   # (features, DataFrame of `_map_figure`)
-    "Cycles of the task, and as many of each other data set."
+    "Encode cycles of the task, and as many of each other data set."
     sets, parts = _compatible_splits(task, data_dir, split), []
-    for dataset, (cycles, found) in sets.items():
+    for dataset, (cycles, prepared) in sets.items():
         cycles = _sample_cycles(cycles, 3, seed)
         cycles = cycles.subset(
             np.sort(generator(seed, 'map', dataset).permutation(len(cycles))[:points//len(sets)]))
-        about = _describe_cycles(cycles, found, found.name == task, processed_dir)
+        about = _describe_cycles(cycles, prepared, prepared.name == task, processed_dir)
         parts.append((encode_cycles(encoder, cycles, batch_size=batch_size), about))
     return np.concatenate([p[0] for p in parts]), pd.concat([p[1] for p in parts],
                                                             ignore_index=True)

@@ -10,17 +10,6 @@ from ..core.basics import generator, PahclError, UsageError
 from ..core.metrics import pick_rarest_labels
 from ..data.datasets import identify_devices
 
-# %% ../../nbs/studies/fold_plans.ipynb #cell5
-def _parse_folds(
-    folds,   # what the user gave: a number from 3 on, or device
-):           # int or 'device'
-    "Read `--cross-validate`."
-    if folds == 'device': return folds
-    try: return int(folds)
-    except ValueError:
-        raise UsageError(f'--cross-validate is {folds!r}; give a number of folds from 3 on, e.g. '
-                         '5, or device.') from None
-
 # %% ../../nbs/studies/fold_plans.ipynb #cell8
 def _assign_folds(
     persons: dict,   # person -> class
@@ -48,10 +37,10 @@ def _assign_fold_splits(
     met=(),        # persons who took part in pretraining: they always train
     folds=5, seed=0,
 ) -> dict:         # name of the fold -> person -> train, val or test
-    "Who stands where in each fold."
+    "Assign a split to everybody in each fold."
     fold_of = _assign_folds({p: c for p, c in label.items() if p not in met}, folds, seed)
-    place = (lambda fold, tested: 'test' if fold == tested else 'val' if fold == (tested+1) % folds
-             else 'train')
+    def place(fold, tested):
+        return 'test' if fold == tested else 'val' if fold == (tested+1) % folds else 'train'
     return {f'fold {k}': {p: place(fold_of.get(p), k) for p in label} for k in range(folds)}
 
 # %% ../../nbs/studies/fold_plans.ipynb #cell15
@@ -60,44 +49,55 @@ def _person_devices(
     dataset: str,
     task='this task',
 ) -> dict:         # person -> name of the device
-    "Which device recorded whom; where there is one only there is none to leave out."
-    own = identify_devices(recordings, dataset)
-    if own is None or len(set(own)) < 2:
+    "Return which device recorded whom; a `UsageError` where there is only one to leave out."
+    devices = identify_devices(recordings, dataset)
+    if devices is None or len(set(devices)) < 2:
         why = 'was recorded with one device: there is none to leave out'
-        if own is not None:
-            why = f'has recordings of {own[0]} only, and no other device to learn from'
+        if devices is not None:
+            why = f'has recordings of {devices[0]} only, and no other device to learn from'
         raise UsageError(f'--cross-validate device: {task} {why}. Give a number of folds, e.g. '
                          '--cross-validate 5; '
                          'device is for physionet2016 (its folders) and pascal (its two sets).')
-    return dict(zip(recordings['person_id'], own))
+    return dict(zip(recordings['person_id'], devices))
 
 # %% ../../nbs/studies/fold_plans.ipynb #cell17
 def _assign_device_splits(
     device: dict,   # person -> device
-    own: dict,      # person -> its split in the task
+    split: dict,    # person -> its split in the task
     met=(),         # persons who took part in pretraining
     # device -> person -> train, val or test; a person may be left out of a fold, and a device of
     # which nobody can be tested is no fold
 ) -> dict:
-    "Who stands where when a device is left out of training."
+    "Assign a split to everybody when a device is left out of training."
     def place(person, tested):
         if device[person] == tested: return None if person in met else 'test'
-        return 'val' if own[person] == 'val' and person not in met else 'train'
-    out = {d: {p: s for p in device if (s := place(p, d))} for d in sorted(set(device.values()))}
-    if lone := [d for d, fold in out.items() if 'val' not in fold.values()]:
+        return 'val' if split[person] == 'val' and person not in met else 'train'
+    plan = {d: {p: s for p in device if (s := place(p, d))} for d in sorted(set(device.values()))}
+    if lone := [d for d, fold in plan.items() if 'val' not in fold.values()]:
         raise PahclError(f'without {lone[0]} nobody is left to choose the epoch on: '
                          'the validation persons are of that device, or took part in pretraining. '
                          'Cross-validate a checkpoint that was fine-tuned from none.')
-    return {d: fold for d, fold in out.items() if 'test' in fold.values()}
+    return {d: fold for d, fold in plan.items() if 'test' in fold.values()}
 
-# %% ../../nbs/studies/fold_plans.ipynb #cell20
+# %% ../../nbs/studies/fold_plans.ipynb #cell21
+def _parse_folds(
+    folds,   # what the user gave: a number from 3 on, or device
+):           # int or 'device'
+    "Read `--cross-validate`."
+    if folds == 'device': return folds
+    try: return int(folds)
+    except ValueError:
+        raise UsageError(f'--cross-validate is {folds!r}; give a number of folds from 3 on, e.g. '
+                         '5, or device.') from None
+
+# %% ../../nbs/studies/fold_plans.ipynb #cell23
 def _person_labels(
     recordings,   # of the task
 ) -> dict:        # person -> class
-    "The class of each person; of several the one that the fewest persons have."
+    "Return the class of each person; of several the one that the fewest persons have."
     return pick_rarest_labels(recordings['label'], recordings['person_id']).to_dict()
 
-# %% ../../nbs/studies/fold_plans.ipynb #cell22
+# %% ../../nbs/studies/fold_plans.ipynb #cell25
 def _plan_folds(
     folds,             # of `_parse_folds`
     recordings,        # of the task
@@ -105,35 +105,37 @@ def _plan_folds(
     met: set,          # who took part in pretraining
     seed=0,
 ) -> dict:             # name -> person -> split
-    "Who is trained on and tested when."
+    "Plan who is trained on and tested when."
     if folds != 'device': return _assign_fold_splits(_person_labels(recordings), met, folds, seed)
-    own = recordings.groupby('person_id')['split'].first().to_dict()
-    return _assign_device_splits(_person_devices(recordings, task.dataset, task.name), own, met)
+    split = recordings.groupby('person_id')['split'].first().to_dict()
+    devices = _person_devices(recordings, task.dataset, task.name)
+    return _assign_device_splits(devices, split, met)
 
-# %% ../../nbs/studies/fold_plans.ipynb #cell24
+# %% ../../nbs/studies/fold_plans.ipynb #cell27
 def _note_tested_persons(
     planned: dict, met: set,   # of `_plan_folds`; who took part in pretraining
     folds, everybody: set,     # of `_parse_folds`; persons of the task
 ) -> list:                     # sentences
-    "What a reader must know of who was tested."
-    tested, known = ({p for fold in planned.values() for p, s in fold.items() if s == 'test'},
-                     len(everybody & met))
+    "Say what a reader must know of who was tested."
+    tested = {p for fold in planned.values() for p, s in fold.items() if s == 'test'}
+    known = len(everybody & met)
     count = f'{len(tested)} of {len(everybody)} persons'
     if folds != 'device':
         return [f'{folds}-fold cross-validation: {count} were tested, each once, by a model that '
-                'had not met them; ' f'{known} took part in pretraining and only trained']
+                f'had not met them; {known} took part in pretraining and only trained']
     heard = (f'; {known} took part in pretraining, which heard the tested devices too (without '
              'labels), and are not tested' if known else '')
     return [f'each device was left out of training and tested: {count}{heard}']
 
-# %% ../../nbs/studies/fold_plans.ipynb #cell27
+# %% ../../nbs/studies/fold_plans.ipynb #cell30
 def _check_validation(
     planned: dict,        # of `_plan_folds`
     label: dict,          # person -> class
-    subject_rule, threshold,   # as in `cross_validate`
+    subject_rule,         # recordings to subjects
+    threshold,            # how decisions are made, argmax: nothing is chosen
     positive: int,        # the class that a threshold seeks
 ):
-    "Tell what cannot be chosen on the validation persons of a fold, before it is trained."
+    "Refuse what cannot be chosen on the validation persons of a fold, before it is trained."
     for name, fold in planned.items():
         classes = {label[p] for p, s in fold.items() if s == 'val'}
         lone = f'the validation persons of {name} are all of class {min(classes)}'

@@ -19,17 +19,18 @@ from ..core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)
 from ..evaluation.statistics import bootstrap_scores, delong_test
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell6
+# %% ../../nbs/studies/paired_tests.ipynb #cell8
 def _paired_scores() -> list:
-    "The names of the scores that are compared between experiments."
+    "Name the scores that are compared between experiments."
     return [m.name for m in drawn_metrics() if 'paired' in m.roles]
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell7
+# %% ../../nbs/studies/paired_tests.ipynb #cell9
 def _draw_run_weights(
-    runs: int,      # as many
-    weights, seed=None, # as in `bootstrap_experiment`
+    runs: int,      # their number
+    weights,        # of `pahcl.core.resampling.resampling_weights`
+    seed=None,      # draw runs too, by this seed
 ):                  # [rows of weights, runs]
-    "How much each run counts: all alike, or, where runs are drawn too, as often as drawn."
+    "Return how much each run counts: all alike, or, where runs are drawn too, as often as drawn."
     shares = np.full((len(weights), runs), 1/runs)
     if seed is None: return shares
     # not in the score itself, nor where a person is left out
@@ -47,25 +48,26 @@ def bootstrap_experiment(
     # stay paired. None: all runs count alike
     seed=None,
 ) -> dict:          # score -> [rows of weights]; NaN where a class is missing
-    "The experiment's mean score with each row of weights."
+    "Score an experiment (the mean over its runs) with each row of weights."
     y, shares = np.asarray(y_true, int), _draw_run_weights(len(runs), weights, seed)
     each = [bootstrap_scores(y, p, p.argmax(1), index, weights) for p in np.asarray(runs, float)]
     return {s: (np.stack([e[s] for e in each], 1)*shares).sum(1) for s in _paired_scores()}
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell8
+# %% ../../nbs/studies/paired_tests.ipynb #cell10
 def _score_runs(
-    y_true, runs,   # as in `bootstrap_experiment`
-) -> dict:          # score -> [runs]
-    "The scores of each run, nothing drawn."
+    y_true,   # classes of the subjects [n]
+    runs,     # probabilities of the runs [runs, n, classes]
+) -> dict:    # score -> [runs]
+    "Score each run, nothing drawn."
     index, once = np.arange(len(y_true)), np.ones((1, len(y_true)), np.float32)
     each = [bootstrap_experiment(y_true, p[None], index, once) for p in runs]
     return {s: np.array([e[s][0] for e in each]) for s in _paired_scores()}
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell14
+# %% ../../nbs/studies/paired_tests.ipynb #cell16
 def _test_over_seeds(
     a: dict, b: dict,   # seed -> score
 ):                      # (p or None, a note or '')
-    "Wilcoxon's signed-rank test of runs with equal seeds."
+    "Test runs with equal seeds by Wilcoxon's signed ranks (1945, Biometrics Bulletin 1:80)."
     if set(a) != set(b):
         return (None, f'no test over seeds: they are {", ".join(map(str, sorted(a)))} and '
                       f'{", ".join(map(str, sorted(b)))}')
@@ -76,13 +78,13 @@ def _test_over_seeds(
     return (p, f'{len(a)} seeds: Wilcoxon cannot give less than {2/2**len(a):.4g}'
             if len(a) < 8 else '')
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell17
+# %% ../../nbs/studies/paired_tests.ipynb #cell19
 def read_subject_predictions(
     folder,   # of a run
     task: str, split='test',
 ):   # DataFrame: subject_id, person_id, label, label_name, probability_<class> …, sorted by subject
-    """What a run's evaluation says about each subject; raises `PahclError` where the run was not
-    evaluated.
+    """Read what a run's evaluation says about each subject; raise `PahclError` where the run was
+    not evaluated.
     """
     folder = Path(folder)
     hint = (f'Make them with pahcl_evaluate --checkpoint {folder/"best_model.pt"} --task {task} '
@@ -90,14 +92,14 @@ def read_subject_predictions(
     path = evaluation_folder(folder, task, split)/'predictions_subject.csv'
     require_path(path, f'predictions of {folder.name}', hint)
     table = pd.read_csv(path, dtype=dict(subject_id=str, person_id=str), keep_default_na=False)
-    lost = [c for c in ('subject_id', 'label') if c not in table] or (
+    missing = [c for c in ('subject_id', 'label') if c not in table] or (
         [] if any(c.startswith('probability_') for c in table) else ['probability_<class>'])
-    if lost:
+    if missing:
         raise PahclError(
-            f'{path} has no column {", ".join(lost)}. Make it again with pahcl_evaluate.')
+            f'{path} has no column {", ".join(missing)}. Make it again with pahcl_evaluate.')
     return table.sort_values('subject_id', ignore_index=True)
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell18
+# %% ../../nbs/studies/paired_tests.ipynb #cell20
 def _check_same_subjects(
     a, b,                     # of `read_subject_predictions`
     name_a: str, name_b: str, # of the runs, for messages
@@ -105,48 +107,50 @@ def _check_same_subjects(
     """Raise `PahclError`, naming the first difference, where two runs were not tested on the same
     subjects, truths and classes.
     """
-    both, once_more, classes = (f'{name_a} and {name_b}', 'Evaluate both on one prepared task.',
-                                [[c for c in t if c.startswith('probability_')] for t in (a, b)])
+    both, once_more = f'{name_a} and {name_b}', 'Evaluate both on one prepared task.'
+    classes = [[c for c in t if c.startswith('probability_')] for t in (a, b)]
     if classes[0] != classes[1]:
         raise PahclError(f'{both} cannot be compared: '
                          f'their classes are {" and ".join(", ".join(c) for c in classes)}. '
                          'Compare runs of one task.')
     only = [set(x['subject_id'])-set(y['subject_id']) for x, y in ((a, b), (b, a))]
-    told = [f'{len(ids)} are in {name} only ({first_few(sorted(ids), 5, " …")})'
+    lone = [f'{len(ids)} are in {name} only ({first_few(sorted(ids), 5, " …")})'
             for ids, name in zip(only, (name_a, name_b)) if ids]
-    if told:
-        raise PahclError(f'{both} were not tested on the same subjects: {"; ".join(told)}. '
+    if lone:
+        raise PahclError(f'{both} were not tested on the same subjects: {"; ".join(lone)}. '
                          f'{once_more}')
     differs = a.loc[a['label'].to_numpy() != b['label'].to_numpy(), 'subject_id']
     if len(differs):
         raise PahclError(f'{both} disagree about the truth of {len(differs)} subjects '
                          f'({first_few(sorted(differs), 5, " …")}). {once_more}')
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell22
-def _stack_probabilities(runs: list):
-    "Probabilities of the runs [runs, n, classes]."
+# %% ../../nbs/studies/paired_tests.ipynb #cell24
+def _stack_probabilities(
+    runs: list,   # tables of `read_subject_predictions`, one a run
+):                # [runs, n, classes]
+    "Stack the probabilities of the runs."
     return np.stack([r.filter(like='probability_').to_numpy(float) for r in runs])
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell23
+# %% ../../nbs/studies/paired_tests.ipynb #cell25
 def _auroc_p_value(
     y, a, b,   # classes [n], and the runs' probabilities of two experiments [runs, n, classes]
     persons,   # of each row [n]
 ):             # p, or None where there are more than two classes
-    "DeLong's p-value of the score `auroc`; a mean over classes has none."
+    "Return DeLong's p-value of the score `auroc`; a mean over classes has none."
     return delong_test(y == 1, a[..., 1], b[..., 1], persons)['p'] if a.shape[-1] == 2 else None
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell24
+# %% ../../nbs/studies/paired_tests.ipynb #cell26
 def _compare_score(
     a, b,          # the score of each run [runs]
     gap,           # its difference with each row of weights
-    persons: int,  # as many as were resampled
+    persons: int,  # number of persons that were resampled
 ) -> dict:
-    "One score of two experiments, its difference, and what the draws say of that."
+    "Compare one score of two experiments: its difference, and what the draws say of that."
     low, high = bootstrap_interval(gap, persons)
     score = dict(a=float(a.mean()), b=float(b.mean()), difference=float(b.mean())-float(a.mean()))
     return score | dict(low=low, high=high, p_bootstrap=bootstrap_p_value(gap, persons))
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell25
+# %% ../../nbs/studies/paired_tests.ipynb #cell27
 def _compare_runs(
     a: dict, b: dict,  # seed -> table of `read_subject_predictions`
     draws=2000, seed=0,
@@ -154,11 +158,12 @@ def _compare_runs(
     # p_wilcoxon, p_delong; notes)
 ):
     "Compare two experiments on the subjects that both were tested on."
-    one, runs = next(iter(a.values())), [_stack_probabilities(list(e.values())) for e in (a, b)]
+    one = next(iter(a.values()))
+    runs = [_stack_probabilities(list(e.values())) for e in (a, b)]
     y, (index, persons) = one['label'].to_numpy(int), number_persons(persons_of(one))
     weights = resampling_weights(persons, draws, seed)
-    values, alone = ([bootstrap_experiment(y, r, index, weights) for r in runs],
-                     [_score_runs(y, r) for r in runs])
+    values = [bootstrap_experiment(y, r, index, weights) for r in runs]
+    alone = [_score_runs(y, r) for r in runs]
     rows, notes = [], []
     for s in _paired_scores():
         p, note = _test_over_seeds(dict(zip(a, alone[0][s])), dict(zip(b, alone[1][s])))
@@ -168,11 +173,11 @@ def _compare_runs(
         if note and note not in notes: notes.append(note)
     return pd.DataFrame(rows), notes
 
-# %% ../../nbs/studies/paired_tests.ipynb #cell30
+# %% ../../nbs/studies/paired_tests.ipynb #cell32
 def _delong_by_class(
-    a: dict, b: dict,  # as in `_compare_runs`
+    a: dict, b: dict,  # seed -> table of `read_subject_predictions`
 ):                     # DataFrame, a row a class: auroc_a, auroc_b, difference, low, high, p
-    "DeLong's test of each class against the rest; of two classes, of the second alone."
+    "Test the AUROC of each class against the rest (DeLong); of two classes, of the second alone."
     tables = [list(e.values()) for e in (a, b)]
     one, runs = tables[0][0], [_stack_probabilities(t) for t in tables]
     names = [c.removeprefix('probability_') for c in one if c.startswith('probability_')]

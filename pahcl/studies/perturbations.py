@@ -13,7 +13,7 @@ import torch
 from ..core.basics import generator
 from ..data.signal import bandpass
 
-# %% ../../nbs/studies/perturbations.ipynb #cell6
+# %% ../../nbs/studies/perturbations.ipynb #cell8
 _BAND = (25., 400.)  # Hz, where the task does not say
 
 def _add_noise(
@@ -23,7 +23,7 @@ def _add_noise(
     keys,          # number of each cycle [B]
     sample_rate=5000, band=_BAND, seed=0,
 ):                 # [B, T]
-    "White noise in the band on top of each cycle; a silent cycle stays silent."
+    "Add white noise in the band on top of each cycle; a silent cycle stays silent."
     out = np.array(x, np.float32)
     for row, n, key in zip(out, valid, keys):
         if not (power := float(np.mean(np.square(row[:n], dtype=np.float64))) if n else 0.):
@@ -35,27 +35,30 @@ def _add_noise(
         row[:n] += noise*np.sqrt(power/10**(db/10)/np.mean(np.square(noise, dtype=np.float64)))
     return out
 
-# %% ../../nbs/studies/perturbations.ipynb #cell11
+# %% ../../nbs/studies/perturbations.ipynb #cell13
 def _resample_through(
     x,             # cycles [B, T], zeros in the padding
     valid,         # samples that are no padding [B]
     rate: int,     # Hz, that the cycles are taken to and back from
     sample_rate=5000,
 ):                 # [B, T]
-    "The cycles as if they had been recorded at another rate."
+    "Return the cycles as if they had been recorded at another rate."
     x = np.asarray(x, np.float32)
     if rate == sample_rate or not len(x): return x
-    back = np.ascontiguousarray(soxr.resample(soxr.resample(np.ascontiguousarray(x.T),
-                                                            sample_rate, rate),
-                                              rate, sample_rate).T)[:, :x.shape[1]]
+    there = soxr.resample(np.ascontiguousarray(x.T), sample_rate, rate)
+    back = np.ascontiguousarray(soxr.resample(there, rate, sample_rate).T)[:, :x.shape[1]]
     back = np.pad(back, ((0, 0), (0, x.shape[1]-back.shape[1])))
-    return np.where(np.arange(x.shape[1]) < np.asarray(valid)[:, None], back, 0).astype(np.float32)
+    inside = np.arange(x.shape[1]) < np.asarray(valid)[:, None]
+    return np.where(inside, back, 0).astype(np.float32)
 
-# %% ../../nbs/studies/perturbations.ipynb #cell14
+# %% ../../nbs/studies/perturbations.ipynb #cell16
 def _normalise_cycles(
-    x, valid,   # [B, T] and [B]
-):              # [B, T] float32
-    "Zero mean and unit variance over the samples that are no padding; a constant cycle is zeros."
+    x,       # cycles [B, T]
+    valid,   # samples that are no padding [B]
+):           # [B, T] float32
+    """Scale cycles to zero mean and unit variance over the samples that are no padding; a constant
+    cycle is zeros.
+    """
     inside = np.arange(x.shape[1]) < np.asarray(valid)[:, None]
     count = np.maximum(inside.sum(1, keepdims=True), 1)
     x = np.where(inside, x, 0.)
@@ -63,15 +66,15 @@ def _normalise_cycles(
     deviation = np.sqrt((x**2).sum(1, keepdims=True)/count)
     return (x/np.where(deviation > 1e-6, deviation, np.inf)).astype(np.float32)
 
-# %% ../../nbs/studies/perturbations.ipynb #cell16
+# %% ../../nbs/studies/perturbations.ipynb #cell18
 class _PerturbedCycles:
     "Cycles whose batches are changed before a model hears them."
     def __init__(self,
         cycles,   # a `pahcl.data.loader.Cycles`
         change,   # function (x [B, T], valid [B], rows [B]) -> x, numpy
     ):
-        self.cycles, self.change, self.table, self.settings = (cycles, change, cycles.table,
-                                                               cycles.settings)
+        self.cycles, self.change = cycles, change
+        self.table, self.settings = cycles.table, cycles.settings
 
     def __len__(self): return len(self.cycles)
 
@@ -82,18 +85,18 @@ class _PerturbedCycles:
         return {k: v.to(device) if device else v
                 for k, v in dict(b, x=torch.from_numpy(x)[:, None]).items()}
 
-# %% ../../nbs/studies/perturbations.ipynb #cell19
+# %% ../../nbs/studies/perturbations.ipynb #cell22
 _NOISE_DB, _SAMPLE_RATES = (20, 10, 5, 0), (1000, 2000, 4000, 8000)  # dB, Hz
 
 def _list_conditions(
     cycles,   # a `pahcl.data.loader.Cycles` of a task
     seed=0,
 ) -> dict:    # (kind, name) -> function of (x, valid, rows), or None for the stored cycles
-    "What is done to the cycles."
-    rate, band = (cycles.settings.get('sample_rate', 5000),
-                  tuple(cycles.settings.get('band_hz') or _BAND))
-    noise = lambda db: lambda x, valid, rows: _add_noise(x, valid, float(db), rows, rate,
-                                                         band, seed)
-    to = lambda other: lambda x, valid, rows: _resample_through(x, valid, other, rate)
-    return {('stored', 'as stored'): None, **{('noise', f'{db} dB'): noise(db) for db in _NOISE_DB},
-            **{('sample rate', f'{f/1000:g} kHz'): to(f) for f in _SAMPLE_RATES}}
+    "List what is done to the cycles."
+    rate = cycles.settings.get('sample_rate', 5000)
+    band = tuple(cycles.settings.get('band_hz') or _BAND)
+    def noise(db): return lambda x, valid, rows: _add_noise(x, valid, db, rows, rate, band, seed)
+    def resample(hz): return lambda x, valid, rows: _resample_through(x, valid, hz, rate)
+    noises = {('noise', f'{db} dB'): noise(float(db)) for db in _NOISE_DB}
+    rates = {('sample rate', f'{hz/1000:g} kHz'): resample(hz) for hz in _SAMPLE_RATES}
+    return {('stored', 'as stored'): None, **noises, **rates}

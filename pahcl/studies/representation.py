@@ -24,46 +24,52 @@ from .robustness import _missing_classes_note, _scores_with_differences
 from .saliency import saliency_report
 from ..training.probe import fit_predict, probe_classifiers
 
-# %% ../../nbs/studies/representation.ipynb #cell6
+# %% ../../nbs/studies/representation.ipynb #cell7
 def _score_probes(
-    train, test,       # `_CycleFeatures` of both splits
-    label_map: dict, draws=2000, seed=0,
-    neighbours=20,     # cycles that vote
-):                     # DataFrame, a row a probe: subjects, and each score with `_low`, `_high`
-    "Scores of the judges on subjects, with intervals over persons."
-    y, out = train.table['label'].to_numpy(), []
+    train: _CycleFeatures,   # of the training split
+    test: _CycleFeatures,    # of the split that is scored
+    label_map: dict,         # of the task
+    draws=2000, seed=0,      # of the bootstrap over persons
+    neighbours=20,           # cycles that vote
+):   # DataFrame, a row a probe: subjects, and each score with `_low`, `_high`
+    "Score the neighbours and a linear probe on subjects, with intervals over persons."
+    y, rows = train.table['label'].to_numpy(), []
     for name, model in probe_classifiers(min(neighbours, len(y))).items():
-        said = fit_predict(model, train.values, y, test.values, len(label_map))
-        subjects = Predictions(test.table, said, label_map).at_level('subject')
-        out.append(dict(probe=name, **_scores_with_differences(subjects, None, draws, seed)))
-    return pd.DataFrame(out)
+        probabilities = fit_predict(model, train.values, y, test.values, len(label_map))
+        subjects = Predictions(test.table, probabilities, label_map).at_level('subject')
+        rows.append(dict(probe=name, **_scores_with_differences(subjects, None, draws, seed)))
+    return pd.DataFrame(rows)
 
-# %% ../../nbs/studies/representation.ipynb #cell9
+# %% ../../nbs/studies/representation.ipynb #cell10
 def _representation_notes(
-    saved: dict, test,             # a checkpoint's content; table of the cycles that are scored
-    cycles_per_recording: int, split: str,
-    names=(),                      # of the classes
-) -> list:                         # sentences
-    "What a reader must know."
+    saved: dict,                # content of the checkpoint
+    test,                       # table of the cycles that are scored: person_id, label
+    cycles_per_recording: int,  # 0: all
+    split: str,                 # that is scored
+    names=(),                   # of the classes
+) -> list:                      # sentences
+    "Say what was learnt from whom, and whether the encoder knows these people."
     from pahcl.models.checkpoints import persons_trained_on
     seen = sorted(find_met_persons(persons_trained_on(saved) or set(), test))
     who = f'the encoder has learnt from {len(seen)} of these persons: {first_few(seen, 5, " …")}'
-    gone = _missing_classes_note(test['label'], names) if names else ''
+    missing = _missing_classes_note(test['label'], names) if names else ''
     frozen = ((saved.get('config') or {}).get('pretrain') or {}).get('freeze_encoder')
     labels = ('the encoder stayed frozen while the classifier learnt: its features are those it '
               'had before' if frozen else 'the encoder was fine-tuned with labels: '
                                           'what the probes find is not pretraining alone')
     return [f'{cycles_per_recording or "all"} cycles a recording; probes and detectors learn from '
             f'the training split and are scored on subjects of {split}',
-            *([f'scores of {split} that are not there: {gone}'] if gone else []),
+            *([f'scores of {split} that are not there: {missing}'] if missing else []),
             *([who] if seen else []), *([labels] if saved.get('kind') == 'finetune' else [])]
 
-# %% ../../nbs/studies/representation.ipynb #cell11
+# %% ../../nbs/studies/representation.ipynb #cell12
 def _representation_sections(
-    # of `_score_probes`, `_detect_anomalies`, `_map_figures` and `_representation_notes`
-    probed, anomalies, figures, notes: list,
-) -> dict:                                    # heading -> things of a report
-    "The tables for people."
+    probed,         # DataFrame of `_score_probes`
+    anomalies,      # DataFrame, a row a detector, of `_detect_anomalies`
+    figures: list,  # the maps
+    notes: list,    # sentences
+) -> dict:          # heading -> things of a report
+    "Tabulate probes and detectors for people, with the maps and the notes."
     cell = lambda r, s: format_with_interval(getattr(r, s),
                                              (getattr(r, f'{s}_low'), getattr(r, f'{s}_high')))
     first = [dict(probe=r.probe, subjects=r.subjects, AUROC=cell(r, 'auroc'),
@@ -77,28 +83,34 @@ def _representation_sections(
               'Anomaly detection from normal cycles': [below, pd.DataFrame(second)]}
     return tables | {'Map': [_MAP_CAPTION, *figures], 'Notes': [notes]}
 
-# %% ../../nbs/studies/representation.ipynb #cell13
+# %% ../../nbs/studies/representation.ipynb #cell14
 def _split_features(
-    encoder, task: str, data_dir, splits: list,   # as in `represent`
-    cycles_per_recording: int, batch_size: int, seed: int,
-):                                                # ({split: `_CycleFeatures`}, the `Task`)
+    encoder,
+    task: str,                  # a prepared task
+    data_dir,                   # folder of the prepared tasks
+    splits: list,               # names of splits
+    cycles_per_recording: int,  # 0: all
+    batch_size: int, seed: int,
+):                              # ({split: `_CycleFeatures`}, the `Task`)
     "Encode a few cycles of each recording."
-    found = {}
+    features = {}
     for name in splits:
         cycles, prepared = open_split(task, data_dir, name)
         cycles = _sample_cycles(cycles, cycles_per_recording, seed)
-        found[name] = _CycleFeatures(cycles.table,
-                                     encode_cycles(encoder.eval(), cycles, batch_size=batch_size))
+        encoded = encode_cycles(encoder.eval(), cycles, batch_size=batch_size)
+        features[name] = _CycleFeatures(cycles.table, encoded)
         get_logger().info(f'{name}: features of {len(cycles)} cycles')
-    return found, prepared
+    return features, prepared
 
-# %% ../../nbs/studies/representation.ipynb #cell14
+# %% ../../nbs/studies/representation.ipynb #cell15
 def _write_representation(
     folder,
-    results: dict, sections: dict,   # numbers, see `represent`; heading -> things of the page
-    subjects, figure,  # DataFrame of the subjects' scores, of `_detect_anomalies`; the map
+    results: dict,    # numbers, see `represent`
+    sections: dict,   # heading -> things of the page
+    subjects,         # DataFrame of the subjects' scores, of `_detect_anomalies`
+    figure,           # the map
 ):
-    "Write `representation.json`, `report.html`, `anomaly_subject.csv` and `_compute_tsne.png`."
+    "Write `representation.json`, `report.html`, `anomaly_subject.csv` and `tsne.png`."
     save_figure(figure, folder/'tsne.png')
     write_text(folder/'anomaly_subject.csv', subjects.to_csv(index=False, float_format='%.6f'))
     write_json(folder/'representation.json', results)
@@ -113,16 +125,18 @@ def describe_representation(
         index=False) for kind, name in (('probes', 'probe'), ('anomaly', 'detector'))]
     return '\n'.join([*tables, *results['notes'], f'Report: {results["output_dir"]}/report.html'])
 
-# %% ../../nbs/studies/representation.ipynb #cell15
+# %% ../../nbs/studies/representation.ipynb #cell16
 def represent(
     checkpoint,                     # of pahcl_pretrain or pahcl_finetune, or `packaged`
-    # as in `pahcl.evaluation.evaluator.evaluate`
-    task: str, data_dir='data/downstream', split='test',
+    task: str,                      # a prepared task
+    data_dir='data/downstream',     # folder of the prepared tasks
+    split='test',                   # train, val or test: whose subjects are scored
     output_dir=None,                # None: `representation_<task>_<split>` beside the checkpoint
     processed_dir='data/processed', # the beats' true lengths, for the heart rate; may be absent
     cycles_per_recording=6,         # of both splits; 0: all
     points=1500,                    # of the map, over all data sets
-    batch_size=64, draws=2000, seed=0,
+    batch_size=64,                  # cycles at once
+    draws=2000, seed=0,             # of the bootstrap; seed also of the map and of the cycles
 ) -> dict:                          # what stands in representation.json, and `output_dir`
     """Map, probe and look for anomalies; explain the classifier of a fine-tuned checkpoint by
     saliency.

@@ -17,33 +17,32 @@ from ..core.config import read_yaml
 from ..data.datasets import TASKS
 from ..evaluation.pages import write_table
 
-# %% ../../nbs/studies/summary.ipynb #cell6
+# %% ../../nbs/studies/summary.ipynb #cell7
 # any of them, or a checkpoint, makes a folder a run
 _RUN_FILES = ('final_metrics.json', 'config.yaml', 'train.log')
 
 def _run_folders(
     output_dir,  # the folder of all runs
 ) -> list:       # folders, sorted by name
-    "The folders in `output_dir` that a training has begun."
-    folders = sorted(p for p in require_path(output_dir, 'folder of runs',
-                                             'Train something with pahcl_finetune.').iterdir()
-                     if p.is_dir())
+    "List the folders in `output_dir` that a training has begun."
+    root = require_path(output_dir, 'folder of runs', 'Train something with pahcl_finetune.')
+    folders = sorted(p for p in root.iterdir() if p.is_dir())
     return [p for p in folders if any((p/n).exists() for n in _RUN_FILES) or any(p.glob('*.pt'))]
 
-# %% ../../nbs/studies/summary.ipynb #cell9
+# %% ../../nbs/studies/summary.ipynb #cell10
 def _split_run_name(
     folder: str,   # a run's folder name, `<task>_<experiment>`
     tasks=None,    # names; None: all that are registered
 ):                 # (task or None, experiment)
-    "Task and experiment from a folder's name."
+    "Read task and experiment from a folder's name."
     task = next((t for t in tasks or TASKS if folder.startswith(f'{t}_')), None)
     return task, folder[len(task)+1:] if task else folder
 
-# %% ../../nbs/studies/summary.ipynb #cell12
+# %% ../../nbs/studies/summary.ipynb #cell13
 def _read_final_metrics(
     folder,  # a run's folder
 ):           # (content of `final_metrics.json` or None, what is wrong with it or '')
-    "The scores of a run, if they are there and can be read."
+    "Read the scores of a run, if they are there and can be read."
     path = Path(folder)/'final_metrics.json'
     if not path.exists(): return None, 'unfinished: no final_metrics.json'
     try: metrics = read_json(path)
@@ -51,19 +50,19 @@ def _read_final_metrics(
     return ((metrics, '') if isinstance(metrics, dict)
             else (None, 'broken: final_metrics.json is not a table of scores'))
 
-# %% ../../nbs/studies/summary.ipynb #cell13
+# %% ../../nbs/studies/summary.ipynb #cell14
 def _read_run(
     folder,  # a run's folder
     # `task, experiment, status` and every number of `final_metrics.json`; status is
     # 'finished' or what is wrong
 ) -> dict:
-    "One run as a row; whatever is wrong with it is said in `status`, not raised."
+    "Read one run as a row; whatever is wrong with it is said in `status`, not raised."
     task, experiment = _split_run_name(Path(folder).name)
-    row, (metrics, wrong) = (dict(task=task, experiment=experiment, folder=Path(folder).name),
-                             _read_final_metrics(folder))
+    row = dict(task=task, experiment=experiment, folder=Path(folder).name)
+    metrics, wrong = _read_final_metrics(folder)
     if wrong: return row | dict(status=wrong)
-    row |= {k: str(metrics[k]) for k in ('task', 'experiment') if metrics.get(k)} | (
-        {'seed': metrics['seed']} if isinstance(metrics.get('seed'), int) else {})
+    row |= {k: str(metrics[k]) for k in ('task', 'experiment') if metrics.get(k)}
+    if isinstance(metrics.get('seed'), int): row['seed'] = metrics['seed']
     scores = {k: v for k, v in metrics.items()
               if k.startswith('test_') and not isinstance(v, (dict, list))}
     odd = [k for k, v in scores.items()
@@ -72,21 +71,21 @@ def _read_run(
     return row | scores | dict(status='finished' if scores else 'no test scores' if row['task']
                                else 'pretraining')
 
-# %% ../../nbs/studies/summary.ipynb #cell17
+# %% ../../nbs/studies/summary.ipynb #cell18
 def _strip_seed(
     experiment: str,   # e.g. `ensemble_1`, `full_seed42`
     seed=None,         # of the run
 ) -> str:              # e.g. `ensemble`, `full`; the name itself where its end is no seed
-    "An experiment's name without the seed at its end."
+    "Return an experiment's name without the seed at its end."
     short = re.sub(rf'[-_.]*(seed)?[-_.]*0*{seed}$', '', experiment) if seed is not None else ''
     return short or experiment
 
-# %% ../../nbs/studies/summary.ipynb #cell20
+# %% ../../nbs/studies/summary.ipynb #cell21
 def _hash_settings(
     folder,   # of a run
 ) -> str:     # 16 hexadecimal digits; '' where config.yaml cannot be read
-    """What stands for a run's configuration, apart from its seed, name and the checkpoint it starts
-    from.
+    """Return what stands for a run's configuration, apart from its seed, name and the checkpoint it
+    starts from.
     """
     try: config = read_yaml(Path(folder)/'config.yaml')
     except PahclError: return ''
@@ -95,7 +94,7 @@ def _hash_settings(
         if isinstance(config.get(section), dict): config[section].pop(key, None)
     return fingerprint({k: v for k, v in config.items() if k != 'seed'})
 
-# %% ../../nbs/studies/summary.ipynb #cell21
+# %% ../../nbs/studies/summary.ipynb #cell22
 def _group_seeds(
     runs,        # DataFrame of rows of `_read_run`
     output_dir,  # their folder
@@ -108,36 +107,36 @@ def _group_seeds(
               for name, seed, k in zip(runs['experiment'], runs['seed'], known)]
     table = runs.assign(shared=shared,
                         settings=[_hash_settings(Path(output_dir)/f) for f in runs['folder']])
-    one = lambda g: g['settings'].nunique() == 1 and not g['seed'].duplicated().any()
-    fine = {key for key, g in table.groupby(['task', 'shared'], dropna=False) if one(g)}
-    own = table.groupby(['task', 'experiment'], dropna=False)['folder'].transform('size') == 1
-    return [r.shared if (r.task, r.shared) in fine else r.experiment if alone else r.folder
-            for r, alone in zip(table.itertuples(), own)]
+    def alike(g): return g['settings'].nunique() == 1 and not g['seed'].duplicated().any()
+    groups = {key for key, g in table.groupby(['task', 'shared'], dropna=False) if alike(g)}
+    unique = table.groupby(['task', 'experiment'], dropna=False)['folder'].transform('size') == 1
+    return [r.shared if (r.task, r.shared) in groups else r.experiment if alone else r.folder
+            for r, alone in zip(table.itertuples(), unique)]
 
-# %% ../../nbs/studies/summary.ipynb #cell23
+# %% ../../nbs/studies/summary.ipynb #cell24
 _SUMMARY_COLUMNS = {'task': 'Task', 'experiment': 'Experiment', 'test_accuracy': 'Accuracy',
                     'test_f1': 'F1', 'test_auroc': 'AUROC'}
 
 def _format_mean_deviation(
     values,   # of the seeds; NaN or None where undefined
 ) -> str:     # e.g. '0.8123 ± 0.0104'; a dash where any is undefined
-    "A score of one or several seeds in one cell."
+    "Format a score of one or several seeds as one cell."
     values = np.array([np.nan if v is None else v for v in values], float)
     if not len(values) or np.isnan(values).any(): return '–'
     return f'{values.mean():.4f}' + (f' ± {values.std(ddof=1):.4f}' if len(values) > 1 else '')
 
-# %% ../../nbs/studies/summary.ipynb #cell26
+# %% ../../nbs/studies/summary.ipynb #cell27
 def _format_summary(
     runs,  # DataFrame of `summarize`
 ):         # DataFrame of strings
-    """The table for people, without pretraining; columns `Seeds` and `Status` are there where they
-    say something.
+    """Tabulate runs for people, without pretraining; columns `Seeds` and `Status` are there where
+    they say something.
     """
     runs, rows = runs[runs['status'] != 'pretraining'], []
-    for (task, group), own in runs.groupby([runs['task'].fillna('–'), 'group'], sort=True):
-        for status, same in own.groupby('status', sort=True):
+    for (task, group), members in runs.groupby([runs['task'].fillna('–'), 'group'], sort=True):
+        for status, same in members.groupby('status', sort=True):
             only = same['experiment'].iloc[0]
-            name = group if len(same) > 1 or group != only and len(own) > 1 else only
+            name = group if len(same) > 1 or group != only and len(members) > 1 else only
             scores = {_SUMMARY_COLUMNS[c]: _format_mean_deviation(same[c])
                       for c in list(_SUMMARY_COLUMNS)[2:]}
             rows.append(dict(Task=task, Experiment=name, **scores, Seeds=len(same), Status=status))
@@ -145,14 +144,14 @@ def _format_summary(
     silent = [c for c, usual in (('Seeds', 1), ('Status', 'finished')) if (table[c] == usual).all()]
     return table.drop(columns=silent)
 
-# %% ../../nbs/studies/summary.ipynb #cell27
+# %% ../../nbs/studies/summary.ipynb #cell28
 _LEADING_COLUMNS = ['task', 'experiment', 'group', 'seed', 'status', 'folder', 'test_accuracy',
                     'test_f1', 'test_auroc']
 
 def _read_runs(
     output_dir='outputs',  # the folder of all runs
 ):  # DataFrame, a row a run: columns `_LEADING_COLUMNS` and every other test score
-    "Read all runs; raises `PahclError` where there is none."
+    "Read all runs; raise `PahclError` where there is none."
     folders, hint = _run_folders(output_dir), 'Train something with pahcl_finetune.'
     if not folders:
         raise PahclError(f'no runs in {output_dir}: '
@@ -163,12 +162,12 @@ def _read_runs(
         c for c in runs if c not in _LEADING_COLUMNS)).astype(dict(seed='Int64'))
     return runs.assign(group=_group_seeds(runs, output_dir))
 
-# %% ../../nbs/studies/summary.ipynb #cell28
+# %% ../../nbs/studies/summary.ipynb #cell29
 def summarize(
     output_dir='outputs',  # the folder of all runs
 ):                         # DataFrame of `_read_runs`
     """Read all runs, print their table and write `summary.csv` (a row a run), `.md`, `.tex` and
-    `.html`; raises `PahclError` where there is no run.
+    `.html`; raise `PahclError` where there is no run.
     """
     runs = _read_runs(output_dir)
     table = _format_summary(runs)
@@ -182,9 +181,10 @@ def _select_runs(
     runs,        # DataFrame of `_read_runs`
     name: str,   # of an experiment, a group of seeds, or a run's folder
 ):               # rows
-    "The finished runs that a name means; raises `PahclError` that lists the names there are."
+    "Select the finished runs that a name means; a `PahclError` lists the names there are."
     finished = runs[runs['status'] == 'finished']
     for column in ('folder', 'experiment', 'group'):
-        if (own := finished[finished[column] == name]).shape[0]: return own
-    there = sorted(set(finished['group']) | set(finished['experiment']))
-    raise PahclError(f'no finished run is called {name}. There are {", ".join(there) or "none"}.')
+        rows = finished[finished[column] == name]
+        if len(rows): return rows
+    names = sorted(set(finished['group']) | set(finished['experiment']))
+    raise PahclError(f'no finished run is called {name}. There are {", ".join(names) or "none"}.')
