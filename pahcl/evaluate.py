@@ -9,13 +9,15 @@ __all__ = ['pahcl_evaluate', 'pahcl_ensemble', 'pahcl_summarize', 'pahcl_downstr
 import lazy_loader as lazy
 from fastcore.script import Param
 
-from .core.basics import console_script, require_flags, UsageError
+from .core.basics import UsageError
+from .core.scripts import console_script, require_flags
 
 # %% ../nbs/06_eval.ipynb #cell13
 # what a user calls lives in the rooms; the command line is parsed before any of them is read
 __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'evaluation.evaluator': ['evaluate'],
-    'core.metrics': ['murmur_weighted_accuracy', 'outcome_cost', 'classification_metrics'],
+    'core.challenge_metrics': ['murmur_weighted_accuracy', 'outcome_cost'],
+    'core.metrics': ['classification_metrics'],
     'evaluation.statistics': ['bootstrap'],
     'studies.ensemble': ['ensemble'],
     'studies.summary': ['summarize'],
@@ -190,7 +192,7 @@ def pahcl_represent(
     normal cycles, and saliency.
     """
     from pahcl.studies.representation import describe_representation, represent
-    from pahcl.core.basics import require_flags
+    from pahcl.core.scripts import require_flags
     require_flags(checkpoint=checkpoint, task=task)
     given = (task, data_dir, split, output_dir, processed_dir, cycles_per_recording, points,
              batch_size)

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.basics import PahclError, read_table
-from ..core.metrics import classification_metrics, group_labels, metric_names, METRICS
+from ..core.aggregation import group_labels
+from ..core.metrics import classification_metrics, metric_names, METRICS
 from ..data.tasks import Task
 from ..training.probe import fit_probe
 
@@ -148,7 +149,7 @@ def _baseline_features(
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell34
 def _score_baseline(
-    levels: dict,      # level -> `pahcl.core.metrics.Predictions`
+    levels: dict,      # level -> `pahcl.core.predictions.Predictions`
     probabilities,     # [subjects, classes]
     official=None,     # an entry of `pahcl.core.metrics.CHALLENGE_METRICS`
 ) -> dict:             # scores of subjects, and `official`
@@ -168,7 +169,7 @@ def _subject_labels(
     task: Task,
     split='train',
 ):            # Series by subject id: class
-    "Whom a shortcut learns from; the class as in `pahcl.core.metrics.group_labels`."
+    "Whom a shortcut learns from; the class as in `pahcl.core.aggregation.group_labels`."
     recordings = task.read_recordings('subject_id', 'split', 'label')
     own = recordings[recordings['split'] == split]
     return group_labels(own, own['subject_id'].astype(str), 'subject')
@@ -202,7 +203,7 @@ def all_baseline_predictions(
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell42
 def score_baselines(
-    levels: dict,    # level -> `pahcl.core.metrics.Predictions`
+    levels: dict,    # level -> `pahcl.core.predictions.Predictions`
     answers: dict,   # of `all_baseline_predictions`, for the subjects of `levels`
     official=None,   # see `_score_baseline`
 ) -> dict:           # name -> scores with `without` and `train_subjects`, or dict(reason=…)

@@ -14,7 +14,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import PahclError, write_text
-from ..core.metrics import group_labels, LEVELS, positive_class, Predictions
+from ..core.aggregation import group_labels
+from ..core.predictions import LEVELS, positive_class, Predictions
 from ..data.tasks import Task
 from .calibration import apply_temperature
 from .challenge_rules import UNSURE
@@ -92,7 +93,7 @@ def _rows_without_cycles(
     silent,       # as in `with_silent`
     level: str,   # recording or subject
 ):                # DataFrame: new rows of that level, in which `rows` is 0
-    "Whoever has no row yet; the class of a subject as in `pahcl.core.metrics.group_labels`."
+    "Whoever has no row yet; the class of a subject as in `pahcl.core.aggregation.group_labels`."
     new = silent[[c for c in ('recording_id', 'subject_id', 'person_id', 'label', 'subject_label')
                   if c in silent and c in [*rows.columns, 'label']]].astype({'subject_id': str})
     if level == 'subject':

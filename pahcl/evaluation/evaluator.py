@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.basics import first_few, get_logger, PahclError, require_path
-from ..core.pipeline import evaluation_folder
+from ..core.stages import evaluation_folder
 from ..data.tasks import Task
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell15
@@ -57,10 +57,10 @@ class _TaskModel:
     def predict(self,
         cycles,          # `pahcl.data.loader.Cycles` of the task
         batch_size=64,   # only speed and memory depend on it
-    ):                   # `pahcl.core.metrics.Predictions`
+    ):                   # `pahcl.core.predictions.Predictions`
         "Predict each cycle, and with a model of bags each bag."
         from pahcl.models.classifier import predict_cycles
-        from pahcl.core.metrics import Predictions
+        from pahcl.core.predictions import Predictions
         if batch_size < 1: raise PahclError(f'--batch-size is {batch_size}; give 1 or more.')
         own, pick = predict_cycles(self.network, cycles, batch_size), lambda p: p[:, self.columns]
         own = {level: pick(p) for level, p in own.items()} if isinstance(own, dict) else pick(own)

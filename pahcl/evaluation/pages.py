@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from ..core.basics import write_text
 from ..core.figures import COLOURS, line_style, MARKERS, png_bytes, STYLE
-from ..core.metrics import METRICS, outcome_cost, random_referral_cost
+from ..core.challenge_metrics import outcome_cost, random_referral_cost
+from ..core.metrics import METRICS
 from .calibration import reliability_table
 
 # %% ../../nbs/evaluation/pages.ipynb #cell8

@@ -12,7 +12,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import PahclError, write_json
-from ..core.metrics import metric_names, positive_class
+from ..core.metrics import metric_names
+from ..core.predictions import positive_class
 from .calibration import apply_temperature
 from .pages import format_number, format_with_interval
 from .scoring import _class_aurocs, Evaluation

@@ -75,7 +75,7 @@ def _cycle_statistics(
     batch_size=512,   # only speed and memory depend on it
 ) -> np.ndarray:      # [n, 8·BANDS], see `_state_statistics`
     "The statistics of every cycle."
-    from pahcl.data.loader import split_into_batches
+    from pahcl.data.sampling import split_into_batches
     rate, band = (cycles.settings.get(k) or v
                   for k, v in (('sample_rate', 5000), ('band_hz', (25., 400.))))
     hop = _hop_samples(rate)

@@ -9,7 +9,8 @@ __all__ = ['check_threshold', 'choose_thresholds', 'decide_classes']
 import numpy as np
 
 from ..core.basics import PahclError, UsageError
-from ..core.metrics import murmur_weighted_accuracy, outcome_cost, sensitivity_specificity
+from ..core.challenge_metrics import murmur_weighted_accuracy, outcome_cost
+from ..core.standard_metrics import sensitivity_specificity
 from ..data.tasks import Task
 
 # %% ../../nbs/evaluation/thresholds.ipynb #cell4

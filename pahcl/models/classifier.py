@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.basics import fingerprint, PahclError, progress
-from ..data.loader import bag_ids
+from ..data.sampling import bag_ids
 from ..data.phases import phase_masks, valid_lengths
 from .bags import _average_bags, GatedAttention, _softmax_within_bags, _sum_bags
 from .layers import ClassifierHead, count_frames

@@ -21,7 +21,8 @@ from torch import nn
 
 from ..core.basics import (
     atomic_path, get_logger, PahclError, read_json, require_path, write_json)
-from ..core.config import explain_error, load_extensions, ModelSection, register_keys
+from ..core.config_checks import explain_error
+from ..core.config_sections import load_extensions, ModelSection, register_keys
 from ..data.signal import CYCLE_SAMPLE_RATE
 from .layers import (
     AttentiveStatisticsPooling, ConvNeXtStage, ConvStack, count_frames, _length_mask, LSTMStack,

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..core.basics import fingerprint, get_logger, PahclError, read_json, UsageError
-from ..core.config import (
-    find_config, load_config, merge_configs, read_yaml, unknown_key_message)
+from ..core.config import find_config, load_config, merge_configs, read_yaml
+from ..core.config_checks import unknown_key_message
 from ..core.jobs import check_job_count, Job, run_jobs
-from ..core.pipeline import run_stage
+from ..core.stages import run_stage
 from .downstream import _evaluate_stage
 
 # %% ../../nbs/studies/ablation.ipynb #cell6

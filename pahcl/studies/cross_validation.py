@@ -148,7 +148,7 @@ def _run_fold(
 ) -> Decisions:                         # of `_predict_fold`
     "Fine-tune on a fold, and ask about those it has not met."
     from pahcl.training.finetuning import finetune
-    from pahcl.data.splitting import write_fold
+    from pahcl.data.task_folders import write_fold
     task, data, run = (Path(task_folder).name, Path(folder)/f'data_{_run_name(name)}',
                        Path(folder)/'folds'/f'{Path(task_folder).name}_{_run_name(name)}')
     try:
@@ -175,7 +175,7 @@ def _person_labels(
     recordings,   # of the task
 ) -> dict:        # person -> class
     "The class of each person; of several the one that the fewest persons have."
-    from pahcl.core.metrics import pick_rarest_labels
+    from pahcl.core.aggregation import pick_rarest_labels
     return pick_rarest_labels(recordings['label'], recordings['person_id']).to_dict()
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell32

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..core.basics import PahclError, require_path
 from ..core.config import load_config
-from ..core.pipeline import (
-    evaluation_folder, hash_files, hash_raw_files, hash_task_tables, list_raw_files, MODES,
-    Pipeline, PipelineSettings, Stage)
+from ..core.pipeline import MODES, Pipeline, PipelineSettings
+from ..core.stages import (
+    evaluation_folder, hash_files, hash_raw_files, hash_task_tables, list_raw_files, Stage)
 
 # %% ../../nbs/studies/downstream.ipynb #cell6
 _DEMO_FOLDERS = dict(raw_dir='demo/raw', processed_dir='demo/processed', data_dir='demo/downstream',

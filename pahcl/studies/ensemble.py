@@ -123,7 +123,7 @@ def _disagreement_table(
     "Measure how many members decide as the ensemble does, their spread and mutual information."
     import numpy as np
     import pandas as pd
-    from pahcl.core.metrics import Predictions
+    from pahcl.core.predictions import Predictions
     level = lambda p: p.at_level('subject', rule, subject_rule)
     together = level(Predictions.mean(members, rule, subject_rule, weights))
     each = np.stack([level(m).probabilities for m in members])   # [members, subjects, classes]
@@ -255,7 +255,7 @@ def ensemble(
 ) -> dict:            # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
     from pahcl.evaluation.subject_rules import check_rules
-    from pahcl.core.metrics import Predictions
+    from pahcl.core.predictions import Predictions
     members, way = _load_members(checkpoints), dict(rule=rule, subject_rule=subject_rule)
     cycles, prepared = open_split(task, data_dir, split)
     check_rules(prepared, rule, subject_rule, ())
@@ -284,4 +284,3 @@ def ensemble(
                  seed=seed, weights='learnt on val' if weighted else 'all alike')
     _write_ensemble(folder, scored, told, f'{task}, {split}: ensemble of {len(paths)}', asked)
     return results | dict(output_dir=str(folder))
-

@@ -74,7 +74,7 @@ def _subject_means(
     table, values,   # a row a cycle, and a number a cycle
 ):                   # DataFrame: subject_id, person_id, label, value
     "Mean over recordings, then over the recordings of a subject."
-    from pahcl.core.metrics import group_labels
+    from pahcl.core.aggregation import group_labels
     rows, how = (table.assign(value=values).astype(dict(subject_id=str, recording_id=str)),
                  dict(person_id=('person_id', 'first'), value=('value', 'mean')))
     subjects = rows.groupby(['subject_id', 'recording_id'], as_index=False).agg(**how).groupby(
@@ -126,7 +126,7 @@ def _score_probes(
 ):                     # DataFrame, a row a probe: subjects, and each score with `_low`, `_high`
     "Scores of the judges on subjects, with intervals over persons."
     from pahcl.training.probe import fit_predict, probe_classifiers
-    from pahcl.core.metrics import Predictions
+    from pahcl.core.predictions import Predictions
     from pahcl.studies.robustness import _scores_with_differences
     y, out = train.table['label'].to_numpy(), []
     for name, model in probe_classifiers(min(neighbours, len(y))).items():
@@ -253,7 +253,7 @@ def _sample_cycles(
     seed: int,
 ):                        # a `Cycles`
     "A few cycles of each recording."
-    from pahcl.data.loader import sample_rows_per_group
+    from pahcl.data.sampling import sample_rows_per_group
     if not per_recording: return cycles
     return cycles.subset(sample_rows_per_group(cycles.recording_ids, per_recording,
                                                generator(seed, 'representation')))

@@ -14,7 +14,7 @@ import pandas as pd
 import soxr
 
 from ..core.basics import generator, get_logger, progress, write_text
-from ..core.pipeline import evaluation_folder
+from ..core.stages import evaluation_folder
 from ..data.signal import bandpass
 
 # %% ../../nbs/studies/robustness.ipynb #cell6

@@ -221,7 +221,7 @@ def _explain_split(
     "Explain a few cycles of each subject for their true class."
     from pahcl.models.checkpoints import load_classifier
     from pahcl.evaluation.evaluator import open_split
-    from pahcl.data.loader import sample_rows_per_group
+    from pahcl.data.sampling import sample_rows_per_group
     model, saved = load_classifier(checkpoint)
     cycles, prepared = open_split(task, data_dir, split)
     columns = prepared.match_columns(saved['label_map'], saved['task'])
@@ -230,7 +230,6 @@ def _explain_split(
     table = cycles.table.iloc[rows].reset_index(drop=True)
     found = _explain_cycles(model, cycles, rows, [columns[c] for c in table['label']], steps)
     return _ExplainedSplit(table, prepared.class_names, found)
-
 
 # %% ../../nbs/studies/saliency.ipynb #cell38
 _SIZES_NOTE = ('Where it listens: share of the sizes in each state, and in brackets how many times '

@@ -39,7 +39,7 @@ def _cycle_losses(
 # %% ../../nbs/training/finetuning.ipynb #cell12
 def _build_objective(
     model,              # a `pahcl.models.classifier.Classifier`
-    settings,           # a `pahcl.core.config._TrainingSection`
+    settings,           # a `pahcl.core.config_sections._TrainingSection`
     labels,             # of the training cycles, or bags
     label_map: dict,    # class name -> number
     frozen: bool,       # encoder frozen
@@ -80,7 +80,7 @@ def _score_cycles(
 ) -> dict:
     "Scores of a split at one level."
     import numpy as np
-    from pahcl.core.metrics import Predictions
+    from pahcl.core.predictions import Predictions
     predictions = Predictions(table, probabilities)
     trained = predictions.at_level(list(predictions.level_probabilities)[-1])  # cycles, or the bags
     own = trained.probabilities[np.arange(len(trained)), trained.table['label']]
@@ -146,7 +146,8 @@ def _draw_validation_figures(
     title: str,            # e.g. 'epoch 3'
 ) -> dict:                 # name -> figure
     "Confusion matrix and curves of a validation split, for the trackers."
-    from pahcl.core.metrics import confusion_matrix, Predictions
+    from pahcl.core.metric_registry import confusion_matrix
+    from pahcl.core.predictions import Predictions
     from pahcl.core.figures import confusion_figure, curves_figure
     shown = Predictions(table, probabilities, label_map).at_level(level)
     names, rows, said = shown.class_names, shown.table, shown.probabilities
@@ -254,7 +255,7 @@ def _score_test_cycles(
     config,                 # a `FinetuneConfig`
 ) -> dict:                  # `test_<metric>` at `evaluation.level`, `levels`, `official`
     "What goes into `final_metrics.json`."
-    from pahcl.core.metrics import Predictions
+    from pahcl.core.predictions import Predictions
     predictions = Predictions(table, probabilities, task.label_map)
     levels = predictions.scores()
     out = {f'test_{m}': levels[config.evaluation.level][m] for m in config.evaluation.metrics}

@@ -115,7 +115,8 @@ def load_task_cycles(
     """The three splits, few-shot reduced where asked for, after a check that no person is in two of
     them.
     """
-    from pahcl.data.loader import Cycles, draw_few_shot_rows
+    from pahcl.data.loader import Cycles
+    from pahcl.data.sampling import draw_few_shot_rows
     task = _open_configured_task(config)
     data = {s: Cycles.from_task(task.folder, s) for s in ('train', 'val', 'test')}
     for split, cycles in data.items():
@@ -184,7 +185,7 @@ class CycleSampler:
         self.targets = torch.tensor(self.labels.copy()).to(device)
 
     def rows_of(self, epoch):
-        from pahcl.data.loader import draw_epoch_rows
+        from pahcl.data.sampling import draw_epoch_rows
         return draw_epoch_rows(self.cycles.table, self.seed, epoch,
                                self.settings.use_balanced_sampling,
                                self.settings.cycles_per_recording)
@@ -200,7 +201,7 @@ class BagSampler(CycleSampler):
     "A row is a bag: a recording or a subject, with a few of its cycles, drawn afresh each epoch."
     def __init__(self, config, cycles, device, features=None, processes=1):
         import torch
-        from pahcl.data.loader import bag_ids, bag_table
+        from pahcl.data.sampling import bag_ids, bag_table
         super().__init__(config, cycles, device, features)
         level, most = config.training.bag_level, config.training.cycles_per_bag
         self.bag, self.bags = bag_ids(cycles.table, level), bag_table(cycles.table, level)
@@ -214,8 +215,8 @@ class BagSampler(CycleSampler):
 def rows_of(self: BagSampler, epoch: int):
     "The bags in the order of an epoch, after their cycles have been drawn."
     import numpy as np
-    from pahcl.data.loader import sample_bag_cycles
-    from pahcl.data.loader import draw_epoch_rows, sample_rows_per_group
+    from pahcl.data.sampling import sample_bag_cycles
+    from pahcl.data.sampling import draw_epoch_rows, sample_rows_per_group
     table, random, few = (self.cycles.table, generator(self.seed, 'bags', epoch),
                           self.settings.cycles_per_recording)
     rows = sample_rows_per_group(self.cycles.recording_ids, few,

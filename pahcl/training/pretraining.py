@@ -23,7 +23,7 @@ class _WatchedCycles:
         config,   # a `_PretrainConfig`
         cycles,   # validation `Cycles`
     ):
-        from pahcl.data.loader import split_into_batches
+        from pahcl.data.sampling import split_into_batches
         from pahcl.training.trainer import _split_batch
         self.run, self.size = run, config.training.batch_size
         self.make_batch = _make_pair_batcher(cycles, config, run.accelerator.device)

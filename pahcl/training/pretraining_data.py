@@ -58,7 +58,7 @@ _UNUSED_KEYS = ('encoder_lr_scale', 'label_smoothing', 'use_class_weights', 'use
                 'loss_type')
 
 def _check_unused_keys(
-    training,   # a `pahcl.core.config._TrainingSection`
+    training,   # a `pahcl.core.config_sections._TrainingSection`
 ):
     "Raise `PahclError` for a key that was set and has no effect."
     for key in _UNUSED_KEYS:
@@ -132,7 +132,7 @@ def _group_ids(
     "Numbers for persons and for groups of positives."
     import pandas as pd
     import torch
-    from pahcl.data.loader import get_recording_ids
+    from pahcl.data.sampling import get_recording_ids
     number = lambda names: pd.factorize(names, sort=True)[0]
     person = number(table['person_id'].astype(str))
     groups = dict(view=range(len(table)), recording=number(get_recording_ids(table)),
@@ -200,6 +200,6 @@ def _shuffled_rows(
     config, cycles, epoch: int,   # a `_PretrainConfig`, `Cycles`
 ):                                # row numbers
     "The rows of an epoch in their order: some cycles of each recording, drawn afresh."
-    from pahcl.data.loader import draw_epoch_rows
+    from pahcl.data.sampling import draw_epoch_rows
     return draw_epoch_rows(cycles.table, config.seed, epoch, False,
                            config.training.cycles_per_recording)

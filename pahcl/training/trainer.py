@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from fastcore.basics import patch
 
 from ..core.basics import generator, PahclError, progress
-from ..data.loader import split_into_batches
+from ..data.sampling import split_into_batches
 from ..models.checkpoints import load_checkpoint, save_checkpoint
 from .runs import Run
 
@@ -226,7 +226,7 @@ class _TrainingState:
 # %% ../../nbs/training/trainer.ipynb #cell42
 def _format_epoch(
     state: _TrainingState,   # after the epoch
-    settings,               # a `pahcl.core.config._TrainingSection`
+    settings,               # a `pahcl.core.config_sections._TrainingSection`
     loss: float,            # of the training cycles
     score, name: str,       # of the validation cycles, or None; what the score is called
     seconds: float,         # that the epoch took
@@ -253,7 +253,7 @@ def _prepare_optimiser(run: Run, optimiser):
 def _count_steps(
     run: Run,
     rows: int, batch_rows: int,   # of an epoch, and of a batch
-    settings,                     # a `pahcl.core.config._TrainingSection`
+    settings,                     # a `pahcl.core.config_sections._TrainingSection`
 ):                                # (optimiser steps of the whole training, of the warm-up)
     "How long it takes; a warm-up longer than the training is a fifth of it."
     an_epoch = len(_group_batches(range(rows), batch_rows, settings.accumulation_steps,

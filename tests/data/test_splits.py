@@ -20,8 +20,9 @@ from sklearn.utils.class_weight import compute_class_weight
 import pahcl.data.splitting as splits
 from pahcl.core.basics import generator, get_logger, PahclError, read_json
 from pahcl.data.datasets import TASKS
-from pahcl.data.splitting import (
-    _assign_splits, _assign_strata, _collect_person_classes, prepare, _split_persons_stratified)
+from pahcl.data.splitting import prepare
+from pahcl.data.stratification import (
+    _assign_splits, _assign_strata, _collect_person_classes, _split_persons_stratified)
 from pahcl.data.tasks import (
     check_leaks, compute_class_weights, find_held_out_persons, SPLIT_FRACTIONS)
 from pahcl.splits import pahcl_prepare
@@ -200,10 +201,10 @@ def test_of_several_labels_the_rarest_in_training_counts(house, said):
     """a person with recordings of every class, in whatever split; Cycles, levels, bags and floors
     agree
     """
-    from pahcl.data.loader import bag_table
+    from pahcl.data.sampling import bag_table
     from pahcl.evaluation.baselines import _subject_labels
     from pahcl.data.loader import Cycles
-    from pahcl.core.metrics import Predictions
+    from pahcl.core.predictions import Predictions
     table = _make_recordings(['pascal'], persons=30)   # 10 of each class
     # 20 normal, 10 murmur
     table['label'] = table['label'].where(table['label'] != 'extrasystole', 'normal')
@@ -232,7 +233,7 @@ def test_of_several_labels_the_rarest_in_training_counts(house, said):
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), min_size=1, max_size=40))
 def test_rarest_labels(rows):
     "against counting by hand"
-    from pahcl.core.metrics import pick_rarest_labels
+    from pahcl.core.aggregation import pick_rarest_labels
     labels, groups = zip(*rows)
     have = {g: {c for c, h in rows if h == g} for g in groups}
     count = Counter(c for own in have.values() for c in own)

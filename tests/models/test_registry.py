@@ -9,7 +9,9 @@ import pahcl.data.augmentation as views
 from pahcl.core.basics import PahclError
 from pahcl.models.checkpoints import classifier_checkpoint, load_classifier, load_pretrained_encoder
 from pahcl.models.classifier import Classifier
-from pahcl.core.config import AugmentationSection, _known_keys, load_config, ModelSection, _to_yaml
+from pahcl.core.config import load_config, _to_yaml
+from pahcl.core.config_checks import _known_keys
+from pahcl.core.config_sections import AugmentationSection, ModelSection
 from pahcl.models.encoders import build_encoder, Encoder, from_pretrained, register_encoder
 from pahcl.models.checkpoints import save_checkpoint
 from pahcl.data.augmentation import (
