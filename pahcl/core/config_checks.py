@@ -11,8 +11,7 @@ import difflib
 from pydantic import ValidationError
 
 from .basics import PahclError
-from .config_sections import (
-    _CONFIG_KINDS, _FinetuneConfig, load_extensions, _REGISTERED_KEYS, _Section)
+from .config_sections import _CONFIG_KINDS, _known_keys, load_extensions
 
 # %% ../../nbs/core/config_checks.ipynb #c005
 _LEGACY_KEYS = {f'downstream.{k}': f'classifier.{k}' for k in ('hidden_dim', 'dropout')} | {
@@ -39,18 +38,6 @@ def _resolve_legacy_keys(
             raise PahclError(f'{source}: {old} is {value} but {new} is {here[key]}; '
                              'they mean the same thing. Keep one of them.')
     return out
-
-# %% ../../nbs/core/config_checks.ipynb #c009
-def _known_keys(
-    model=_FinetuneConfig,  # a configuration or section class
-    before='',             # prefix of the dotted names
-) -> list:
-    "All dotted keys of a configuration, e.g. `training.save_interval`."
-    keys = []
-    for name, field in model.model_fields.items():
-        inner = isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
-        keys += _known_keys(field.annotation, f'{before}{name}.') if inner else [before+name]
-    return keys+[before+k for k in _REGISTERED_KEYS.get(model.__name__, {})]
 
 # %% ../../nbs/core/config_checks.ipynb #c011
 _SHARED_FLAGS = dict(experiment_name='experiment.name', encoder_type='model.encoder_type',

@@ -303,3 +303,15 @@ _CONFIG_KINDS = dict(finetune=_FinetuneConfig, pretrain=_PretrainConfig)
 def encoder_settings(self: ModelSection) -> dict:
     "The keys that were set, as `pahcl.models.encoders.build_encoder` takes them."
     return {k: v for k, v in self.model_dump(exclude_none=True).items() if k != 'encoder_type'}
+
+# %% ../../nbs/core/config_sections.ipynb #known1
+def _known_keys(
+    model=_FinetuneConfig,  # a configuration or section class
+    before='',             # prefix of the dotted names
+) -> list:
+    "All dotted keys of a configuration, e.g. `training.save_interval`."
+    keys = []
+    for name, field in model.model_fields.items():
+        inner = isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+        keys += _known_keys(field.annotation, f'{before}{name}.') if inner else [before+name]
+    return keys+[before+k for k in _REGISTERED_KEYS.get(model.__name__, {})]

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
-import pahcl.data.splitting as splits
+import pahcl.data.task_folders as task_folders
 from pahcl.core.basics import generator, get_logger, PahclError, read_json
 from pahcl.data.datasets import TASKS
-from pahcl.data.splitting import prepare
+from pahcl.data.splitting import prepare, _split_dataset
 from pahcl.data.stratification import (
     _assign_splits, _assign_strata, _collect_person_classes, _split_persons_stratified)
 from pahcl.data.tasks import (
@@ -289,7 +289,7 @@ def test_killed_in_the_middle_leaves_the_old_task(house, monkeypatch, error):
         if len(calls) > 20: raise error
         return False
     with monkeypatch.context() as m:
-        m.setattr(splits, '_link_or_copy', failing)
+        m.setattr(task_folders, '_link_or_copy', failing)
         with pytest.raises(BaseException): house.prepare('pascal', seed=7)
     assert files_of(house.out) == before
     # what a kill that cannot be caught leaves
@@ -333,8 +333,7 @@ def test_missing_processed_missing_labels(house, capsys):
     assert 'no labels found' in error and error.count('\n') == 1
 
 def raw_says(monkeypatch, table):
-    import pahcl.data.datasets
-    monkeypatch.setattr(pahcl.download, 'recordings',
+    monkeypatch.setattr('pahcl.data.splitting.load_recordings',
                         lambda raw_dir, dataset='all', keep_withdrawn=False: table)
 
 def test_raw_folder_is_asked(house, monkeypatch, said):
@@ -466,7 +465,7 @@ def test_real_tables_split():
     table = load_recordings(os.environ['PAHCL_RAW_DIR'])
     for name in ('circor', 'physionet2016', 'pascal'):
         tasks = {n: t for n, t in TASKS.items() if t.dataset == name}
-        own = splits._split_dataset(tasks, table[table['dataset'] == name].assign(cycles_kept=1))
+        own = _split_dataset(tasks, table[table['dataset'] == name].assign(cycles_kept=1))
         for task, rows in own.items():
             assert rows.groupby('person_id')['split'].nunique().max() == 1
             persons = rows.groupby('label')['person_id'].nunique()

@@ -3,15 +3,14 @@ package is touched
 """
 import os, subprocess, sys, textwrap
 import pytest, torch, torch.nn.functional as F
-import pahcl.core.config as config
+import pahcl.core.config_sections as config
 import pahcl.models.encoders as encoder
 import pahcl.data.augmentation as views
 from pahcl.core.basics import PahclError
 from pahcl.models.checkpoints import classifier_checkpoint, load_classifier, load_pretrained_encoder
 from pahcl.models.classifier import Classifier
 from pahcl.core.config import load_config, _to_yaml
-from pahcl.core.config_checks import _known_keys
-from pahcl.core.config_sections import AugmentationSection, ModelSection
+from pahcl.core.config_sections import AugmentationSection, _known_keys, ModelSection
 from pahcl.models.encoders import build_encoder, Encoder, from_pretrained, register_encoder
 from pahcl.models.checkpoints import save_checkpoint
 from pahcl.data.augmentation import (
@@ -116,7 +115,7 @@ MODULE = """
 @pytest.mark.parametrize(
     'program', ["from pahcl.encoder import build_encoder; print(build_encoder('mean_of_blocks', "
                 "width=3).config)",
-                "from pahcl.config import load_config; print(load_config('pretrain', "
+                "from pahcl.core.config import load_config; print(load_config('pretrain', "
                 "dict(model=dict(encoder_type='mean_of_blocks', width=3))).model)",
                 "from pahcl.encoder import build_encoder; "
                 "print(build_encoder(dict(encoder_type='mean_of_blocks', width=3)).config)"])
