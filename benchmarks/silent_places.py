@@ -11,7 +11,7 @@ import argparse
 import numpy as np, pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 from pahcl.training.probe import fit_probe
-from pahcl.models.checkpoints import load_pretrained_encoder
+from pahcl.models.pretrained import load_pretrained_encoder
 from pahcl.models.classifier import encode_cycles
 from pahcl.data.loader import Cycles
 from pahcl.core.aggregation import _aggregate_probabilities

@@ -91,7 +91,7 @@ class _DataSection(_Section):
 class ModelSection(_OpenSection):
     """The encoder; None means the preset's own value.
 
-    `pahcl.models.encoders.register_encoder` adds keys.
+    `pahcl.models.encoder_base.register_encoder` adds keys.
     """
     encoder_type: Optional[str] = None
     cnn_channels: Optional[list[int]] = None

@@ -94,7 +94,8 @@ def _pretraining_persons(
     saved: dict,   # a fine-tuned checkpoint's content
 ):                 # (set of persons, a sentence or '')
     "Who took part in the pretraining that a checkpoint was fine-tuned from."
-    from pahcl.models.checkpoints import persons_trained_on, read_pretrained, resolve_checkpoint
+    from pahcl.models.checkpoints import persons_trained_on
+    from pahcl.models.pretrained import read_pretrained, resolve_checkpoint
     source = ((saved.get('config') or {}).get('pretrain') or {}).get('checkpoint_path')
     if source is None:
         raise PahclError('the checkpoint does not say what it was fine-tuned from, '

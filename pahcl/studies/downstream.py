@@ -121,7 +121,7 @@ def _hash_checkpoint(
 ):                     # a list of its hash; None for a random start
     "Return what the checkpoint is that fine-tuning starts from, wherever it lies."
     if pretrained == 'none': return None
-    from pahcl.models.checkpoints import resolve_checkpoint
+    from pahcl.models.pretrained import resolve_checkpoint
     path = require_path(resolve_checkpoint(pretrained), 'checkpoint',
                         'Give another with --pretrained.')
     return list(hash_files([path], '.').values())

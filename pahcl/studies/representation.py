@@ -407,7 +407,7 @@ def represent(
     """Map, probe and look for anomalies; explain the classifier of a fine-tuned checkpoint by
     saliency.
     """
-    from pahcl.models.checkpoints import load_pretrained_encoder, resolve_checkpoint
+    from pahcl.models.pretrained import load_pretrained_encoder, resolve_checkpoint
     encoder, saved, _ = load_pretrained_encoder(checkpoint)
     splits, prepared = _split_features(encoder, task, data_dir,
                                        list(dict.fromkeys(('train', split))), cycles_per_recording,

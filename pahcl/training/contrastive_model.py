@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.basics import PahclError
-from ..models.classifier import pool_levels
-from ..models.layers import Projector
+from ..models.pooling import pool_levels
+from ..models.heads import Projector
 from pahcl.training.contrast import (
     _collapse_signs, _gather_rows, _make_rows, MomentumQueue, nt_xent, queue_loss,
     update_moving_average)

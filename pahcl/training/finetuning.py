@@ -338,7 +338,7 @@ def _run_finetuning(
     messages=(),               # of `_drop_inaudible_recordings`
 ) -> dict:                     # what stands in final_metrics.json
     "Train, take the best epoch, test it once."
-    from pahcl.models.layers import slow_scan_warnings
+    from pahcl.models.mamba_block import slow_scan_warnings
     from pahcl.training.trainer import Trainer
     train, model = data['train'].table, start.model
     opening = _describe_finetuning(config, train, model, [*start.messages, *messages])

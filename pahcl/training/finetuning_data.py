@@ -151,11 +151,12 @@ def _compute_features_cached(
     run, encoder, cycles,   # a `pahcl.training.trainer.Run`, the encoder, all `Cycles` of a split
     folder,                 # of the cache
     batch_size=64,
-    pooling='cycle',        # see `pahcl.models.classifier._pool_features`
+    pooling='cycle',        # see `pahcl.models.pooling._pool_features`
 ):                          # [n, features] float32
     "Features of all cycles, computed by all processes together if they are not in the cache."
     import numpy as np
-    from pahcl.models.classifier import encode_cycles, encoder_fingerprint
+    from pahcl.models.classifier import encode_cycles
+    from pahcl.models.encoder_base import encoder_fingerprint
     from pahcl.training.trainer import _predict_distributed
     path = (Path(folder)/f'{encoder_fingerprint(encoder)}-{cycles.fingerprint()}'
                          f'{"" if pooling == "cycle" else "-"+pooling}.npy')

@@ -103,7 +103,7 @@ def _load_head(
     source,        # its file
 ):
     "Load the head too; raises `PahclError` where the checkpoint has none."
-    from pahcl.models.encoders import load_weights
+    from pahcl.models.encoder_base import load_weights
     kind, advice = saved.get('kind'), 'Give a checkpoint of pahcl_finetune.'
     if kind != 'finetune':
         raise PahclError(f'pretrain.load_encoder_only is false, but {source} has no classifier (it '
@@ -125,8 +125,8 @@ def build_starting_model(
     heldout: dict,     # as in `_check_pretraining`
 ) -> _StartingPoint:
     "Build the model that training starts from: pretrained, or random from the seed."
-    from pahcl.models.checkpoints import (describe_loading, load_pretrained_encoder,
-                                          persons_trained_on)
+    from pahcl.models.checkpoints import persons_trained_on
+    from pahcl.models.pretrained import describe_loading, load_pretrained_encoder
     from pahcl.models.classifier import Classifier
     from pahcl.models.encoders import build_encoder
     from pahcl.training.trainer import _seeded_weights
@@ -149,5 +149,5 @@ def _pretrained_fingerprint(
     source,   # a path, `packaged` or `none`
 ) -> str:
     "What a run started from: 16 hexadecimal digits of the file's content, or `none`."
-    from pahcl.models.checkpoints import resolve_checkpoint
+    from pahcl.models.pretrained import resolve_checkpoint
     return 'none' if source == 'none' else hash_file(resolve_checkpoint(source))

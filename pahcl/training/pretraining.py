@@ -198,7 +198,7 @@ def _run_pretraining(
     choice: _EpochChoice,
 ) -> dict:                 # what stands in final_metrics.json
     "Train, and say what came of it."
-    from pahcl.models.layers import slow_scan_warnings
+    from pahcl.models.mamba_block import slow_scan_warnings
     from pahcl.training.trainer import Trainer
     levels, kind = ', '.join(model.weights), 'MoCo' if config.contrast.moco else 'SimCLR'
     about = f'{model.encoder.config["encoder_type"]}, {kind}, levels {levels}: {data.counts()}'

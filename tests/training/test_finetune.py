@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from pahcl.core.basics import PahclError, read_json
-from pahcl.models.checkpoints import resolve_checkpoint
+from pahcl.models.pretrained import resolve_checkpoint
 from pahcl.models.encoders import build_encoder
 from pahcl.finetune import pahcl_finetune
 from pahcl.training.finetuning import _cycle_losses, finetune
@@ -317,8 +317,7 @@ def test_the_log_says_what_learns_and_what_chose_the_epoch(work, tmp_path, monke
     """A frozen encoder does not count as learning; few shots from an epoch that labels chose are a
     warning.
     """
-    import pahcl.models.selective_scan
-    monkeypatch.setattr(pahcl.models.selective_scan, 'find_library',
+    monkeypatch.setattr('pahcl.models.mamba_block._find_library',
                         lambda: (None, 'WARNING: no compiled selective scan (a test)'))
     saved = load_checkpoint(resolve_checkpoint('packaged'))
     for name, facts, told in (('labels', dict(chosen_by='labels of pascal'), True),
@@ -455,7 +454,7 @@ def test_out_of_memory(work, tmp_path, monkeypatch, capsys, error, linear):
     and the folder says why it ended.
     """
     def full(self, *a, **k): raise error
-    monkeypatch.setattr('pahcl.models.encoders.Encoder.forward', full)
+    monkeypatch.setattr('pahcl.models.encoder_base.Encoder.forward', full)
     shutil.copytree(work/'downstream'/'pascal', tmp_path/'data'/'pascal',
                     ignore=shutil.ignore_patterns('.features'))
     refused(capsys, '--task', 'pascal', '--pretrained', 'packaged',

@@ -12,15 +12,18 @@ from pahcl.data.signal import speech_noise
 from pahcl.segmentation.left_out_scores import _held_out_groups, _score_held_out, _score_recordings
 from pahcl.segmentation.confidence import (
     _confidence_and_truth, _confidence_reliability, _match_beats)
+from pahcl.segmentation.annotated import (
+    _assign_person_fold, _find_annotated_recordings, _read_annotated_recordings)
+from pahcl.segmentation.decoding import _make_duration_tables
+from pahcl.segmentation.emission import (
+    _convolve_dilated, _frame_features, _normalise_features, _run_emission_networks)
 from pahcl.segmentation.fitting import (
-    _annotated_beat_durations, _assign_person_fold, _export_network_weights,
-    _find_annotated_recordings, _fit_cross_validated, _fit_parameters, _read_annotated_recordings,
+    _annotated_beat_durations, _export_network_weights, _fit_cross_validated, _fit_parameters,
     _sample_batch, _sampling_probabilities, _StateNetwork)
+from pahcl.segmentation.parameters import load_parameters, PERIODS, SegmenterParameters
 from pahcl.segmentation.scoring import _match_onsets, pool_scores, score_states
 from pahcl.segmentation.segmenter import (
-    _convolve_dilated, _find_best_states, _frame_features, HEARTBEAT_THRESHOLD, load_parameters,
-    _make_duration_tables, _normalise_features, PERIODS, _run_emission_networks, segment,
-    segment_features, SegmenterParameters)
+    _find_best_states, HEARTBEAT_THRESHOLD, segment, segment_features)
 
 def table(rows): return pd.DataFrame(rows, columns=['start_s', 'end_s', 'state'])
 
@@ -229,7 +232,7 @@ def test_packaged_network_does_not_need_double_precision():
 
 def test_segmenting_needs_no_torch():
     import subprocess, sys
-    code = ('import sys, numpy as np; from pahcl.states import segment; '
+    code = ('import sys, numpy as np; from pahcl.segmentation.segmenter import segment; '
             'segment(np.random.default_rng(0).standard_normal(8000), 2000); '
             'assert "torch" not in sys.modules')
     subprocess.run([sys.executable, '-c', code], check=True)
