@@ -7,7 +7,7 @@ what they hold does not matter for time.
 """
 import os, sys, time
 import torch
-from pahcl.core.config import AugmentationSection, _ContrastSection
+from pahcl.core.config_sections import AugmentationSection, _ContrastSection
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.models.encoders import build_encoder
 from pahcl.training.schedule import _parameter_groups

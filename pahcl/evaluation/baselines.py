@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.basics import PahclError, read_table
-from ..core.metrics import classification_metrics, group_labels, metric_names, METRICS
+from ..core.aggregation import group_labels
+from ..core.metrics import classification_metrics, metric_names, METRICS
 from ..data.tasks import Task
 from .spectrum_baseline import spectrum_features
 from ..training.probe import fit_probe
@@ -154,7 +155,7 @@ def _subject_labels(
     task: Task,
     split='train',   # train, val or test
 ):                   # Series by subject id: class
-    "Return the class of each subject of a split, see `pahcl.core.metrics.group_labels`."
+    "Return the class of each subject of a split, see `pahcl.core.aggregation.group_labels`."
     recordings = task.read_recordings('subject_id', 'split', 'label')
     rows = recordings[recordings['split'] == split]
     return group_labels(rows, rows['subject_id'].astype(str), 'subject')
@@ -189,7 +190,7 @@ def all_baseline_predictions(
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell41
 def _score_baseline(
-    levels: dict,      # level -> `pahcl.core.metrics.Predictions`
+    levels: dict,      # level -> `pahcl.core.predictions.Predictions`
     probabilities,     # [subjects, classes]
     official=None,     # an entry of `pahcl.core.metrics.CHALLENGE_METRICS`
 ) -> dict:             # scores of subjects, and `official`
@@ -206,7 +207,7 @@ def _score_baseline(
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell45
 def score_baselines(
-    levels: dict,        # level -> `pahcl.core.metrics.Predictions`
+    levels: dict,        # level -> `pahcl.core.predictions.Predictions`
     predictions: dict,   # of `all_baseline_predictions`, for the subjects of `levels`
     official=None,       # see `_score_baseline`
 ) -> dict:               # name -> scores with `without` and `train_subjects`, or dict(reason=…)

@@ -11,7 +11,8 @@ import math
 import numpy as np
 
 from ..core.basics import PahclError
-from ..core.metrics import precision_sum, sensitivity_specificity
+from ..core.challenge_metrics import precision_sum
+from ..core.standard_metrics import sensitivity_specificity
 
 # %% ../../nbs/evaluation/challenge_rules.ipynb #cell9
 UNSURE = -1   # the prediction that is neither normal nor abnormal

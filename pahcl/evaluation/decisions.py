@@ -14,7 +14,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import PahclError, write_text
-from ..core.metrics import group_labels, LEVELS, positive_class, Predictions
+from ..core.aggregation import group_labels
+from ..core.predictions import LEVELS, positive_class, Predictions
 from ..data.tasks import Task
 from .calibration import apply_temperature
 from .subject_rules import (
@@ -94,7 +95,10 @@ def _rows_without_cycles(
     silent,       # recordings without a cycle: recording_id, subject_id, label, person_id
     level: str,   # recording or subject
 ):                # DataFrame: new rows of that level, in which `rows` is 0
-    "Return a row for each id that has none yet; classes as in `pahcl.core.metrics.group_labels`."
+    """Return a row for each id that has none yet.
+
+    Classes are those of `pahcl.core.aggregation.group_labels`.
+    """
     columns = [c for c in ('recording_id', 'subject_id', 'person_id', 'label', 'subject_label')
                if c in silent and c in [*rows.columns, 'label']]
     new = silent[columns].astype({'subject_id': str})

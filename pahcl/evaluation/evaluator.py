@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.basics import first_few, get_logger, PahclError, require_path
-from ..core.metrics import Predictions
-from ..core.pipeline import evaluation_folder
+from ..core.predictions import Predictions
+from ..core.stages import evaluation_folder
 from ..data.loader import Cycles
 from ..data.tasks import find_met_persons, Task
 from .baselines import all_baseline_predictions

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 
 from ..core.basics import PahclError, write_json
 from ..core.figures import confusion_figure, precision_recall_figure, roc_figure, save_figure
-from ..core.metrics import metric_names, positive_class
+from ..core.metrics import metric_names
+from ..core.predictions import positive_class
 from .calibration import apply_temperature, reliability_figure
 from .pages import format_number, format_with_interval, _item_to_html, write_page
 from .scoring import _class_aurocs, Evaluation

@@ -14,9 +14,10 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.basics import first_few, read_json
-from ..core.metrics import (
-    CHALLENGE_METRICS, class_names, classification_metrics, metric_names, persons_of,
-    positive_class, random_referral_cost)
+from ..core.aggregation import persons_of
+from ..core.challenge_metrics import random_referral_cost
+from ..core.metrics import CHALLENGE_METRICS, classification_metrics, metric_names
+from ..core.predictions import class_names, positive_class
 from ..core.resampling import number_persons, resampling_weights
 from .baselines import compare_with_baselines, score_baselines
 from .calibration import calibration_scores

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.fft import rfft
 
-from ..data.loader import Cycles, split_into_batches
+from ..data.loader import Cycles
+from ..data.sampling import split_into_batches
 from ..training.finetuning_data import cache_features
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell7

@@ -12,12 +12,15 @@ import numpy as np
 import pandas as pd
 
 from ..core.basics import PahclError
-from ..core.metrics import classification_metrics, MURMUR_RULES, Predictions
+from ..core.aggregation import MURMUR_RULES
+from ..core.metrics import classification_metrics
+from ..core.predictions import Predictions
 from ..data.tasks import Task
 from ..training.probe import fit_probe
 
 # %% ../../nbs/evaluation/subject_rules.ipynb #cell7
-# cycles to recordings, recordings to subjects; see `pahcl.core.metrics._aggregate_probabilities`
+# cycles to recordings, recordings to subjects
+# see `pahcl.core.aggregation._aggregate_probabilities`
 RULES = dict(mean=('mean', 'mean'), logmean=('logmean', 'logmean'), trimmed=('trimmed', 'mean'),
              **{rule: ('mean', rule) for rule in MURMUR_RULES})
 VALIDATION_RULES = ('choose', 'learned')   # rules that the validation split chooses, or fits

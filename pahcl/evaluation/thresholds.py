@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from ..core.basics import PahclError, UsageError
 from ..core.figures import line_style, STYLE
-from ..core.metrics import (
-    murmur_weighted_accuracy, outcome_cost, random_referral_cost, sensitivity_specificity)
+from ..core.challenge_metrics import (
+    murmur_weighted_accuracy, outcome_cost, random_referral_cost)
+from ..core.standard_metrics import sensitivity_specificity
 from ..data.tasks import Task
 
 # %% ../../nbs/evaluation/thresholds.ipynb #cell7

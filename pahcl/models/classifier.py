@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.basics import progress
-from ..data.loader import bag_ids
+from ..data.sampling import bag_ids
 from .bags import _average_bags, GatedAttention, _softmax_within_bags, _sum_bags
 from .heads import ClassifierHead, _FeatureNormaliser
 from .pooling import _POOLED_PARTS, _pool_features

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..core.basics import atomic_path, fingerprint, PahclError, write_json
-from ..core.config import ModelSection, register_keys
+from ..core.config_sections import ModelSection, register_keys
 from ..data.signal import CYCLE_SAMPLE_RATE
 from .masked_layers import count_frames, _length_mask
 

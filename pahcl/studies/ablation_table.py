@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.basics import PahclError, write_text
 from ..core.figures import save_figure, STYLE
-from ..core.metrics import persons_of
+from ..core.aggregation import persons_of
 from ..core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)
 from ..evaluation.pages import (

@@ -25,7 +25,7 @@ class ContrastiveModel(nn.Module):
     "Encoder and projectors; `model(batch) -> (loss, {name: number})`."
     def __init__(self,
         encoder,                # of `build_encoder`
-        contrast,               # a `pahcl.core.config._ContrastSection`
+        contrast,               # a `pahcl.core.config_sections._ContrastSection`
         num_substructures=4,    # K
     ):
         super().__init__()

@@ -19,7 +19,8 @@ from sklearn.preprocessing import StandardScaler
 
 from ..core.basics import generator, PahclError
 from ..core.metrics import classification_metrics
-from ..data.loader import Cycles, get_recording_ids, sample_rows_per_group
+from ..data.loader import Cycles
+from ..data.sampling import get_recording_ids, sample_rows_per_group
 from ..data.tasks import find_cut_difference, list_prepared_tasks
 from ..models.classifier import encode_cycles
 from .batches import _predict_distributed
@@ -89,7 +90,7 @@ def _make_probe(
 
 # %% ../../nbs/training/probe.ipynb #cell12
 def _make_probes(
-    config,          # a `pahcl.core.config._PretrainConfig`
+    config,          # a `pahcl.core.config_sections._PretrainConfig`
     persons: dict,   # 'train' and 'validation' -> ids of persons
 ):                   # (list of `_Probe`, list of sentences about tasks that cannot judge)
     "Make the probes of all tasks that judge a pretraining."

@@ -3,7 +3,8 @@ import pytest, torch
 import pahcl.core.config as config
 import pahcl.data.augmentation as views
 from pahcl.core.basics import PahclError
-from pahcl.core.config import AugmentationSection, load_config, _to_yaml
+from pahcl.core.config import load_config, _to_yaml
+from pahcl.core.config_sections import AugmentationSection
 from pahcl.data.augmentation import (
     Augmentation, Augmenter, FrequencyAugmentation, register_augmentation)
 from pahcl.data.random_numbers import sample_keys

@@ -2,7 +2,7 @@
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from pahcl.core.config import AugmentationSection
+from pahcl.core.config_sections import AugmentationSection
 from pahcl.core.basics import PahclError
 from pahcl.data.augmentation import Augmenter, _DRAW_COLUMNS, _feature_change
 from pahcl.data.distortions import warp_cycles, _warp_rows, _warp_tensors

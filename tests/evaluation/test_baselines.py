@@ -8,7 +8,7 @@ from pahcl.core.basics import read_json
 from pahcl.evaluation.baselines import (
     all_baseline_predictions, _PENALTY_STRENGTHS, score_baselines, _segmentation_features,
     _subject_labels)
-from pahcl.core.metrics import Predictions
+from pahcl.core.predictions import Predictions
 from pahcl.evaluation.spectrum_baseline import spectrum_features
 from pahcl.data.splitting import prepare
 from pahcl.data.tasks import _PREPARE_AGAIN, Task

@@ -16,7 +16,8 @@ from pahcl.evaluate import pahcl_ensemble
 from pahcl.studies.ensemble import ensemble, _find_members
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.evaluation.evaluator import evaluate
-from pahcl.core.metrics import murmur_weighted_accuracy, Predictions
+from pahcl.core.challenge_metrics import murmur_weighted_accuracy
+from pahcl.core.predictions import Predictions
 from pahcl.testing.made import _made_cycles
 from pahcl.evaluation.report import Evaluation
 from pahcl.evaluate import pahcl_summarize

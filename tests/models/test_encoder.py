@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import pahcl.models.encoders as module
 from pahcl.core.basics import PahclError
-from pahcl.core.config import ModelSection
+from pahcl.core.config_sections import ModelSection
 from pahcl.models.pooling import _pool_phases
 from pahcl.models.encoder_base import Encoder, ENCODERS, load_weights
 from pahcl.models.encoders import build_encoder, _CNNMamba, from_pretrained, _resolve_settings

@@ -1,10 +1,11 @@
 "An encoder from outside is one class, and no list of the package is touched"
 import os, subprocess, sys, textwrap
 import pytest, torch, torch.nn.functional as F
-import pahcl.core.config as config
+import pahcl.core.config_sections as config
 import pahcl.models.encoder_base as encoder_base
 from pahcl.core.basics import PahclError
-from pahcl.core.config import _known_keys, load_config, ModelSection, _to_yaml
+from pahcl.core.config import load_config, _to_yaml
+from pahcl.core.config_sections import _known_keys, ModelSection
 from pahcl.models.checkpoints import classifier_checkpoint, load_classifier, save_checkpoint
 from pahcl.models.classifier import Classifier
 from pahcl.models.encoder_base import Encoder, register_encoder

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import pahcl.training.contrastive_model as C
-from pahcl.core.config import _ContrastSection, _TrainingSection
+from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.training.contrastive_model import ContrastiveModel
 import pahcl.models.pooling as pooling
 from pahcl.models.encoders import build_encoder

@@ -13,7 +13,8 @@ import pahcl.training.pretraining as P
 import pahcl.training.runs
 import pahcl.training.trainer
 from pahcl.core.basics import PahclError
-from pahcl.core.config import _ContrastSection, load_config, _TrainingSection
+from pahcl.core.config import load_config
+from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.models.encoders import build_encoder
 from pahcl.data.loader import Cycles

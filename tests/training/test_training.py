@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 import pahcl.training.runs as runs
-from pahcl.core.config import _ContrastSection, _TrainingSection
+from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.models.encoders import build_encoder
 from pahcl.models.checkpoints import load_checkpoint
