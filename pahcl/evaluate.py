@@ -9,7 +9,8 @@ __all__ = ['pahcl_evaluate', 'pahcl_ensemble', 'pahcl_summarize', 'pahcl_downstr
 import lazy_loader as lazy
 from fastcore.script import Param
 
-from .core.basics import console_script, require_flags, UsageError
+from .core.basics import UsageError
+from .core.scripts import console_script, require_flags
 
 # %% ../nbs/06_eval.ipynb #cell15
 # what a user calls lives in the rooms; the command line is parsed before any of them is read

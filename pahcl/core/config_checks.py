@@ -11,7 +11,8 @@ import difflib
 from pydantic import ValidationError
 
 from .basics import PahclError
-from .config_sections import _CONFIG_KINDS, _known_keys, load_extensions
+from .config_sections import _CONFIG_KINDS, _known_keys
+from .scripts import load_extensions
 
 # %% ../../nbs/core/config_checks.ipynb #c005
 _LEGACY_KEYS = {f'downstream.{k}': f'classifier.{k}' for k in ('hidden_dim', 'dropout')} | {

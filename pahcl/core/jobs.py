@@ -18,7 +18,8 @@ from pkgutil import resolve_name
 from queue import Queue
 from typing import Callable
 
-from .basics import get_logger, load_extensions, PahclError, report_error, UsageError
+from .basics import get_logger, PahclError, report_error, UsageError
+from .scripts import load_extensions
 
 # %% ../../nbs/core/jobs.ipynb #cell7
 def _visible_gpus() -> list:   # their names for `CUDA_VISIBLE_DEVICES`, e.g. ['0', '1']

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.basics import get_logger, PahclError, read_json
 from ..core.jobs import check_job_count, Job, run_jobs
-from ..core.pipeline import run_stage
+from ..core.stages import run_stage
 from ..data.splitting import prepare
 from ..segmentation.preprocessing import preprocess
 from .ablation_plan import (

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.basics import fingerprint, PahclError
-from ..core.config import (
-    find_config, load_config, merge_configs, read_yaml, unknown_key_message)
+from ..core.config import find_config, load_config, merge_configs, read_yaml
+from ..core.config_checks import unknown_key_message
 
 # %% ../../nbs/studies/ablation_plan.ipynb #cell8
 @dataclass(frozen=True)

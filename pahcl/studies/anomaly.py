@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.basics import PahclError
-from ..core.metrics import group_labels
+from ..core.aggregation import group_labels
 from ..core.ranking import auroc, weighted_auroc
 from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
 
@@ -28,7 +28,7 @@ def _mahalanobis_score(
     normal,   # features of normal cycles [n, C]
     x,        # features [m, C]
 ):            # [m]
-    "Return the Mahalanobis distance from the normal, with the shrunk covariance of Ledoit and Wolf."
+    "Return the Mahalanobis distance from the normal; covariance shrunk as by Ledoit and Wolf."
     from sklearn.covariance import LedoitWolf
     fitted = LedoitWolf().fit(np.asarray(normal, float))
     return np.sqrt(np.maximum(fitted.mahalanobis(np.asarray(x, float)), 0))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.basics import get_logger, PahclError, require_path, UsageError
-from ..data.splitting import write_fold
+from ..data.task_folders import write_fold
 from ..data.tasks import find_met_persons, Task
 from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.decisions import Decisions

@@ -9,7 +9,7 @@ __all__ = []
 import numpy as np
 import pandas as pd
 
-from ..core.metrics import Predictions
+from ..core.predictions import Predictions
 
 # %% ../../nbs/studies/disagreement.ipynb #cell7
 def _mutual_information(

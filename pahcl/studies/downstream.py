@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..core.basics import PahclError, require_path
 from ..core.config import load_config
-from ..core.pipeline import (
-    evaluation_folder, hash_files, hash_raw_files, hash_task_tables, list_raw_files, MODES,
-    Pipeline, PipelineSettings, Stage)
+from ..core.pipeline import MODES, Pipeline, PipelineSettings
+from ..core.stages import (
+    evaluation_folder, hash_files, hash_raw_files, hash_task_tables, list_raw_files, Stage)
 from ..data.datasets import select_datasets, TASKS
 from ..data.fetching import download
 from ..data.simulation import simulate_dataset

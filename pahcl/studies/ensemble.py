@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.basics import first_few, get_logger, PahclError, write_text
-from ..core.metrics import metric_names, Predictions
+from ..core.metrics import metric_names
+from ..core.predictions import Predictions
 from ..data.tasks import find_met_persons, Task
 from ..evaluation.evaluator import (
     note_bag_levels, note_trained_persons, open_model, open_split, score_split)

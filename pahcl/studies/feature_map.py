@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core.basics import generator
 from ..core.figures import COLOURS, MARKERS, STYLE
-from ..data.loader import sample_rows_per_group
+from ..data.sampling import sample_rows_per_group
 from ..data.tasks import find_cut_difference, list_prepared_tasks
 from ..evaluation.evaluator import open_split
 from ..models.classifier import encode_cycles

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/studies/fold_plans.ipynb #cell2
 from ..core.basics import generator, PahclError, UsageError
-from ..core.metrics import pick_rarest_labels
+from ..core.aggregation import pick_rarest_labels
 from ..data.datasets import identify_devices
 
 # %% ../../nbs/studies/fold_plans.ipynb #cell8

@@ -13,8 +13,9 @@ import pandas as pd
 from scipy.stats import wilcoxon
 
 from ..core.basics import first_few, generator, PahclError, require_path
-from ..core.metrics import drawn_metrics, persons_of
-from ..core.pipeline import evaluation_folder
+from ..core.aggregation import persons_of
+from ..core.metrics import drawn_metrics
+from ..core.stages import evaluation_folder
 from ..core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)
 from ..evaluation.statistics import bootstrap_scores, delong_test

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..core.basics import first_few, get_logger, write_json, write_text
 from ..core.figures import save_figure
-from ..core.metrics import Predictions
+from ..core.predictions import Predictions
 from ..data.tasks import find_met_persons
 from ..evaluation.evaluator import open_split
 from ..evaluation.pages import format_with_interval, write_page

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.basics import get_logger, progress, write_text
 from ..core.figures import COLOURS, save_figure, STYLE
-from ..core.pipeline import evaluation_folder
+from ..core.stages import evaluation_folder
 from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
 from ..data.datasets import identify_devices
 from ..evaluation.evaluator import open_model, open_split

@@ -15,7 +15,7 @@ import torch
 
 from ..core.basics import generator, get_logger, progress, write_text
 from ..core.figures import save_figure, STYLE
-from ..data.loader import sample_rows_per_group
+from ..data.sampling import sample_rows_per_group
 from ..evaluation.evaluator import open_split
 from ..models.checkpoints import load_classifier
 from ..segmentation.plots import STATE_COLOURS

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..core.basics import PahclError
-from ..data.loader import split_into_batches
+from ..data.sampling import split_into_batches
 from .runs import Run
 
 # %% ../../nbs/training/batches.ipynb #22b49f7a

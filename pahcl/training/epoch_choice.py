@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import gather_object
 
-from ..data.loader import split_into_batches
+from ..data.sampling import split_into_batches
 from .batches import _split_batch
 from .pretraining_data import _make_pair_batcher, _PretrainData, _shuffled_rows
 from .probe import _make_probes

@@ -16,7 +16,8 @@ from torch import nn
 from ..core.basics import get_logger, UsageError, write_text
 from ..core.config import load_config
 from ..core.figures import confusion_figure, curves_figure
-from ..core.metrics import confusion_matrix, Predictions
+from ..core.metrics import confusion_matrix
+from ..core.predictions import Predictions
 from ..data.splitting import describe_persons
 from ..data.tasks import map_ids_to_persons
 from ..models.checkpoints import classifier_checkpoint, load_classifier

@@ -14,8 +14,9 @@ from fastcore.basics import patch
 
 from ..core.basics import atomic_path, generator, PahclError, read_table, UsageError
 from ..data.datasets import TASKS
-from ..data.loader import (
-    bag_ids, bag_table, Cycles, draw_epoch_rows, draw_few_shot_rows, sample_bag_cycles,
+from ..data.loader import Cycles
+from ..data.sampling import (
+    bag_ids, bag_table, draw_epoch_rows, draw_few_shot_rows, sample_bag_cycles,
     sample_rows_per_group)
 from ..data.tasks import check_leaks, CYCLE_SETTINGS, Task
 from ..models.classifier import encode_cycles

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.basics import get_logger
-from ..core.metrics import (
-    classification_metrics, FROM_MATRICES, metric_names, METRICS, Predictions)
+from ..core.metrics import classification_metrics, FROM_MATRICES, metric_names, METRICS
+from ..core.predictions import Predictions
 from ..data.tasks import compute_class_weights
 
 # %% ../../nbs/training/objective.ipynb #36b8668e

@@ -16,7 +16,8 @@ import torch
 
 from ..core.basics import fingerprint, generator, PahclError
 from ..data.augmentation import Augmenter
-from ..data.loader import Cycles, draw_epoch_rows, get_recording_ids
+from ..data.loader import Cycles
+from ..data.sampling import draw_epoch_rows, get_recording_ids
 from ..data.random_numbers import sample_keys
 from ..data.tasks import find_cut_difference, find_held_out_persons
 
