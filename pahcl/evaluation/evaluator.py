@@ -12,10 +12,6 @@ from pathlib import Path
 from ..core.basics import first_few, get_logger, PahclError, require_path
 from ..core.metrics import Predictions
 from ..core.pipeline import evaluation_folder
-<<<<<<< HEAD
-from ..data.tasks import Task
-from .report import Evaluation   # with what writes it
-=======
 from ..data.loader import Cycles
 from ..data.tasks import find_met_persons, Task
 from .baselines import all_baseline_predictions
@@ -25,7 +21,6 @@ from .subject_rules import check_rules, VALIDATION_RULES
 from .thresholds import check_threshold
 from ..models.checkpoints import load_classifier, persons_trained_on
 from ..models.classifier import Classifier, predict_cycles
->>>>>>> main
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell13
 def open_split(

@@ -17,33 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-<<<<<<< HEAD
 from ..core.basics import (
-    atomic_path, get_logger, load_extensions, PahclError, read_json, require_path, write_json)
-from ..core.config import explain_error, ModelSection, register_keys
-from ..data.signal import CYCLE_SAMPLE_RATE
-from .layers import (
-    AttentiveStatisticsPooling, ConvNeXtStage, ConvStack, count_frames, _length_mask, LSTMStack,
-    MambaStack, MaskedConvolution, MaskedGroupNorm, ResidualBlock, SincConv, TransformerStack)
-
-# %% ../../nbs/models/encoders.ipynb #cell6
-def _mamba_settings(
-    c: dict,  # complete settings
-) -> dict:    # what `MambaStack` calls them; a preset without such keys has the defaults
-    "The keys of `model:` that shape a Mamba layer."
-    ssm = {k: c[f'mamba_{k}'] for k in ('d_state', 'd_conv', 'expand', 'bidirectional')
-           if f'mamba_{k}' in c}
-    return ssm | {'dt_rank': c.get('mamba_dt_rank') or 'auto', 'drop_path': c.get('drop_path', 0.)}
-=======
-from ..core.basics import get_logger, PahclError, read_json, require_path
-from ..core.config import explain_error, load_extensions, ModelSection
+    get_logger, load_extensions, PahclError, read_json, require_path)
+from ..core.config import explain_error, ModelSection
 from .convolutions import ConvNeXtStage, ConvStack, MaskedConvolution, ResidualBlock
 from .encoder_base import Encoder, load_weights, register_encoder, _registered_encoder
 from .masked_layers import count_frames, _length_mask, MaskedGroupNorm
 from .pooling import AttentiveStatisticsPooling
 from .sequence_layers import LSTMStack, MambaStack, TransformerStack
 from .sinc_filters import SincConv
->>>>>>> main
 
 # %% ../../nbs/models/encoders.ipynb #cell7
 _CONVOLUTION_PRESET = dict(
