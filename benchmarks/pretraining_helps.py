@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from pahcl.core.basics import generator, write_text
 from pahcl.models.classifier import encode_cycles
-from pahcl.studies.comparison import _draw_run_weights
+from pahcl.studies.paired_tests import _draw_run_weights
 from pahcl.core.config import load_config
 from pahcl.evaluation.evaluator import open_model, open_split
 from pahcl.training.finetuning import finetune

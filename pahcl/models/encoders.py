@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..core.basics import (
-    get_logger, load_extensions, PahclError, read_json, require_path)
+from ..core.basics import get_logger, load_extensions, PahclError, read_json, require_path
 from ..core.config import explain_error, ModelSection
 from .convolutions import ConvNeXtStage, ConvStack, MaskedConvolution, ResidualBlock
 from .encoder_base import Encoder, load_weights, register_encoder, _registered_encoder

@@ -177,7 +177,7 @@ def finished(self: Run): return self.state == 'finished'
 
 @patch
 def metrics(self: Run) -> dict:
-    "What a finished run found, of `final_metrics.json`."
+    "Read what a finished run found, `final_metrics.json`."
     return read_json(self.folder/'final_metrics.json')
 
 # %% ../../nbs/training/runs.ipynb #cell28

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pahcl.core.basics import PahclError
 from pahcl.evaluation.decisions import Decisions
-from pahcl.studies.comparison import _paired_scores
+from pahcl.studies.paired_tests import _paired_scores
 from pahcl.core.config import _validate_config
 from pahcl.evaluation.scoring import Evaluation
 from pahcl.core.metrics import (

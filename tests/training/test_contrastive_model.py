@@ -14,7 +14,9 @@ from pahcl.training.contrastive_model import ContrastiveModel
 import pahcl.models.pooling as pooling
 from pahcl.models.encoders import build_encoder
 from pahcl.training.runs import Run
-from pahcl.training.trainer import _group_batches, _parameter_groups, _split_batch, Trainer
+from pahcl.training.batches import _group_batches, _split_batch
+from pahcl.training.schedule import _parameter_groups
+from pahcl.training.trainer import Trainer
 
 N, T, K = 13, 400, 4
 
