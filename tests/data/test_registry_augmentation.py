@@ -1,6 +1,6 @@
 "An augmentation from outside is one class, and no list of the package is touched"
 import pytest, torch
-import pahcl.core.config as config
+import pahcl.core.config_sections as config
 import pahcl.data.augmentation as views
 from pahcl.core.basics import PahclError
 from pahcl.core.config import load_config, _to_yaml
