@@ -63,7 +63,7 @@ def _beat_clipped_shares(
     edges,           # [beats, 2] first sample, and the one after the last
 ) -> np.ndarray:     # [beats] share of samples at the limit of a clipped recording
     "Measure how much of each beat is cut off."
-    from pahcl.data.signal import clipped_fraction
+    from pahcl.data.quality import clipped_fraction
     if not len(edges) or not clipped_fraction(signal): return np.zeros(len(edges))
     size = np.abs(signal)
     limit = np.r_[0, np.cumsum(size >= size.max()*(1-1e-4))]

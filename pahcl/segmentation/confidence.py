@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.basics import generator
-from ..data.signal import coloured_noise, speech_noise
+from ..data.noise import coloured_noise, speech_noise
 from .segmenter import _frame_features, FRAME_RATE, segment_features, _states_at
 
 # %% ../../nbs/segmentation/confidence.ipynb #cell8

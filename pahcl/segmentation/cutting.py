@@ -71,7 +71,8 @@ def _find_beats(
 ) -> _SegmentedRecording:
     "Read a recording and find its beats."
     from pahcl.data.recordings import read_annotation
-    from pahcl.data.signal import bandpass, quality_index, read_recording
+    from pahcl.data.quality import quality_index
+    from pahcl.data.signal import bandpass, read_recording
     from pahcl.segmentation.segmenter import _frame_features, HEARTBEAT_THRESHOLD, segment_features
     signal, rate = read_recording(row['path'])
     heard, features = bandpass(signal, rate, *settings.band_hz), _frame_features(signal, rate)

@@ -1,6 +1,7 @@
 """What is added from outside: an encoder or an augmentation is one class, and no list of the
 package is touched
 """
+from unittest import mock
 import os, subprocess, sys, textwrap
 import pytest, torch, torch.nn.functional as F
 import pahcl.core.config as config
@@ -20,9 +21,9 @@ from pahcl.data.random_numbers import sample_keys
 def forget(monkeypatch):
     "What a test registers is gone after it."
     monkeypatch.setattr(encoder, 'ENCODERS', dict(encoder.ENCODERS))
-    monkeypatch.setattr(views, 'AUGMENTATIONS', dict(views.AUGMENTATIONS))
     monkeypatch.setattr(config, '_REGISTERED_KEYS',
                         {k: dict(v) for k, v in config._REGISTERED_KEYS.items()})
+    with mock.patch.dict(views.AUGMENTATIONS): yield
 
 def add_tcn(name='tcn_small'):
     @register_encoder(name, channels=8, dilations=[1, 4], mix=0.5, norm=None)

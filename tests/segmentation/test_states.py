@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 from pahcl.core.basics import PahclError
 from pahcl.data.heart_sounds import simulate_recording
-from pahcl.data.signal import speech_noise
+from pahcl.data.noise import speech_noise
 from pahcl.segmentation.left_out_scores import _held_out_groups, _score_held_out, _score_recordings
 from pahcl.segmentation.confidence import (
     _confidence_and_truth, _confidence_reliability, _match_beats)
