@@ -1,13 +1,15 @@
 """A training step of cnn_mamba against the same network with the sliced loop, and all encoders:
 python benchmarks/encoders.py [--quick] [--one-thread]
 """
-import pahcl.models.layers
 import os, sys, time
 import torch
 from torch.utils.benchmark import Timer
 from loops import sliced
 import pahcl.models.selective_scan as scan
-from pahcl.models.encoders import build_encoder, ENCODERS
+from pahcl.models.encoder_base import ENCODERS
+from pahcl.models.encoders import build_encoder
+from pahcl.models.mamba_block import MambaBlock
+from pahcl.models.scan_reference import _to_common_precision
 from pahcl.encoder import _encoder_cost
 
 B, T = 32, 4000
@@ -15,9 +17,9 @@ B, T = 32, 4000
 def use_loop(encoder, wanted):
     "Let every Mamba block use the sliced loop, or what it used before."
     scan._BACKENDS['sliced'] = lambda u, delta, A, B, C, D, z, bias, softplus: (
-        sliced(*scan._to_common_precision(u, delta, A, B, C, D, z, bias)), None)
+        sliced(*_to_common_precision(u, delta, A, B, C, D, z, bias)), None)
     for m in encoder.modules():
-        if isinstance(m, pahcl.models.layers.MambaBlock): m.backend = 'sliced' if wanted else 'auto'
+        if isinstance(m, MambaBlock): m.backend = 'sliced' if wanted else 'auto'
 
 def step(encoder, optimiser, x, length, half):
     optimiser.zero_grad()

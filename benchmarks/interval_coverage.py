@@ -17,7 +17,8 @@ import numpy as np, pandas as pd
 from pahcl.core.basics import generator, write_text
 from pahcl.core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)
-from pahcl.evaluation.statistics import bootstrap_scores, _count_class_persons
+from pahcl.evaluation.coverage import _count_class_persons
+from pahcl.evaluation.statistics import bootstrap_scores
 
 # Classes as often as in the data; by how many standard deviations of an answer's error they differ
 # (AUROC of subjects 0.88, 0.73, 0.97, 0.88);

@@ -7,10 +7,10 @@ what they hold does not matter for time.
 """
 import os, sys, time
 import torch
-from pahcl.core.config import AugmentationSection, _ContrastSection
+from pahcl.core.config_sections import AugmentationSection, _ContrastSection
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.models.encoders import build_encoder
-from pahcl.training.trainer import _parameter_groups
+from pahcl.training.schedule import _parameter_groups
 from pahcl.data.augmentation import Augmenter
 from pahcl.data.random_numbers import sample_keys
 

@@ -23,14 +23,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from pahcl.core.basics import generator, write_text
 from pahcl.models.classifier import encode_cycles
-from pahcl.studies.comparison import _draw_run_weights
+from pahcl.studies.paired_tests import _draw_run_weights
 from pahcl.core.config import load_config
 from pahcl.evaluation.evaluator import open_model, open_split
 from pahcl.training.finetuning import finetune
 from pahcl.training.finetuning_data import _drop_inaudible_recordings, load_task_cycles
 from pahcl.training.finetuning_setup import build_starting_model
-from pahcl.data.loader import draw_few_shot_rows, sample_rows_per_group
-from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics, Predictions
+from pahcl.data.sampling import draw_few_shot_rows, sample_rows_per_group
+from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics
+from pahcl.core.predictions import Predictions
 from pahcl.training.pretraining import pretrain
 from pahcl.core.resampling import bootstrap_interval, number_persons, resampling_weights
 from pahcl.data.tasks import map_ids_to_persons

@@ -11,11 +11,12 @@ import argparse
 import numpy as np, pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 from pahcl.training.probe import fit_probe
-from pahcl.models.checkpoints import load_pretrained_encoder
+from pahcl.models.pretrained import load_pretrained_encoder
 from pahcl.models.classifier import encode_cycles
 from pahcl.data.loader import Cycles
-from pahcl.core.metrics import (
-    _aggregate_probabilities, classification_metrics, murmur_weighted_accuracy)
+from pahcl.core.aggregation import _aggregate_probabilities
+from pahcl.core.challenge_metrics import murmur_weighted_accuracy
+from pahcl.core.metrics import classification_metrics
 from pahcl.evaluation.spectrum_baseline import _cycle_statistics
 from pahcl.core.basics import read_table
 from pahcl.training.finetuning_data import _find_silent_places

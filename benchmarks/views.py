@@ -6,7 +6,7 @@ because batches are made by threads that do not wait for each other.
 """
 import os, sys, time
 import torch
-from pahcl.core.config import AugmentationSection
+from pahcl.core.config_sections import AugmentationSection
 from pahcl.data.augmentation import Augmenter
 from pahcl.data.distortions import (
     add_noise_at_snr, _apply_gain, _band_gain, draw_coloured_noise, mask_time, modulate_loudness,

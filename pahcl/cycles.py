@@ -7,9 +7,10 @@ __all__ = ['pahcl_preprocess', 'pahcl_score_states']
 
 # %% ../nbs/01_cycle_segmentation.ipynb #cell2
 import lazy_loader as lazy
-from .core.basics import console_script
 
-# %% ../nbs/01_cycle_segmentation.ipynb #cell14
+from .core.scripts import console_script
+
+# %% ../nbs/01_cycle_segmentation.ipynb #cell20
 # what a user calls lives in the rooms; the command line is parsed before any of them is read
 __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'segmentation.preprocessing': ['preprocess'],
@@ -17,7 +18,7 @@ __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'segmentation.scoring': ['score_states'],
 })
 
-# %% ../nbs/01_cycle_segmentation.ipynb #cell15
+# %% ../nbs/01_cycle_segmentation.ipynb #cell21
 @console_script
 def pahcl_preprocess(
     raw_dir: str = 'data/raw',            # folder of all raw data
@@ -38,13 +39,14 @@ def pahcl_preprocess(
     figures: int = 0,
 ):
     "Cut recordings into heart cycles; run again to go on where it stopped."
-    from pahcl.segmentation.preprocessing import format_summary, preprocess
+    from pahcl.segmentation.beat_counts import format_summary
+    from pahcl.segmentation.preprocessing import preprocess
     stats = preprocess(raw_dir, output_dir, dataset, states, num_workers, sample_rate,
                        target_length, length_mode, skip_broken, scheduler=scheduler,
                        states_dir=states_dir, figures=figures, keep_withdrawn=keep_withdrawn)
     print(format_summary(stats, output_dir))
 
-# %% ../nbs/01_cycle_segmentation.ipynb #cell16
+# %% ../nbs/01_cycle_segmentation.ipynb #cell22
 @console_script
 def pahcl_score_states(
     pred_dir: str,    # folder of predicted states, a <recording>.tsv each (start, end, state)
@@ -64,7 +66,7 @@ def pahcl_score_states(
     """Score heart states: S1 and S2 onsets within 60 and 100 ms, and states in time, in annotated
     stretches only.
     """
-    from pahcl.segmentation.scoring import (
+    from pahcl.segmentation.folder_scoring import (
         format_report, score_folders_in_groups, write_score_report)
     names = [c for c in columns.split(',') if c]
     table, each = score_folders_in_groups(pred_dir, truth_dir, groups, names,

@@ -9,7 +9,7 @@ __all__ = ['pahcl_download', 'pahcl_simulate']
 import lazy_loader as lazy
 from pathlib import Path
 
-from .core.basics import console_script
+from .core.scripts import console_script
 
 # %% ../nbs/00_data_download.ipynb #cell16
 # what a user calls lives in the rooms; the command line is parsed before any of them is read

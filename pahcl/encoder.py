@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .models.layers import count_frames, MambaBlock
+from .models.mamba_block import MambaBlock
+from .models.masked_layers import count_frames
 
 # %% ../nbs/03_encoder.ipynb #cell10
 # what a user calls lives in the rooms; the command line is parsed before any of them is read
@@ -19,30 +20,32 @@ __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'models.encoders': ['build_encoder', 'from_pretrained', 'Encoder', 'register_encoder'],
 })
 
-# %% ../nbs/03_encoder.ipynb #cell13
+# %% ../nbs/03_encoder.ipynb #cell14
 def _scan_operations(
     L: int,   # frames
     D: int,   # inner channels, `expand` · `d_model`
     N: int,   # numbers of state a channel
 ) -> int:
-    "Floating-point operations of one cycle's selective scan, forwards."
+    "Count the floating-point operations of one cycle's selective scan, forwards."
     return L*D*(7*N+3)
 
+# %% ../nbs/03_encoder.ipynb #cell15
 def _uncounted_operations(
     model,    # an encoder
     L: int,   # frames of its sequence
 ):            # (of scans, of LSTMs)
-    "Floating-point operations that PyTorch's counter does not see."
+    "Count the floating-point operations that PyTorch's counter does not see."
     scans = sum(_scan_operations(L, m.d_inner, m.d_state) for m in model.modules()
                 if isinstance(m, MambaBlock))
     return scans, sum(2*L*4*m.hidden_size*(m.input_size+m.hidden_size) for m in model.modules()
                       if isinstance(m, nn.LSTM))
 
+# %% ../nbs/03_encoder.ipynb #cell16
 def _encoder_cost(
-    model,    # an encoder
+    model,    # an `Encoder`, set to evaluation mode
     T=4000,   # samples of a cycle
 ) -> dict:    # parameters, operations (scan included), scan (its part), features, frames
-    "What one cycle costs, counted rather than timed."
+    "Count what one cycle costs."
     x, fast = torch.zeros(1, 1, T), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
     try:

@@ -9,9 +9,10 @@ __all__ = ['pahcl_evaluate', 'pahcl_ensemble', 'pahcl_summarize', 'pahcl_downstr
 import lazy_loader as lazy
 from fastcore.script import Param
 
-from .core.basics import console_script, require_flags, UsageError
+from .core.basics import UsageError
+from .core.scripts import console_script, require_flags
 
-# %% ../nbs/06_eval.ipynb #cell13
+# %% ../nbs/06_eval.ipynb #cell15
 # what a user calls lives in the rooms; the command line is parsed before any of them is read
 __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'evaluation.evaluator': ['evaluate'],
@@ -22,7 +23,7 @@ __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'studies.cross_validation': ['cross_validate'],
 })
 
-# %% ../nbs/06_eval.ipynb #cell16
+# %% ../nbs/06_eval.ipynb #cell17
 @console_script
 def pahcl_evaluate(
     # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt
@@ -51,9 +52,7 @@ def pahcl_evaluate(
     """Evaluate a fine-tuned checkpoint: scores of cycles, recordings and subjects with intervals,
     figures and a report.
     """
-    from pahcl.evaluation.evaluator import evaluate
     require_flags(checkpoint=checkpoint, task=task)
-    from pahcl.evaluation.subject_rules import VALIDATION_RULES
     from pahcl.evaluation.scoring import Evaluation
     if cross_validate is not None:
         if robustness or split != 'test':
@@ -63,18 +62,21 @@ def pahcl_evaluate(
         results = validate(checkpoint, task, cross_validate, data_dir, output_dir, rule,
                            subject_rule, threshold=threshold, raw_dir=raw_dir)
         return print(Evaluation(results).summary())
+    from pahcl.evaluation.evaluator import evaluate
     results = evaluate(checkpoint, task, data_dir, split, output_dir, batch_size, rule,
                        subject_rule, threshold=threshold, raw_dir=raw_dir)
     print(Evaluation(results).summary())
     if robustness:
-        from pahcl.studies.robustness import evaluate_robustness as more
-        fixed = None if subject_rule in (*VALIDATION_RULES, 'model') else subject_rule
+        from pahcl.evaluation.subject_rules import VALIDATION_RULES
+        from pahcl.studies.robustness import evaluate_robustness
+        fixed_rule = None if subject_rule in (*VALIDATION_RULES, 'model') else subject_rule
         if subject_rule in VALIDATION_RULES or threshold != 'argmax':
             print('Robustness is of the most probable class, without --threshold, '
                   'and without a rule that was chosen or learnt on val.')
-        more(checkpoint, task, data_dir, split, output_dir, batch_size, rule, fixed)
+        evaluate_robustness(checkpoint, task, data_dir, split, output_dir, batch_size, rule,
+                            fixed_rule)
 
-# %% ../nbs/06_eval.ipynb #cell19
+# %% ../nbs/06_eval.ipynb #cell22
 @console_script
 def pahcl_ensemble(
     # needed: pattern of the members in quotes, e.g.
@@ -96,20 +98,20 @@ def pahcl_ensemble(
     """Evaluate the mean of several fine-tuned checkpoints, and how far they disagree about each
     subject.
     """
-    from pahcl.studies.ensemble import ensemble
     require_flags(checkpoints=checkpoints, task=task)
+    from pahcl.evaluation.scoring import Evaluation
+    from pahcl.studies.ensemble import ensemble
     results = ensemble(checkpoints, task, data_dir, split, output_dir, batch_size,
                        subject_rule=subject_rule, weighted=weighted, raw_dir=raw_dir)
-    from pahcl.evaluation.scoring import Evaluation
     print(Evaluation(results).summary())
     if weighted:
-        print('Weights: '
-              + ', '.join(f'{m["checkpoint"]} {m["weight"]:.3f}' for m in results['members']))
+        weights = (f'{m["checkpoint"]} {m["weight"]:.3f}' for m in results['members'])
+        print('Weights: '+', '.join(weights))
     agree, bits = results['agreement']['all_agree'], results['agreement']['mean_mutual_information']
     print(f'{len(results["checkpoints"])} members, all agree about {agree:.0%} of the subjects; '
           f'mutual information {bits:.3f} bits.')
 
-# %% ../nbs/06_eval.ipynb #cell22
+# %% ../nbs/06_eval.ipynb #cell26
 @console_script
 def pahcl_summarize(
         output_dir: str = 'outputs',  # folder of all runs
@@ -120,15 +122,15 @@ def pahcl_summarize(
     """Print a table of every experiment (accuracy, F1, AUROC on the test split) and write
     summary.csv, .md, .tex and .html.
     """
-    from pahcl.studies.summary import compare_experiments, summarize
+    from pahcl.studies.summary import summarize
+    from pahcl.studies.comparison import compare_experiments
     if compare: compare_experiments(*compare, output_dir=output_dir, split=split)
     else: summarize(output_dir)
 
-# %% ../nbs/06_eval.ipynb #cell26
+# %% ../nbs/06_eval.ipynb #cell32
 _STAGE_HELP = ('all, prepare, train TASK [MODE], train-all [MODE] or summarize; MODE is finetune, '
                'linear, fewshot or fewshot1')
 
-# %% ../nbs/06_eval.ipynb #cell27
 @console_script
 def pahcl_downstream(
     stage: Param(_STAGE_HELP, str, opt=False, nargs='*') = None,
@@ -163,14 +165,15 @@ def pahcl_downstream(
     """Run all stages, or some: download, preprocess, prepare, pretrain, fine-tune, evaluate,
     summarize.
     """
+    # of the parameters: nothing may be imported before this line
+    given = {flag: value for flag, value in locals().items()
+             if flag not in ('stage', 'demo', 'dry_run') and value is not None}
     from pahcl.core.pipeline import PipelineSettings
     from pahcl.studies.downstream import demo_settings, run_downstream
-    given = {k: v for k, v in locals().items()
-             if k not in ('stage', 'demo', 'dry_run') and v is not None}
-    run_downstream(stage or ['all'],
-                   demo_settings(**given) if demo else PipelineSettings(**given), dry_run)
+    settings = demo_settings(**given) if demo else PipelineSettings(**given)
+    run_downstream(stage or ['all'], settings, dry_run)
 
-# %% ../nbs/06_eval.ipynb #cell28
+# %% ../nbs/06_eval.ipynb #cell37
 @console_script
 def pahcl_represent(
     checkpoint: str = None,  # needed: checkpoint of pahcl_pretrain or pahcl_finetune, or packaged
@@ -189,14 +192,13 @@ def pahcl_represent(
     """What a checkpoint's features hold: t-SNE, neighbours, a linear probe, anomaly detection from
     normal cycles, and saliency.
     """
-    from pahcl.studies.representation import describe_representation, represent
-    from pahcl.core.basics import require_flags
     require_flags(checkpoint=checkpoint, task=task)
-    given = (task, data_dir, split, output_dir, processed_dir, cycles_per_recording, points,
-             batch_size)
-    print(describe_representation(represent(checkpoint, *given, seed=seed)))
+    from pahcl.studies.representation import describe_representation, represent
+    results = represent(checkpoint, task, data_dir, split, output_dir, processed_dir,
+                        cycles_per_recording, points, batch_size, seed=seed)
+    print(describe_representation(results))
 
-# %% ../nbs/06_eval.ipynb #cell30
+# %% ../nbs/06_eval.ipynb #cell42
 @console_script
 def pahcl_ablation(
     # what to train: a path, or the name of a packaged file (ablation, small_ablation)
@@ -212,8 +214,11 @@ def pahcl_ablation(
     dry_run: bool = False,       # print what would be trained
 ):
     "Train the variants of an ablation and write one table with intervals over seeds and persons."
-    from pahcl.studies.ablation import parse_list, run_ablation
-    numbers, folders = (parse_list(seeds, int, '--seeds'),
-                        dict(raw_dir=raw_dir, processed_dir=processed_dir, data_dir=data_dir))
-    run_ablation(config, output_dir, jobs, dry_run, tasks=parse_list(tasks), seeds=numbers,
-                 **folders)
+    from pahcl.studies.ablation import run_ablation
+    def split_list(text): return text and [t.strip() for t in text.split(',') if t.strip()]
+    try: numbers = seeds and [int(s) for s in split_list(seeds)]
+    except ValueError:
+        raise UsageError(
+            f'--seeds is {seeds}; whole numbers separated by commas are expected.') from None
+    run_ablation(config, output_dir, jobs, dry_run, tasks=split_list(tasks), seeds=numbers,
+                 raw_dir=raw_dir, processed_dir=processed_dir, data_dir=data_dir)

@@ -9,7 +9,7 @@ __all__ = ['pahcl_finetune']
 import lazy_loader as lazy
 from pathlib import Path
 
-from .core.basics import console_script
+from .core.scripts import console_script
 
 # %% ../nbs/05_finetune.ipynb #cell11
 # what a user calls lives in the rooms; the command line is parsed before any of them is read

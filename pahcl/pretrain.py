@@ -7,7 +7,7 @@ __all__ = ['pahcl_pretrain']
 
 # %% ../nbs/04_pretrain.ipynb #cell2
 import lazy_loader as lazy
-from .core.basics import console_script
+from .core.scripts import console_script
 
 # %% ../nbs/04_pretrain.ipynb #cell11
 # what a user calls lives in the rooms; the command line is parsed before any of them is read

@@ -7,7 +7,7 @@ __all__ = ['pahcl_prepare']
 
 # %% ../nbs/02_downstream_splits.ipynb #cell2
 import lazy_loader as lazy
-from .core.basics import console_script
+from .core.scripts import console_script
 
 # %% ../nbs/02_downstream_splits.ipynb #cell14
 # what a user calls lives in the rooms; the command line is parsed before any of them is read

@@ -19,6 +19,7 @@ from queue import Queue
 from typing import Callable
 
 from .basics import get_logger, PahclError, report_error, UsageError
+from .scripts import load_extensions
 
 # %% ../../nbs/core/jobs.ipynb #cell7
 def _visible_gpus() -> list:   # their names for `CUDA_VISIBLE_DEVICES`, e.g. ['0', '1']
@@ -103,7 +104,9 @@ def _run_child(
     """Call a function as the body of a process; what the user can act on is one sentence on
     standard error.
     """
-    try: resolve_name(function)(**json.loads(arguments))
+    try:
+        load_extensions()
+        resolve_name(function)(**json.loads(arguments))
     except (PahclError, KeyboardInterrupt) as e: sys.exit(report_error('pahcl_job', e))
 
 def _child_program(

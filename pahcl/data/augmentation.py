@@ -28,7 +28,7 @@ def _join_filters(
 class Augmenter:
     "Random views of cycles; each sample's draws are a function of (seed, its key)."
     def __init__(self,
-        config,              # any object with the fields of `pahcl.core.config.AugmentationSection`
+        config,              # any object with the fields of `AugmentationSection`
         # Hz; the pass-band of the preprocessing: what has a frequency stays inside
         band=(25.0, 400.0),
     ):

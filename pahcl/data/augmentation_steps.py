@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from pydantic import Field
 
 from ..core.basics import PahclError
-from ..core.config import AugmentationSection, register_keys
+from ..core.config_sections import AugmentationSection, register_keys
 from .distortions import (
     add_noise_at_snr, _apply_gain, _band_gain, draw_coloured_noise, mask_time, modulate_loudness,
     _notch_gain, warp_cycles)
@@ -91,7 +91,7 @@ class Augmentation:
     changes_sound = True   # False: standardised cycles stay standardised
 
     def __init__(self,
-        config,   # any object with the fields of `pahcl.core.config.AugmentationSection`
+        config,   # any object with the fields of `AugmentationSection`
         band,     # (low, high) Hz: where there is sound
     ): self.config, self.band, self.limits = config, band, {}
 

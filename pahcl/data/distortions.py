@@ -96,7 +96,7 @@ def draw_coloured_noise(
     # Hz; frequencies that hold noise (the pass-band of `pahcl.data.signal.bandpass`)
     band=(25.0, 400.0),
 ):                           # [B, T] float32
-    "Draw Gaussian noise of each sample's own colour, limited to the pass-band; its level is arbitrary."
+    "Draw Gaussian noise of each sample's own colour, in the pass-band; its level is arbitrary."
     low = max(1, math.ceil(band[0]*T/sample_rate))
     high = min(T//2, math.floor(band[1]*T/sample_rate))
     bins = torch.arange(low, high+1, device=colour.device)

@@ -161,7 +161,7 @@ def homomorphic_envelope(
 # %% ../../nbs/data/signal.ipynb #17820123
 @lru_cache(maxsize=16)
 def _dft_matrices(window, sample_rate, bands):
-    """Return cos and sin [2, window, lines] of a Hann-windowed DFT, and which line belongs to which band
+    """Return cos, sin [2, window, lines] of a Hann-windowed DFT, and which line belongs to which band
     [lines, bands]
     """
     # twice as many lines as needed: narrow bands hold several

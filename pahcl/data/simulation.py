@@ -71,7 +71,8 @@ def _make_circor_row(patient, murmur, outcome, locations, audible, sound, additi
             'Pregnancy status': 'False',
             'Murmur': murmur, 'Outcome': outcome, 'Campaign': 'CC2015', 'Additional ID': additional}
     if audible:
-        row |= {'Murmur locations': '+'.join(sorted(set(audible))), 'Most audible location': audible[0],
+        row |= {'Murmur locations': '+'.join(sorted(set(audible))),
+                'Most audible location': audible[0],
                 'Systolic murmur grading': f'{"I"*sound.grade}/VI'}
         row |= {f'Systolic murmur {what}': getattr(sound, what).capitalize()
                 for what in ('timing', 'shape', 'pitch')}
@@ -271,7 +272,8 @@ def _read_simulation_settings(
         raise PahclError(f'{folder} holds files that were not simulated, e.g. {foreign[0]}. '
                          f'{remedy}')
     return (marker['settings']
-            if set(marker['files']) <= set(files) and marker.get('layout') == _LAYOUT_VERSION else {})
+            if set(marker['files']) <= set(files)
+            and marker.get('layout') == _LAYOUT_VERSION else {})
 
 # %% ../../nbs/data/simulation.ipynb #8646687b
 def simulate_dataset(

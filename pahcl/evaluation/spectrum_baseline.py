@@ -10,6 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.fft import rfft
+
+from ..data.loader import Cycles
+from ..data.sampling import split_into_batches
+from ..training.finetuning_data import cache_features
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell7
 _MEL_BANDS = 32
@@ -18,13 +23,13 @@ _FRAME_S, _HOP_S = 0.0512, 0.0128   # about half a heart sound; at 5000 Hz 256 s
 def _frame_samples(
     sample_rate,   # Hz
 ) -> int:          # even
-    "Samples of a frame."
+    "Return the samples of a frame."
     return 2*round(_FRAME_S*sample_rate/2)
 
 def _hop_samples(
     sample_rate,   # Hz
 ) -> int:
-    "Samples from one frame to the next."
+    "Return the samples from one frame to the next."
     return round(_HOP_S*sample_rate)
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell8
@@ -32,19 +37,19 @@ def _mel_bank(
     sample_rate,         # Hz
     points: int,         # of the Fourier transform
     band: tuple,         # Hz, what the bands divide
-) -> np.ndarray:         # [BANDS, points/2 + 1]
-    "The triangles that make mel bands of a spectrum."
+) -> np.ndarray:         # [bands, points/2 + 1]
+    "Return the triangular filters that make mel bands of a spectrum."
     import librosa
     about = dict(sr=sample_rate, n_fft=points, n_mels=_MEL_BANDS, fmin=band[0], fmax=band[1])
     return librosa.filters.mel(**about)
 
+# %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell9
 def _log_mel_spectrum(
     x,                  # [n, T], cycles of zero mean and unit variance, zeros in the padding
     sample_rate,        # Hz
     band=(25., 400.),   # Hz, what the bands divide
-) -> np.ndarray:        # [n, frames, BANDS] float32, log of power; frame i is centred at i·hop
-    "The spectrum of each frame of some cycles in mel bands."
-    from scipy.fft import rfft
+) -> np.ndarray:        # [n, frames, bands] float32, log of power; frame i is centred at i·hop
+    "Compute the log-mel spectrum of each frame of some cycles."
     frame, hop = _frame_samples(sample_rate), _hop_samples(sample_rate)
     points = 2**int(np.ceil(np.log2(2*frame)))
     bank = _mel_bank(sample_rate, points, band)
@@ -55,12 +60,12 @@ def _log_mel_spectrum(
     power = spectrum.real**2+spectrum.imag**2
     return np.log(power@bank[:, low:high].T.astype(np.float32)+np.float32(1e-6))
 
-# %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell13
+# %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell14
 def _state_statistics(
     levels,        # of `_log_mel_spectrum` [n, frames, bands]
     states,        # of each frame: 1 S1, 2 systole, 3 S2, 4 diastole, 0 padding [n, frames]
 ) -> np.ndarray:   # [n, 8·bands]: means of S1 … diastole, then deviations; NaN without a frame
-    "How loud each band is in each state, and how unevenly."
+    "Compute mean and standard deviation of each band in each state."
     def of_state(state):
         mask = (states == state)[..., None].astype(np.float32)
         count = mask.sum(1)
@@ -69,29 +74,28 @@ def _state_statistics(
     means, deviations = zip(*(of_state(s) for s in (1, 2, 3, 4)))
     return np.concatenate([*means, *deviations], axis=1).astype(np.float32)
 
-# %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell18
+# %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell19
 def _cycle_statistics(
-    cycles,           # a `pahcl.data.loader.Cycles`
+    cycles: Cycles,
     batch_size=512,   # only speed and memory depend on it
-) -> np.ndarray:      # [n, 8·BANDS], see `_state_statistics`
-    "The statistics of every cycle."
-    from pahcl.data.loader import split_into_batches
-    rate, band = (cycles.settings.get(k) or v
-                  for k, v in (('sample_rate', 5000), ('band_hz', (25., 400.))))
+) -> np.ndarray:      # [n, 8·bands], see `_state_statistics`
+    "Compute the statistics of every cycle."
+    rate = cycles.settings.get('sample_rate') or 5000
+    band = cycles.settings.get('band_hz') or (25., 400.)
     hop = _hop_samples(rate)
-    def of(batch):
+    def compute(batch):
         levels = _log_mel_spectrum(batch['x'][:, 0].numpy(), rate, band)
         return _state_statistics(levels, batch['phases'][:, ::hop].numpy())
-    parts = [of(cycles.batch(rows))
+    parts = [compute(cycles.batch(rows))
              for rows in split_into_batches(np.arange(len(cycles)), batch_size)]
     return np.concatenate(parts) if parts else np.zeros((0, 8*_MEL_BANDS), np.float32)
 
+# %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell20
 def _recording_statistics(
-    cycles,   # a `pahcl.data.loader.Cycles`
+    cycles: Cycles,
     folder,   # of the cache
-):            # DataFrame [recordings, 8·BANDS] by subject and recording id
-    "Mean statistics of each recording's cycles, computed if they are not in the cache."
-    from pahcl.training.finetuning_data import cache_features
+):            # DataFrame [recordings, 8·bands] by subject and recording id
+    "Return the mean statistics of each recording's cycles, from the cache where they are in it."
     path = Path(folder)/f'log_mel-{_MEL_BANDS}-{_FRAME_S}-{_HOP_S}-{cycles.fingerprint()}.npy'
     groups = [cycles.table[c].astype(str).to_numpy() for c in ('subject_id', 'recording_id')]
     index = pd.MultiIndex.from_arrays(groups).unique().sort_values()
@@ -102,12 +106,12 @@ def _recording_statistics(
     except OSError: pass                 # a data folder that cannot be written
     return means.set_axis(index)
 
+# %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell21
 def spectrum_features(
     folder,   # of a prepared task
-):            # DataFrame [subjects, 8·BANDS] by subject id
-    "The log-mel statistics of everybody in a task: means over recordings."
-    from pahcl.data.loader import Cycles
-    of = lambda split: _recording_statistics(Cycles.from_task(folder, split),
-                                             Path(folder)/'.features')
-    splits = [of(split) for split in ('train', 'val', 'test')]
+):            # DataFrame [subjects, 8·bands] by subject id
+    "Return the log-mel statistics of every subject of a task: means over recordings."
+    cache = Path(folder)/'.features'
+    read = lambda split: _recording_statistics(Cycles.from_task(folder, split), cache)
+    splits = [read(split) for split in ('train', 'val', 'test')]
     return pd.concat(splits).groupby(level=0).mean()

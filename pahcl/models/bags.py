@@ -9,45 +9,45 @@ __all__ = ['GatedAttention']
 import torch
 from torch import nn
 
-# %% ../../nbs/models/bags.ipynb #cell7
+# %% ../../nbs/models/bags.ipynb #cell8
 class GatedAttention(nn.Module):
-    "How much each instance of a bag matters, before normalisation (Ilse et al. 2018, equation 9)."
+    "Score each instance of a bag, before normalisation (Ilse et al. 2018, equation 9)."
     def __init__(self,
         in_dim: int,       # of the features
         hidden_dim=64,     # of V and U; the paper has 128 for features of 512
     ):
         super().__init__()
-        self.value, self.gate, self.score = (nn.Linear(in_dim, hidden_dim),
-                                             nn.Linear(in_dim, hidden_dim),
-                                             nn.Linear(hidden_dim, 1, bias=False))
+        self.value, self.gate = nn.Linear(in_dim, hidden_dim), nn.Linear(in_dim, hidden_dim)
+        self.score = nn.Linear(hidden_dim, 1, bias=False)
 
     def forward(self,
         features,   # [n, in_dim]
     ):              # [n]
         return self.score(torch.tanh(self.value(features))*torch.sigmoid(self.gate(features)))[:, 0]
 
-# %% ../../nbs/models/bags.ipynb #cell9
+# %% ../../nbs/models/bags.ipynb #cell10
 def _sum_bags(
     values,   # [n, C]
     bag,      # the bag of each row [n], int64 from 0; none is empty
 ):            # [bags, C]
-    "The sum of each bag's rows."
+    "Sum the rows of each bag."
     return values.new_zeros(int(bag.max())+1, values.shape[1]).index_add(0, bag, values)
 
-# %% ../../nbs/models/bags.ipynb #cell10
+# %% ../../nbs/models/bags.ipynb #cell11
 def _average_bags(
-    values, bag,   # as in `_sum_bags`
-):                 # [bags, C]
-    "The mean of each bag's rows."
+    values,   # [n, C]
+    bag,      # the bag of each row [n], int64 from 0; none is empty
+):            # [bags, C]
+    "Average the rows of each bag."
     return _sum_bags(values, bag)/_sum_bags(torch.ones_like(values[:, :1]), bag)
 
-# %% ../../nbs/models/bags.ipynb #cell11
+# %% ../../nbs/models/bags.ipynb #cell12
 def _softmax_within_bags(
     scores,   # [n]
-    bag,      # as in `_sum_bags`
+    bag,      # the bag of each score [n], int64 from 0; none is empty
 ):            # [n], positive; those of a bag sum to 1
-    "A softmax within each bag."
-    highest = scores.new_full((int(bag.max())+1,),
-                              -torch.inf).scatter_reduce(0, bag, scores.detach(), 'amax')
+    "Apply a softmax within each bag."
+    lowest = scores.new_full((int(bag.max())+1,), -torch.inf)
+    highest = lowest.scatter_reduce(0, bag, scores.detach(), 'amax')
     weights = (scores-highest[bag]).exp()
     return weights/_sum_bags(weights[:, None], bag)[bag, 0]

@@ -16,12 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from ..core.basics import PahclError
 
-# %% ../../nbs/models/compiled_scan.ipynb #cell5
+# %% ../../nbs/models/compiled_scan.ipynb #cell7
 class _StridedTensor(ctypes.Structure):
     "A tensor as C sees it: address and strides."
     _fields_ = [('data', ctypes.c_void_p), ('s0', ctypes.c_int64), ('s1', ctypes.c_int64),
                 ('s2', ctypes.c_int64)]
 
+# %% ../../nbs/models/compiled_scan.ipynb #cell8
 _NUMBER_FIELDS = 'batch channels states length softplus threads bytes level groups'.split()
 _TENSOR_FIELDS = 'u delta A B C D z bias y last dy dlast du ddelta dA dB dC dD dz dbias'.split()
 _MEMORY_FIELDS = 'checkpoints partial_BC partial_A partial_d'.split()
@@ -32,23 +33,24 @@ class _ScanCall(ctypes.Structure):
                 *((n, _StridedTensor) for n in _TENSOR_FIELDS),
                 *((n, ctypes.c_void_p) for n in _MEMORY_FIELDS)]
 
-# %% ../../nbs/models/compiled_scan.ipynb #cell7
+# %% ../../nbs/models/compiled_scan.ipynb #cell10
 def _open_library(
     path,  # of the compiled file
-):         # it, ready to be called
+):         # the library, ready to be called
     "Load the compiled file; an `OSError` says why it cannot be used."
-    found = ctypes.CDLL(path)
+    library = ctypes.CDLL(path)
     for name in ('size', 'levels', 'forked', 'openmp', 'forward', 'backward', 'list'):
-        if not hasattr(found, f'pahcl_{name}'): raise OSError(f'{path} has no pahcl_{name}')
-        getattr(found, f'pahcl_{name}').restype = ctypes.c_int64
-    if found.pahcl_size() != ctypes.sizeof(_ScanCall):
+        if not hasattr(library, f'pahcl_{name}'): raise OSError(f'{path} has no pahcl_{name}')
+        getattr(library, f'pahcl_{name}').restype = ctypes.c_int64
+    if library.pahcl_size() != ctypes.sizeof(_ScanCall):
         raise OSError(f'{path} was compiled from another version')
     for name in ('forward', 'backward'):
-        getattr(found, f'pahcl_{name}').argtypes = [ctypes.POINTER(_ScanCall)]
-    found.pahcl_list.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64,
+        getattr(library, f'pahcl_{name}').argtypes = [ctypes.POINTER(_ScanCall)]
+    library.pahcl_list.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64,
                                  ctypes.c_int64, ctypes.c_int64]
-    return found
+    return library
 
+# %% ../../nbs/models/compiled_scan.ipynb #cell11
 _SLOWER_NOTE = ('On a CPU the scan takes about seven times as long, '
           'a training step of a Mamba encoder about twice.')   # one core, float32, batches of 16
 
@@ -60,21 +62,21 @@ def _find_library():  # (the compiled scan or None, why it is missing and what t
         if where is None: raise OSError('it was not compiled when pahcl was installed')
         return _open_library(where.origin), ''
     except OSError as e:
-        told = f'WARNING: no compiled selective scan ({e}): falling back to the torch backend.'
-        return None, f'{told} {_SLOWER_NOTE} Install a C compiler and then pahcl again.'
+        warning = f'WARNING: no compiled selective scan ({e}): falling back to the torch backend.'
+        return None, f'{warning} {_SLOWER_NOTE} Install a C compiler and then pahcl again.'
 
 def _compiled_library():
-    "The compiled scan, or None."
+    "Return the compiled scan, or None."
     return _find_library()[0]
 
-# %% ../../nbs/models/compiled_scan.ipynb #cell8
+# %% ../../nbs/models/compiled_scan.ipynb #cell12
 _INSTRUCTION_SETS = {1: 'baseline', 2: 'AVX2', 3: 'AVX-512'}
 
 def _have_compiled() -> bool:
-    "Whether the scan in C can be called here."
+    "Tell whether the scan in C can be called here."
     return _compiled_library() is not None
 
-# %% ../../nbs/models/compiled_scan.ipynb #cell10
+# %% ../../nbs/models/compiled_scan.ipynb #cell14
 _ELEMENTARY_FUNCTIONS = ('exp', 'softplus', 'logistic')
 
 def _apply_elementary(
@@ -82,23 +84,24 @@ def _apply_elementary(
     x,        # float32 or float64 tensor
     level=0,  # highest instruction set, see `_INSTRUCTION_SETS`; 0: the best of this processor
 ):            # of the same shape and type
-    "The functions that the scan in C is built on."
+    "Apply one of the functions that the scan in C is built on."
     x = x.contiguous()
     y = torch.empty_like(x)
     _compiled_library().pahcl_list(_ELEMENTARY_FUNCTIONS.index(name), x.data_ptr(), y.data_ptr(),
                                    x.numel(), x.element_size(), level)
     return y
 
-# %% ../../nbs/models/compiled_scan.ipynb #cell15
+# %% ../../nbs/models/compiled_scan.ipynb #cell19
 def _to_strided(
     t,   # a tensor of up to 3 dimensions, or None
 ):
-    "A tensor as C sees it."
-    return _StridedTensor(None, 0, 0, 0) if t is None else _StridedTensor(t.data_ptr(), *t.stride(),
-                                                                          *[0]*(3-t.dim()))
+    "Describe a tensor as C sees it."
+    if t is None: return _StridedTensor(None, 0, 0, 0)
+    return _StridedTensor(t.data_ptr(), *t.stride(), *[0]*(3-t.dim()))
 
+# %% ../../nbs/models/compiled_scan.ipynb #cell20
 class _WorkSizes(NamedTuple):
-    "Into how many pieces the C file cuts the work."
+    "The pieces into which the C file cuts the work."
     batch: int    # sequences
     blocks: int   # of channels
     chunks: int   # of steps
@@ -115,14 +118,17 @@ def _work_sizes(
     blocks, chunks = -(-u.shape[1]//lanes), -(-u.shape[2]//steps)
     return _WorkSizes(u.shape[0], blocks, chunks, A.shape[1], lanes, steps)
 
+# %% ../../nbs/models/compiled_scan.ipynb #cell21
 def _channel_groups(
     u,       # [B, D, L]
 ) -> int:
-    """Into how many groups the backward pass puts a sequence's blocks of channels: work for 64
-    threads at least where there are so many blocks, else little to add up.
+    """Count the groups into which the backward pass puts a sequence's blocks of channels.
+
+    Work for 64 threads at least where there are so many blocks, else little to add up.
     """
     return min(-(-u.shape[1]//(128//u.element_size())), -(-64//u.shape[0]))
 
+# %% ../../nbs/models/compiled_scan.ipynb #cell22
 def _call_library(
     which,           # 'forward' or 'backward'
     softplus, level, # see `_CompiledScan`
@@ -139,7 +145,7 @@ def _call_library(
         raise MemoryError(
             f'selective scan: no memory for the {which} pass. Use a smaller --batch-size.')
 
-# %% ../../nbs/models/compiled_scan.ipynb #cell17
+# %% ../../nbs/models/compiled_scan.ipynb #cell24
 class _CompiledScan(torch.autograd.Function):
     "The scan in C. All tensors on the CPU, in one type: float32 or float64. No second derivatives."
     @staticmethod
@@ -170,14 +176,14 @@ class _CompiledScan(torch.autograd.Function):
                       partial_d=u.new_empty(b, blocks, 2, lanes))
         return *(out['d'+k] for k in names), None, None, None
 
-# %% ../../nbs/models/compiled_scan.ipynb #cell18
+# %% ../../nbs/models/compiled_scan.ipynb #cell25
 def compiled_scan(
-    # as for `pahcl.models.selective_scan.selective_scan`; all of one type, float32 or float64
+    # as of `pahcl.models.selective_scan.selective_scan`; all of one type, float32 or float64
     u, delta, A, B, C, D=None, z=None, delta_bias=None,
     delta_softplus=False,  # delta goes through softplus (after the bias)
     level=0,  # highest instruction set, see `_INSTRUCTION_SETS`; 0: the best of this processor
 ):                         # (y [B, D, L], last state [B, D, N])
-    """The scan by the compiled library.
+    """Scan by the compiled library.
 
     Without it, or for tensors elsewhere than on the CPU, a `PahclError`.
     """

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from ..core.basics import PahclError, require_path
-from .layers import SincConv
+from .sinc_filters import SincConv
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell5
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell7
 class _InertObject:
     """Stands for an object of a class that is not known; keeps what the pickle gave it and does
     nothing.
@@ -38,13 +38,14 @@ class _InertObject:
     def extend(self, values): self.items.extend(values)
     def add(self, value): self.items.append(value)
 
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell8
 def _make_stub(
     module: str, name: str,  # as the pickle names it
-):                           # a class of its own, so that it can be said what was met
-    "An inert class in place of a class or function."
+):                           # a class with these names, for messages
+    "Make an inert class in place of a class or function."
     return type('Inert', (_InertObject,), dict(module=module, name=name))
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell7
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell10
 _SAFE_CONTAINERS = {('collections', 'OrderedDict'): collections.OrderedDict,
                     ('builtins', 'set'): set,
                     ('builtins', 'frozenset'): frozenset, ('torch', 'Size'): torch.Size,
@@ -54,6 +55,7 @@ _TENSOR_BUILDERS = {('torch._utils', name): getattr(torch._utils, name)
 _TENSOR_DTYPES = {name: value for name, value in vars(torch).items()
                   if isinstance(value, torch.dtype)}
 
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell11
 class _CarefulUnpickler(pickle.Unpickler):
     "Finds tensors and containers; all other names are stubs."
     def find_class(self, module, name):
@@ -66,12 +68,12 @@ _careful_pickle = types.SimpleNamespace(Unpickler=_CarefulUnpickler, load=lambda
                                         _CarefulUnpickler(file, **options).load(),
                                         __name__='careful_pickle')
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell10
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell14
 def _to_plain_types(
     value,      # anything the careful unpickler made
     seen=None,  # what was visited
 ):
-    "The same in plain Python types and tensors."
+    "Convert to plain Python types and tensors."
     seen = {} if seen is None else seen
     if value is None or isinstance(value, (bool, int, float, str, bytes, torch.Tensor)):
         return value
@@ -79,18 +81,18 @@ def _to_plain_types(
     # keeps it alive, so that its id is not used again; in a circle it is None
     seen[id(value)] = value, None
     if isinstance(value, dict):
-        out = {k if isinstance(k, (str, int)) else str(_to_plain_types(k, seen)): _to_plain_types(
-            v, seen) for k, v in value.items()}
+        name = lambda k: k if isinstance(k, (str, int)) else str(_to_plain_types(k, seen))
+        out = {name(k): _to_plain_types(v, seen) for k, v in value.items()}
     elif isinstance(value, (list, tuple)): out = [_to_plain_types(v, seen) for v in value]
     elif isinstance(value, _InertObject):
         state = value.state if isinstance(value.state, dict) else {}
-        known = next((k for k in ('_content', '_val') if k in state), None)
-        out = _to_plain_types(state[known], seen) if known else f'<{value.module}.{value.name}>'
+        key = next((k for k in ('_content', '_val') if k in state), None)
+        out = _to_plain_types(state[key], seen) if key else f'<{value.module}.{value.name}>'
     else: out = f'<{type(value).__name__}>'
     seen[id(value)] = value, out
     return out
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell13
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell17
 def read_foreign_checkpoint(
     path,     # a .pt or .pth file of any program
 ) -> dict:    # its content: plain types and tensors on the CPU
@@ -110,21 +112,22 @@ def read_foreign_checkpoint(
         raise PahclError(f'{path} holds no model_state_dict. Give a .pt file of a pretraining.')
     return content
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell15
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell19
 def _infer_encoder_type(
     state: dict,  # the encoder's weights
 ) -> str:
-    "The `encoder_type` that the names of weights belong to."
-    begin = {k.split('.')[0] for k in state}
-    if 'sinc_conv' in begin: return 'sincnext_bm'
-    if begin & {'layer1', 'stem'}: return 'resnet34_1d'
+    "Infer the `encoder_type` from the names of weights."
+    prefixes = {k.split('.')[0] for k in state}
+    if 'sinc_conv' in prefixes: return 'sincnext_bm'
+    if prefixes & {'layer1', 'stem'}: return 'resnet34_1d'
     return 'cnn_mamba' if any(k.startswith('mamba.layers.') for k in state) else 'cnn'
 
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell20
 def _infer_encoder_config(
     state: dict,   # the encoder's weights, names without `encoder.`
     model=None,    # `model:` of the configuration in the file
 ) -> dict:         # for `build_encoder`
-    "Settings of the encoder that such weights fit."
+    "Infer the settings of the encoder that such weights fit."
     kind, out = _infer_encoder_type(state), {}
     if kind not in ('cnn_mamba', 'cnn'): return dict(encoder_type=kind)
     convolutions = [state[k] for i in range(len(state))
@@ -149,25 +152,25 @@ def _infer_encoder_config(
                        mamba_bidirectional=any('ssm_backward' in k for k in state))
     return dict(encoder_type=kind, **out)
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell19
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell24
 _BATCH_NORM_EPSILON = 1e-5  # of PyTorch's BatchNorm1d
 
 def _fuse_batch_norms(
     state: dict,  # weights, some of them of batch norms
 ):  # (the same with scales and shifts in their place, how many statistics were folded in)
-    "Batch norms as they are in evaluation."
+    "Fold the statistics of batch norms into scales and shifts, as in evaluation."
     state, folded = dict(state), 0
     for begin in [k.removesuffix('running_var') for k in state if k.endswith('.running_var')]:
         mean, variance = state.pop(f'{begin}running_mean'), state.pop(f'{begin}running_var')
         state.pop(f'{begin}num_batches_tracked', None)
-        weight, bias = (state.get(f'{begin}weight', torch.ones_like(mean)),
-                        state.get(f'{begin}bias', torch.zeros_like(mean)))
+        weight = state.get(f'{begin}weight', torch.ones_like(mean))
+        bias = state.get(f'{begin}bias', torch.zeros_like(mean))
         state[f'{begin}weight'] = weight/(variance+_BATCH_NORM_EPSILON).sqrt()
         state[f'{begin}bias'] = bias-mean*state[f'{begin}weight']
         folded += 2
     return state, folded
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell21
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell26
 _RESNET_NAMES = {'conv1': 'first.conv', 'bn1': 'first.norm', 'conv2': 'second.conv',
                  'bn2': 'second.norm', 'downsample.0': 'around.conv', 'downsample.1': 'around.norm'}
 
@@ -175,26 +178,26 @@ def _rename_resnet_weight(
     key: str,       # a name of torchvision's
     depths: list,   # blocks of each stage
 ) -> str:
-    """The name of the same weight in `pahcl.models.encoders._ResNet34`; a name that is not
-    torchvision's stays.
-    """
-    if found := re.fullmatch(r'(conv1|bn1)\.(\w+)', key):
-        return f'stem.{"conv" if found[1] == "conv1" else "norm"}.{found[2]}'
-    found = re.fullmatch(r'layer(\d)\.(\d+)\.(conv[12]|bn[12]|downsample\.[01])\.(\w+)', key)
-    return (
-        f'blocks.{sum(depths[:int(found[1])-1])+int(found[2])}.{_RESNET_NAMES[found[3]]}.{found[4]}'
-        if found else key)
+    "Rename a weight as in `pahcl.models.encoders._ResNet34`; other names stay."
+    if match := re.fullmatch(r'(conv1|bn1)\.(\w+)', key):
+        return f'stem.{"conv" if match[1] == "conv1" else "norm"}.{match[2]}'
+    match = re.fullmatch(r'layer(\d)\.(\d+)\.(conv[12]|bn[12]|downsample\.[01])\.(\w+)', key)
+    if not match: return key
+    block = sum(depths[:int(match[1])-1])+int(match[2])
+    return f'blocks.{block}.{_RESNET_NAMES[match[3]]}.{match[4]}'
 
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell27
 class _ConvertedEncoder(NamedTuple):
     "A foreign encoder in our form."
     weights: dict   # with our names
     model: dict     # keys of `model:`
     notes: dict     # folded: statistics of batch norms; skipped: names; partial: some are missing
 
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell28
 def _convert_resnet(
     state: dict,  # an encoder's weights with torchvision's names
 ) -> _ConvertedEncoder:   # the classifier `fc` is skipped
-    "A residual network in our form."
+    "Convert a residual network to our form."
     places = [re.match(r'layer(\d)\.(\d+)\.', k) for k in state]
     depths = [1+max([int(p[2]) for p in places if p and p[1] == str(stage)], default=-1)
               for stage in range(1, 1+max(int(p[1]) for p in places if p))]
@@ -209,7 +212,7 @@ def _convert_resnet(
     model['norm'] = 'affine' if folded else 'group'
     return _ConvertedEncoder(state, model, dict(folded=folded, skipped=skipped))
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell24
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell31
 # Hz, `min_low_hz` and `min_band_hz` of SincNet's SincConv_fast
 # (github.com/mravanelli/SincNet, dnn_models.py)
 _SINCNET_LOWEST_HZ = 50.
@@ -218,7 +221,7 @@ def _convert_sincnet(
     state: dict,   # an encoder's weights with `sinc_conv.low_hz_` and `sinc_conv.band_hz_`
     model: dict,   # `model:` of the configuration in the file
 ) -> _ConvertedEncoder:
-    "Sinc filters in our form."
+    "Convert sinc filters to our form."
     state = dict(state)
     low, band = (_SINCNET_LOWEST_HZ+state.pop(f'sinc_conv.{k}_hz_').detach().flatten().abs()
                  for k in ('low', 'band'))
@@ -232,11 +235,11 @@ def _convert_sincnet(
     model = dict(cnn_channels=[len(low), 64, 128, 256], cnn_kernel_sizes=[kernel, 7, 7, 7])
     return _ConvertedEncoder(state, model, dict(partial=True))
 
-# %% ../../nbs/models/foreign_checkpoints.ipynb #cell27
+# %% ../../nbs/models/foreign_checkpoints.ipynb #cell34
 def _convert_checkpoint(
     content: dict,  # of `read_foreign_checkpoint`
 ) -> dict:          # with the keys that checkpoints of pahcl have
-    "A foreign checkpoint as `pahcl.models.checkpoints.load_pretrained_encoder` reads it."
+    "Convert a foreign checkpoint to what `pahcl.models.pretrained` reads."
     state = {k.removeprefix('module.'): v for k, v in content['model_state_dict'].items()}
     odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
     if odd:

@@ -7,142 +7,140 @@ __all__ = ['MINIMUM_CONFIDENCE', 'REJECTION_REASONS', 'find_whole_beats', 'cut_b
 
 # %% ../../nbs/segmentation/beats.ipynb #cell2
 import numpy as np
+import pandas as pd
+from scipy.ndimage import map_coordinates
 
+from ..data.quality import clipped_fraction
 from ..data.tasks import BEAT_BOUNDARIES
+from .parameters import load_parameters
 
-# %% ../../nbs/segmentation/beats.ipynb #cell6
+# %% ../../nbs/segmentation/beats.ipynb #cell7
 def find_whole_beats(
     states,   # DataFrame `start_s, end_s, state`, and `confidence` where it was detected
-):  # DataFrame `onset_s, s1_end_s, s2_start_s, s2_end_s, offset_s` s, `confidence`: mean over
-                  # the beat's time, 1 for annotated states
+) -> pd.DataFrame:  # `onset_s, s1_end_s, s2_start_s, s2_end_s, offset_s` in s; `confidence`: mean
+                    # over the beat's time, 1 for annotated states
     "List all beats from S1 onset to S1 onset."
-    import pandas as pd
     if len(states) < 5: return pd.DataFrame(columns=[*BEAT_BOUNDARIES, 'confidence'], dtype=float)
     start, end, state = (states[c].to_numpy() for c in ('start_s', 'end_s', 'state'))
     five, starts = (np.lib.stride_tricks.sliding_window_view(x, 5) for x in (state, start))
     close = np.abs(start[1:]-end[:-1]) <= 0.025                # s; one frame is 20 ms
     joined = np.lib.stride_tricks.sliding_window_view(close, 4)
     first = np.flatnonzero((five == [1, 2, 3, 4, 1]).all(1) & joined.all(1) & (start[:-4] > 0))
-    sure = np.ones((len(first), 4))
-    if 'confidence' in states: sure = states.confidence.to_numpy()[first[:, None]+np.arange(4)]
+    confidence = np.ones((len(first), 4))
+    if 'confidence' in states:
+        confidence = states.confidence.to_numpy()[first[:, None]+np.arange(4)]
     bounds = starts[first]
-    rows = np.c_[bounds, (sure*np.diff(bounds, axis=1)).sum(1)/(bounds[:, 4]-bounds[:, 0])]
-    return pd.DataFrame(rows, columns=[*BEAT_BOUNDARIES, 'confidence'], dtype=float).round(5)
+    mean = (confidence*np.diff(bounds, axis=1)).sum(1)/(bounds[:, 4]-bounds[:, 0])
+    return pd.DataFrame(np.c_[bounds, mean], columns=[*BEAT_BOUNDARIES, 'confidence'],
+                        dtype=float).round(5)
 
-# %% ../../nbs/segmentation/beats.ipynb #cell9
-_SHORTEST_S, _LONGEST_S = 0.3, 1.72      # 200 and 35 beats a minute
-# that a beat is right: more would cost noisy recordings, of murmurs that are
-MINIMUM_CONFIDENCE = 0.05
-                                       # Unknown, more beats than others
-REJECTION_REASONS = {'too short': f'under {_SHORTEST_S} s', 'too long': f'over {_LONGEST_S} s',
-           'flat': 'half of it or more is silent, 60 dB under the recording',
-           'clipped': '5 % of its samples or more at the limit of a clipped recording',
-           'low confidence': 'less than one in twenty such beats is right',
-           'no heartbeat': 'no heart is heard in the whole recording'}
+# %% ../../nbs/segmentation/beats.ipynb #cell10
+_SHORTEST_S, _LONGEST_S = 0.3, 1.72   # 200 and 35 beats a minute
+# a higher one would cost noisy recordings, of murmurs that are Unknown, more beats than others
+MINIMUM_CONFIDENCE = 0.05             # that a beat is right
+REJECTION_REASONS = {
+    'too short': f'under {_SHORTEST_S} s', 'too long': f'over {_LONGEST_S} s',
+    'flat': 'half of it or more is silent, 60 dB under the recording',
+    'clipped': '5 % of its samples or more at the limit of a clipped recording',
+    'low confidence': 'less than one in twenty such beats is right',
+    'no heartbeat': 'no heart is heard in the whole recording'}
 
-# %% ../../nbs/segmentation/beats.ipynb #cell11
+# %% ../../nbs/segmentation/beats.ipynb #cell12
 def _beat_flat_shares(
-    heard,           # [T], band-passed
+    filtered,        # [T], band-passed
     edges,           # [beats, 2] first sample, and the one after the last
     window,          # samples that are flat together
 ) -> np.ndarray:     # [beats] share of windows 60 dB under the recording
     "Measure how much of each beat carries nothing."
     if not len(edges): return np.zeros(0)
-    powers = [np.r_[0, np.cumsum(np.float64(heard)**k)] for k in (1, 2)]
+    powers = [np.r_[0, np.cumsum(np.float64(filtered)**k)] for k in (1, 2)]
     count = -(-np.diff(edges)[:, 0]//window)
     first = count.cumsum()-count
     starts = np.repeat(edges[:, 0], count)+window*(np.arange(count.sum())-np.repeat(first, count))
-    ends = np.minimum(starts+window, len(heard))
+    ends = np.minimum(starts+window, len(filtered))
     mean, square = ((p[ends]-p[starts])/(ends-starts) for p in powers)
-    flat = square-mean**2 <= (1e-3*np.std(heard))**2
+    flat = square-mean**2 <= (1e-3*np.std(filtered))**2
     return np.add.reduceat(flat, first, dtype=float)/count
 
-# %% ../../nbs/segmentation/beats.ipynb #cell13
+# %% ../../nbs/segmentation/beats.ipynb #cell14
 def _beat_clipped_shares(
     signal,          # [T], as recorded
     edges,           # [beats, 2] first sample, and the one after the last
 ) -> np.ndarray:     # [beats] share of samples at the limit of a clipped recording
     "Measure how much of each beat is cut off."
-    from pahcl.data.quality import clipped_fraction
     if not len(edges) or not clipped_fraction(signal): return np.zeros(len(edges))
     size = np.abs(signal)
     limit = np.r_[0, np.cumsum(size >= size.max()*(1-1e-4))]
     return (limit[edges[:, 1]]-limit[edges[:, 0]])/np.diff(edges)[:, 0]
 
-# %% ../../nbs/segmentation/beats.ipynb #cell15
+# %% ../../nbs/segmentation/beats.ipynb #cell16
 def _reject_beats(
     beats,                                   # from `find_whole_beats`
     signal,                                  # [T], as recorded
-    heard,                                   # [T], the same band-passed
+    filtered,                                # [T], the same band-passed
     sample_rate,                             # Hz
     minimum_confidence=MINIMUM_CONFIDENCE,   # of a beat that is kept
-):  # `beats` with `quality` (0 to 1: neither flat nor clipped) and
-                                             # `reason` (a key of `REJECTION_REASONS`, '' for a good
-                                             # beat)
+) -> pd.DataFrame:  # `beats` with `quality` (0 to 1: neither flat nor clipped) and `reason` (a key
+                    # of `REJECTION_REASONS`, '' for a good beat)
     "Say which beats are good, and what is wrong with the others."
     edges = (beats[['onset_s', 'offset_s']].to_numpy()*sample_rate).astype(int)
-    flat = _beat_flat_shares(heard, edges, max(1, int(0.1*sample_rate)))
+    flat = _beat_flat_shares(filtered, edges, max(1, int(0.1*sample_rate)))
     clipped = _beat_clipped_shares(signal, edges)
     length = beats.offset_s-beats.onset_s
     faults = {'too short': length < _SHORTEST_S, 'too long': length > _LONGEST_S,
-              'flat': flat >= 0.5,
-              'clipped': clipped >= 0.05, 'low confidence': beats.confidence < minimum_confidence}
+              'flat': flat >= 0.5, 'clipped': clipped >= 0.05,
+              'low confidence': beats.confidence < minimum_confidence}
     return beats.assign(quality=np.round(np.minimum(1-flat, np.maximum(0, 1-20*clipped)), 4),
                         reason=np.select(list(faults.values()), list(faults), ''))
 
-# %% ../../nbs/segmentation/beats.ipynb #cell18
+# %% ../../nbs/segmentation/beats.ipynb #cell19
 def _impute_beat(
-    states,      # the recording's states
-    seconds,     # its length
-    columns,     # of `_reject_beats`
-):               # DataFrame of one row
+    states,             # DataFrame `start_s, end_s, state` of the recording
+    seconds,            # its length
+    columns,            # of `_reject_beats`
+) -> pd.DataFrame:      # one row
     "Make up a beat of usual shape where the first S1 is, or at the beginning."
-    import pandas as pd
-    from pahcl.segmentation.segmenter import load_parameters
     onsets = states.start_s[(states.state == 1) & (states.start_s <= seconds-_SHORTEST_S)]
     start = float(onsets.iloc[0]) if len(onsets) else 0.
     length = min(seconds-start, 0.8)                                    # s; 75 a minute
     usual = max(length, _SHORTEST_S)
     bounds = start+np.cumsum(np.r_[0, load_parameters().mean_durations(usual)[0]*length/usual])
-    sure = float(states.confidence.mean()) if 'confidence' in states else 0.
-    return pd.DataFrame([[*bounds.round(5), round(sure, 5), 0., 'no whole beat']], columns=columns)
+    confidence = float(states.confidence.mean()) if 'confidence' in states else 0.
+    return pd.DataFrame([[*bounds.round(5), round(confidence, 5), 0., 'no whole beat']],
+                        columns=columns)
 
-# %% ../../nbs/segmentation/beats.ipynb #cell20
+# %% ../../nbs/segmentation/beats.ipynb #cell21
 def _fallback_beats(
-    judged,      # from `_reject_beats`, no row of it good
-    states,      # the recording's states
-    seconds,     # its length
-    most=3,      # beats: a few bad ones say as much as many
-):               # rows like `judged`, and which of them are `kept`
-    """Choose the beats to keep of a recording that has no good one; one is made up when there is
-    none at all.
-    """
-    import pandas as pd
-    usable = judged[~judged.reason.isin(['too short', 'too long'])]
+    beats,              # from `_reject_beats`, no row of it good
+    states,             # DataFrame `start_s, end_s, state` of the recording
+    seconds,            # its length
+    most=3,             # beats: a few bad ones say as much as many
+) -> pd.DataFrame:      # rows like `beats`, and which of them are `kept`
+    "Choose the beats to keep of a recording without a good one; make one up if there is none."
+    usable = beats[~beats.reason.isin(['too short', 'too long'])]
     if len(usable):
         worth = (usable.quality*usable.confidence).sort_values(ascending=False, kind='stable')
-        return judged.assign(kept=judged.index.isin(worth.index[:most]))
-    made_up = _impute_beat(states, seconds, judged.columns)
-    all_rows = pd.concat([judged, made_up], ignore_index=True) if len(judged) else made_up
-    return all_rows.assign(kept=np.arange(len(judged)+1) == len(judged))
+        return beats.assign(kept=beats.index.isin(worth.index[:most]))
+    made_up = _impute_beat(states, seconds, beats.columns)
+    all_rows = pd.concat([beats, made_up], ignore_index=True) if len(beats) else made_up
+    return all_rows.assign(kept=np.arange(len(beats)+1) == len(beats))
 
-# %% ../../nbs/segmentation/beats.ipynb #cell23
+# %% ../../nbs/segmentation/beats.ipynb #cell24
 def cut_beat(
-    heard,                 # [T], band-passed, at the stored sample rate
+    filtered,              # [T], band-passed, at the stored sample rate
     sample_rate,           # Hz
     onset_s,               # s
     offset_s,              # s
     target_length=4000,    # samples stored
     length_mode='pad',     # `pad` or `phase`
-):                         # (cycle [target_length] float32, valid length in samples)
-    "One beat as it is stored."
+) -> tuple:                # (cycle [target_length] float32, valid length in samples)
+    "Cut out one beat as it is stored."
     if length_mode == 'phase':
-        from scipy.ndimage import map_coordinates
         where = sample_rate*(onset_s+(offset_s-onset_s)*np.arange(target_length)/target_length)
         # cubic: 400 Hz is far below half the rate
-        beat = map_coordinates(heard, [where], order=3, mode='nearest')
+        beat = map_coordinates(filtered, [where], order=3, mode='nearest')
         return beat.astype(np.float32), target_length
-    beat = heard[round(onset_s*sample_rate):round(offset_s*sample_rate)][:target_length]
+    beat = filtered[round(onset_s*sample_rate):round(offset_s*sample_rate)][:target_length]
     out = np.zeros(target_length, np.float32)
     out[:len(beat)] = beat
     return out, len(beat)

@@ -12,16 +12,19 @@ import numpy as np
 
 from ..core.basics import generator
 from ..data.noise import coloured_noise, speech_noise
-from .segmenter import _frame_features, FRAME_RATE, segment_features, _states_at
+from .emission import _frame_features
+from .parameters import FRAME_RATE
+from .scoring import _states_at
+from .segmenter import segment_features
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell8
+# %% ../../nbs/segmentation/confidence.ipynb #cell7
 def _match_beats(
     predicted,          # from `segment`
     truth,              # annotated
     tolerance_s=0.06,   # s
-) -> tuple:  # (row of the S1 of each whole beat in annotated time [beats], whether it is right
-                        # [beats] bool)
-    "Which of the beats that were found are true."
+) -> tuple:              # (row of the S1 of each whole beat in annotated time [beats], whether it
+                        # is right [beats] bool)
+    "Tell which of the beats that were found are true."
     start, state = predicted.start_s.to_numpy(), predicted.state.to_numpy()
     first = np.flatnonzero((state[:-4] == 1) & (start[:-4] > 0))
     first = first[(_states_at(truth, start[first]) > 0)
@@ -34,24 +37,24 @@ def _match_beats(
         right &= error <= tolerance_s
     return first, right
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell10
+# %% ../../nbs/segmentation/confidence.ipynb #cell9
 def _average_over_beats(
-    table,     # from `segment`
-    values,    # [segments, …] something about each segment
-    first,     # [beats] rows
-):             # [beats, …] means over each beat's time
-    "What four segments in a row have on average."
+    table,          # from `segment`
+    values,         # [segments, …] something about each segment
+    first,          # [beats] row of each beat's S1
+) -> np.ndarray:    # [beats, …] means over each beat's time
+    "Average values of segments over the four segments of each beat."
     four = np.asarray(first)[:, None]+np.arange(4)
     width = (table.end_s-table.start_s).to_numpy()[four]
     return np.einsum('bs,bs...->b...', width/width.sum(1, keepdims=True), np.asarray(values)[four])
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell13
+# %% ../../nbs/segmentation/confidence.ipynb #cell12
 @dataclass(frozen=True, eq=False)
 class _ConfidenceEvidence:
-    "What beats and recordings give to be sure by, and which beats are right."
-    beats: np.ndarray        # [beats, 3] means of `StateSequence.evidence`
+    "What there is to be sure of beats and recordings by, and which beats are right."
+    beats: np.ndarray        # [beats, 3] means of `_StateSequence.evidence`
     right: np.ndarray        # [beats] bool
-    recordings: np.ndarray   # [recordings, 2] of `Segmentation.heartbeat_evidence`
+    recordings: np.ndarray   # [recordings, 2] of `_Segmentation.heartbeat_evidence`
 
     @classmethod
     def concat(cls, parts):
@@ -60,13 +63,17 @@ class _ConfidenceEvidence:
         parts = [empty, *parts]
         return cls(*(np.concatenate([vars(p)[k] for p in parts]) for k in vars(empty)))
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell15
-def _segmentation_evidence(found, truth=None):
-    "the `_ConfidenceEvidence` of one `Segmentation`; without a truth there is no heart in it"
+# %% ../../nbs/segmentation/confidence.ipynb #cell14
+def _segmentation_evidence(
+    found,             # `_Segmentation`
+    truth=None,        # annotation of its recording; None: there is no heart in it
+) -> _ConfidenceEvidence:
+    "Return the evidence of one recording."
     first, right = _match_beats(found.states, found.states if truth is None else truth)
     means = _average_over_beats(found.states, found.evidence, first)
     return _ConfidenceEvidence(means, right & (truth is not None), found.heartbeat_evidence()[None])
 
+# %% ../../nbs/segmentation/confidence.ipynb #cell15
 def _collect_evidence(
     data,              # from `_read_annotated_recordings`
     parameters,        # fitted on others
@@ -75,15 +82,16 @@ def _collect_evidence(
     return _ConfidenceEvidence.concat(_segmentation_evidence(d.segment(parameters), d.annotation)
                                       for d in data)
 
+# %% ../../nbs/segmentation/confidence.ipynb #cell16
 def _collect_noise_evidence(
     sounds,            # [frames, 7] each, from `_simulate_noise_features`
     parameters,        # `SegmenterParameters`
 ) -> _ConfidenceEvidence:         # no beat is right
     "Segment sounds in which there is no heart."
-    def found(f): return segment_features(f, len(f)/FRAME_RATE, parameters=parameters)
-    return _ConfidenceEvidence.concat(_segmentation_evidence(found(f)) for f in sounds)
+    def segmented(f): return segment_features(f, len(f)/FRAME_RATE, parameters=parameters)
+    return _ConfidenceEvidence.concat(_segmentation_evidence(segmented(f)) for f in sounds)
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell18
+# %% ../../nbs/segmentation/confidence.ipynb #cell19
 def _simulate_noise_features(
     count=60,      # of each kind
     seconds=20,    # of each
@@ -98,20 +106,24 @@ def _simulate_noise_features(
         out.append(_frame_features(sound.astype(np.float32), 2000))
     return out
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell21
-def _fit_logistic(x, y, weight, penalty):
-    "weights and bias of a logistic regression"
+# %% ../../nbs/segmentation/confidence.ipynb #cell22
+def _fit_logistic(
+    x,          # [n, features]
+    y,          # [n] bool
+    weight,     # [n] of each row
+    penalty,    # the inverse of the L2 penalty: larger is freer
+) -> dict:      # `weights` [features], `bias`
+    "Fit a logistic regression."
     from sklearn.linear_model import LogisticRegression
     fitted = LogisticRegression(C=penalty).fit(x, y, sample_weight=weight)
     return dict(weights=fitted.coef_[0], bias=fitted.intercept_[0])
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell23
+# %% ../../nbs/segmentation/confidence.ipynb #cell24
 def _fit_confidence(
     hearts,            # `_ConfidenceEvidence` of recordings
     noise,             # of sounds without a heart
-    # what these count for against all beats: annotated stretches are the good ones, the
-    share=0.01,
-                       # rest of a recording is not
+    share=0.01,        # what these count for against all beats: annotated stretches are the good
+                       # ones, the rest of a recording is not
 ) -> dict:             # what `SegmenterParameters.beat_confidence` reads
     "Fit the probability that a beat is right."
     count, others = len(hearts.right), len(noise.right)
@@ -119,39 +131,39 @@ def _fit_confidence(
     return _fit_logistic(np.r_[hearts.beats, noise.beats], np.r_[hearts.right, noise.right],
                          weight, 10)
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell25
+# %% ../../nbs/segmentation/confidence.ipynb #cell26
 def _fit_heartbeat(
     hearts,      # `_ConfidenceEvidence` of recordings
     noise,       # of sounds without a heart
     share=0.2,   # what the sounds count for against all recordings: so that one in twenty of the
-                       # noisiest class is taken for no heart, and one in two hundred of the others
-) -> dict:       # what `Segmentation.heartbeat_probability` reads
+                 # noisiest class is taken for no heart, and one in two hundred of the others
+) -> dict:       # what `_Segmentation.heartbeat_probability` reads
     "Fit the probability that there is a heart."
     count, others = len(hearts.recordings), len(noise.recordings)
     weight = np.r_[np.ones(count), np.full(others, share*count/others)]
-    heard = np.r_[np.ones(count), np.zeros(others)]
-    return _fit_logistic(np.r_[hearts.recordings, noise.recordings], heard, weight, 100)
+    is_heart = np.r_[np.ones(count), np.zeros(others)]
+    return _fit_logistic(np.r_[hearts.recordings, noise.recordings], is_heart, weight, 100)
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell28
+# %% ../../nbs/segmentation/confidence.ipynb #cell29
 def _confidence_reliability(
-    sure,       # [beats] confidence
-    right,      # [beats] bool
+    confidence,    # [beats]
+    right,         # [beats] bool
     edges=(0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.),
-) -> dict:      # range → beats, mean confidence, share right
-    "Confidence beside what became of it."
-    group, out = np.clip(np.digitize(sure, edges)-1, 0, len(edges)-2), {}
+) -> dict:         # range → beats, mean confidence, share right
+    "Tabulate confidence beside what became of it."
+    group, out = np.clip(np.digitize(confidence, edges)-1, 0, len(edges)-2), {}
     for g in np.unique(group):
         here = group == g
         means = {k: round(float(v[here].mean()), 3)
-                 for k, v in dict(confidence=sure, right=right).items()}
+                 for k, v in dict(confidence=confidence, right=right).items()}
         out[f'{edges[g]:g} to {edges[g+1]:g}'] = dict(beats=int(here.sum())) | means
     return out
 
-# %% ../../nbs/segmentation/confidence.ipynb #cell30
+# %% ../../nbs/segmentation/confidence.ipynb #cell31
 def _confidence_and_truth(
     predicted,   # from `segment`
     truth,       # annotated
 ) -> tuple:      # (confidence [beats], whether each is right [beats] bool), in annotated time
-    "Tell how sure each beat is, and whether it is right."
+    "Return how sure each beat is, and whether it is right."
     first, right = _match_beats(predicted, truth)
     return _average_over_beats(predicted, predicted.confidence, first), right

@@ -16,13 +16,19 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..core.basics import PahclError, read_json, write_json
+from ..data.recordings import read_annotation
+from ..data.quality import quality_index
+from ..data.signal import bandpass, read_recording, resample
 from ..data.tasks import BEAT_BOUNDARIES
 from .beats import (
     cut_beat, _fallback_beats, find_whole_beats, MINIMUM_CONFIDENCE, _reject_beats)
+from .emission import _frame_features
+from .segmenter import HEARTBEAT_THRESHOLD, segment_features, write_states
 
-# %% ../../nbs/segmentation/cutting.ipynb #cell8
+# %% ../../nbs/segmentation/cutting.ipynb #cell7
 @dataclass(frozen=True)
 class PreprocessingSettings:
     "How recordings are cut, as `processing_stats.json` has it; a senseless one is a `PahclError`."
@@ -42,18 +48,18 @@ class PreprocessingSettings:
             if (value := getattr(self, name)) < least:
                 raise PahclError(f'{name} is {value}; give at least {least:g}.')
 
-# %% ../../nbs/segmentation/cutting.ipynb #cell11
+# %% ../../nbs/segmentation/cutting.ipynb #cell10
 @dataclass(frozen=True, eq=False)
 class _SegmentedRecording:
     "A recording and the beats found in it."
-    signal: np.ndarray   # [T] float32, band-passed
-    sample_rate: int     # Hz
-    states: object       # DataFrame `start_s, end_s, state`
-    beats: object        # DataFrame, rows of `_reject_beats` with `kept`
-    source: str          # of the states: `detected` or `annotated`
-    fallback: bool       # no beat is good: the best are kept
-    heartbeat: bool      # a heart is heard
-    quality: float       # `quality_index`, 0 to 1
+    signal: np.ndarray     # [T] float32, band-passed
+    sample_rate: int       # Hz
+    states: pd.DataFrame   # `start_s, end_s, state`
+    beats: pd.DataFrame    # rows of `_reject_beats` with `kept`
+    source: str            # of the states: `detected` or `annotated`
+    fallback: bool         # no beat is good: the best are kept
+    heartbeat: bool        # a heart is heard
+    quality: float         # `quality_index`, 0 to 1
 
     def summary(self) -> dict:   # as in `processing_stats.json`; `rejected`: reason → count
         "Count what was found, kept and rejected."
@@ -64,56 +70,53 @@ class _SegmentedRecording:
                     quality=round(self.quality, 4),
                     confidence=round(float(beats.confidence.mean()), 4), seconds=seconds)
 
-# %% ../../nbs/segmentation/cutting.ipynb #cell13
+# %% ../../nbs/segmentation/cutting.ipynb #cell12
 def _find_beats(
-    row,                       # of `load_recordings`, as a dict
+    row,                                # of `load_recordings`, as a dict
     settings=PreprocessingSettings(),
 ) -> _SegmentedRecording:
     "Read a recording and find its beats."
-    from pahcl.data.recordings import read_annotation
-    from pahcl.data.quality import quality_index
-    from pahcl.data.signal import bandpass, read_recording
-    from pahcl.segmentation.segmenter import _frame_features, HEARTBEAT_THRESHOLD, segment_features
     signal, rate = read_recording(row['path'])
-    heard, features = bandpass(signal, rate, *settings.band_hz), _frame_features(signal, rate)
+    filtered, features = bandpass(signal, rate, *settings.band_hz), _frame_features(signal, rate)
     seconds, least = len(signal)/rate, settings.minimum_confidence
-    def judged(states): return _reject_beats(find_whole_beats(states), signal, heard, rate, least)
+    def judge(states): return _reject_beats(find_whole_beats(states), signal, filtered, rate, least)
     heartbeat, source = True, settings.states if row['annotation_path'] else 'detected'
     if source == 'annotated':
         states = read_annotation(row['annotation_path'], seconds)
-        beats = judged(states)
+        beats = judge(states)
     if source == 'detected' or not (beats.reason == '').any():
         found, source = segment_features(features, seconds), 'detected'
         states, heartbeat = found.states, found.heartbeat_probability() >= HEARTBEAT_THRESHOLD
-        beats = judged(states)
+        beats = judge(states)
     if not heartbeat: beats['reason'] = beats.reason.replace('', 'no heartbeat')
     fallback = not (beats.reason == '').any()
-    beats = _fallback_beats(beats, states,
-                            seconds) if fallback else beats.assign(kept=beats.reason == '')
-    quality = quality_index(signal, rate, heard=heard, curve=features[:, 1])
-    return _SegmentedRecording(heard, rate, states, beats, source, fallback, heartbeat, quality)
+    beats = (_fallback_beats(beats, states, seconds) if fallback
+             else beats.assign(kept=beats.reason == ''))
+    quality = quality_index(signal, rate, heard=filtered, curve=features[:, 1])
+    return _SegmentedRecording(filtered, rate, states, beats, source, fallback, heartbeat, quality)
 
-# %% ../../nbs/segmentation/cutting.ipynb #cell16
+# %% ../../nbs/segmentation/cutting.ipynb #cell15
 _CYCLES_CSV_COLUMNS = ['cycle', 'file', *BEAT_BOUNDARIES, 'valid_length', 'confidence', 'quality',
                        'kept', 'reason']
 
-def _npy_header(length):
-    "what stands before the numbers in a .npy file of float32 [length]"
+def _npy_header(
+    length,      # of a float32 array
+) -> bytes:
+    "Return what stands before the numbers in a .npy file."
     whole = io.BytesIO()
     np.save(whole, np.zeros(length, np.float32))
     return whole.getvalue()[:-4*length]
 
-# %% ../../nbs/segmentation/cutting.ipynb #cell18
+# %% ../../nbs/segmentation/cutting.ipynb #cell17
 def _write_beats(
     folder,           # an empty folder
-    heard,            # `_SegmentedRecording`
+    segmented,        # `_SegmentedRecording`
     settings,         # `PreprocessingSettings`
 ):
     "Write the kept beats and `cycles.csv`."
-    from pahcl.data.signal import resample
-    beats, rate, length = heard.beats, settings.sample_rate, settings.target_length
-    stored, header = resample(heard.signal, heard.sample_rate, rate), _npy_header(length)
-    count = len(beats)
+    beats, rate, length = segmented.beats, settings.sample_rate, settings.target_length
+    stored = resample(segmented.signal, segmented.sample_rate, rate)
+    header, count = _npy_header(length), len(beats)
     columns = {c: beats[c].tolist() for c in beats}
     columns |= dict(cycle=list(range(count)), file=['']*count, valid_length=[0]*count)
     for number, i in enumerate(np.flatnonzero(beats.kept)):
@@ -129,20 +132,21 @@ def _write_beats(
     (folder/'cycles.csv').write_text(text.getvalue(), encoding='utf-8')
 
 # %% ../../nbs/segmentation/cutting.ipynb #cell20
-def read_cut_record(folder):
-    "what a finished folder says about itself; empty when it is not complete"
+def read_cut_record(
+    folder,      # of a recording
+) -> dict:       # `key, dataset, summary`; empty when the folder is not complete
+    "Read what a finished folder says about itself."
     try: done = read_json(folder/'.done.json')
     except PahclError: return {}
-    there = (folder/'cycles.csv').exists() and (folder/'states.tsv').exists()
+    complete = (folder/'cycles.csv').exists() and (folder/'states.tsv').exists()
     kept = len(list(folder.glob('cycle_*.npy')))
-    return done if there and kept == done['summary']['kept'] else {}
+    return done if complete and kept == done['summary']['kept'] else {}
 
 # %% ../../nbs/segmentation/cutting.ipynb #cell22
 @lru_cache
 def _thread_controller():
-    "of the numerical libraries' threads; looking for these takes a millisecond, so it is done once"
+    "Find the numerical libraries' threads; that takes a millisecond, so it is done once."
     import threadpoolctl
-    import pahcl.segmentation.segmenter      # loads them  # noqa: F401
     return threadpoolctl.ThreadpoolController()
 
 # %% ../../nbs/segmentation/cutting.ipynb #cell23
@@ -153,7 +157,6 @@ def process_recording(
     key,              # `fingerprint` of all that the result depends on
 ) -> dict:            # `_SegmentedRecording.summary`
     "Cut a recording, unless that was done before with the same key."
-    from pahcl.segmentation.segmenter import write_states
     folder = Path(output_dir)/row['folder']
     done = read_cut_record(folder)
     if done.get('key') == key: return done['summary']
@@ -161,11 +164,11 @@ def process_recording(
     try:
         # recordings run beside each other: sums do not depend on it
         with _thread_controller().limit(limits=1):
-            heard = _find_beats(row, settings)
+            segmented = _find_beats(row, settings)
             temporary.mkdir(parents=True)
-            write_states(temporary/'states.tsv', heard.states)
-            _write_beats(temporary, heard, settings)
-        done = dict(key=key, dataset=row['dataset'], summary=heard.summary())
+            write_states(temporary/'states.tsv', segmented.states)
+            _write_beats(temporary, segmented, settings)
+        done = dict(key=key, dataset=row['dataset'], summary=segmented.summary())
         write_json(temporary/'.done.json', done)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)

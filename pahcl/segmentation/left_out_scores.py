@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.basics import progress
-from .fitting import _assign_person_fold, _fit_networks_and_durations
+from .annotated import _assign_person_fold
+from .fitting import _fit_networks_and_durations
 from .scoring import f1_interval, pool_scores, score_states
 
 # %% ../../nbs/segmentation/left_out_scores.ipynb #cell9
@@ -18,7 +19,7 @@ def _score_recordings(
     data,                # from `_read_annotated_recordings`
     parameters=None,     # None: the packaged ones
 ) -> list:               # a dict of `score_states` for each
-    "Segment and score."
+    "Segment recordings and score the states."
     return [score_states(d.segment(parameters).states, d.annotation)
             for d in progress(data, 'scoring')]
 
@@ -26,13 +27,13 @@ def _score_recordings(
 def _tabulate_scores(
     scores,   # from `_score_recordings`
     groups,   # name → bool [recordings]
-) -> dict:  # name → recordings, onsets, S1, S2 and pooled F1, sensitivity, ppv, frame accuracy and
-                  # macro F1, share of recordings with F1 below 0.5, errors
-    "Score groups of recordings, ready to be shown or written."
+) -> dict:     # name → recordings, onsets, S1, S2 and pooled F1, sensitivity, ppv, frame accuracy
+               # and macro F1, share of recordings with F1 below 0.5, errors in ms
+    "Pool the scores of groups of recordings, ready to be shown or written."
     out = {}
     for name, rows in groups.items():
-        s = pool_scores(x for x, use in zip(scores, rows) if use)
-        each = np.array([x['pooled']['f1'] for x, use in zip(scores, rows) if use])
+        chosen = [x for x, use in zip(scores, rows) if use]
+        s, each = pool_scores(chosen), np.array([x['pooled']['f1'] for x in chosen])
         f = dict(s1_f1=s['s1']['f1'], s2_f1=s['s2']['f1'])
         f |= {k: s['pooled'][k] for k in ('f1', 'sensitivity', 'ppv')}
         f |= {k: s[k] for k in ('frame_accuracy', 'frame_f1_macro')}
@@ -40,18 +41,18 @@ def _tabulate_scores(
         f |= dict(mean_error_ms=1000*s['onset_mean_error_s'],
                   median_error_ms=1000*s['onset_error_s'])
         onsets = s['pooled']['hits']+s['pooled']['missed']
-        out[name] = dict(recordings=int(np.sum(rows)),
-                         onsets=onsets) | {k: round(float(v), 4) for k, v in f.items()}
+        out[name] = dict(recordings=len(chosen), onsets=onsets)
+        out[name] |= {k: round(float(v), 4) for k, v in f.items()}
     return out
 
 # %% ../../nbs/segmentation/left_out_scores.ipynb #cell14
 def _held_out_groups(
     data,            # from `_read_annotated_recordings`
     datasets,        # [recordings] of which data set each is
-    folds=3,
-    # what is left out → list of bool [recordings]: judged together, all others are learned from
-) -> dict:
-    "Persons, hospitals' folders and data sets, each left out in turn."
+    folds=3,         # of persons
+) -> dict:           # what is left out → list of bool [recordings]: those that are judged together,
+                     # all others are learned from
+    "List persons, hospitals' folders and data sets to be left out in turn."
     fold = np.array([_assign_person_fold(d.person_id, folds) for d in data])
     place, dataset = np.array([d.place for d in data]), np.array(list(datasets))
     names = np.unique(dataset)
@@ -63,49 +64,47 @@ def _held_out_groups(
 def _score_held_out(
     data,            # from `_read_annotated_recordings`
     parts,           # list of bool [recordings]
-    **options,       # of `fit_emission`
+    **options,       # of `_fit_emission`
 ) -> list:           # [recordings] a dict of `score_states`; None where it was never left out
-    "Fit without each part, and judge the part."
+    "Fit without each part, and score the part."
     scores = [None]*len(data)
     for judged in parts:
         parameters = _fit_networks_and_durations([d for d, j in zip(data, judged) if not j],
                                                  **options)
         rows = np.flatnonzero(judged)
-        found = _score_recordings([data[i] for i in rows], parameters)
-        for i, score in zip(rows, found): scores[i] = score
+        judged_scores = _score_recordings([data[i] for i in rows], parameters)
+        for i, score in zip(rows, judged_scores): scores[i] = score
     return scores
 
 # %% ../../nbs/segmentation/left_out_scores.ipynb #cell18
 def _tabulate_group_scores(
     scores,          # [recordings] of `score_states`, or None
-    persons,         # [recordings]
+    persons,         # [recordings] who each is of
     groups,          # name → bool [recordings]
-    # further columns
-    **keys,
-    # a row a group: `recordings, persons, onsets, s1_f1, s2_f1, f1, f1_low, f1_high` (95 %
-) -> pd.DataFrame:
-                     # interval over persons), `below_half`
+    **keys,          # further columns
+) -> pd.DataFrame:   # a row a group: `recordings, persons, onsets, s1_f1, s2_f1, f1, f1_low,
+                     # f1_high` (95 % interval over persons), `below_half`
     "Pool the F1 of groups of recordings."
     rows = []
     for name, use in groups.items():
         chosen = [i for i in np.flatnonzero(use) if scores[i]]
         if not chosen: continue
-        who, scored = [persons[i] for i in chosen], [scores[i] for i in chosen]
+        of, scored = [persons[i] for i in chosen], [scores[i] for i in chosen]
         line = _tabulate_scores(scored, dict(all=np.ones(len(chosen), bool)))['all']
-        low, high = f1_interval(who, scored)
-        row = keys | dict(group=name, recordings=len(chosen), persons=len(set(who)))
+        low, high = f1_interval(of, scored)
+        row = keys | dict(group=name, recordings=len(chosen), persons=len(set(of)))
         row |= {k: line[k] for k in ('onsets', 's1_f1', 's2_f1', 'f1')}
         rows.append(row | dict(f1_low=round(low, 4), f1_high=round(high, 4),
                                below_half=line['below_half']))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/segmentation/left_out_scores.ipynb #cell26
+# %% ../../nbs/segmentation/left_out_scores.ipynb #cell30
 def _simulate_music(
     length,          # samples
     sample_rate,     # Hz
     rng,             # a generator
 ) -> np.ndarray:     # [length]
-    "Notes of three harmonics that die away, in the rhythm of a melody."
+    "Make notes of three harmonics that die away, in the rhythm of a melody."
     out, at, beat = np.zeros(length), 0, rng.uniform(0.25, 0.7)
     while at < length:
         t = np.arange(int(beat*rng.uniform(0.5, 2)*sample_rate))/sample_rate

@@ -6,11 +6,16 @@
 __all__ = ['STATE_COLOURS', 'plot_processed_recording']
 
 # %% ../../nbs/segmentation/plots.ipynb #cell2
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 
 from ..data.heart_sounds import STATE_NAMES
+from ..data.recordings import read_annotation
+from ..data.signal import bandpass, homomorphic_envelope, read_recording
 
-# %% ../../nbs/segmentation/plots.ipynb #cell6
+# %% ../../nbs/segmentation/plots.ipynb #cell7
 STATE_COLOURS = {1: '#0072B2', 2: '#D6E6F2', 3: '#D55E00', 4: '#F8E6DA'}
 
 def _colour_states(
@@ -28,14 +33,14 @@ def _colour_states(
             ax.text((a+b)/2, low+.01, STATE_NAMES[int(k)], transform=ax.get_xaxis_transform(),
                     ha='center', va='bottom', fontsize=5, clip_on=True)
 
-# %% ../../nbs/segmentation/plots.ipynb #cell9
+# %% ../../nbs/segmentation/plots.ipynb #cell10
 _KEPT_COLOUR, _REJECTED_COLOUR = '#009E73', '#999999'
 
 def _draw_beats(
     ax,      # matplotlib axes, from −1.7 on
     beats,   # DataFrame `onset_s, offset_s, confidence, kept, reason`, numbered by its index
 ):
-    "A bar a beat below the signal, between −1.6 and −1.1."
+    "Draw a bar a beat below the signal, between −1.6 and −1.1."
     for b in beats.itertuples():
         colour, middle = _KEPT_COLOUR if b.kept else _REJECTED_COLOUR, (b.onset_s+b.offset_s)/2
         ax.bar(middle, 0.1+0.4*b.confidence, 0.94*(b.offset_s-b.onset_s), -1.6, color=colour,
@@ -43,36 +48,36 @@ def _draw_beats(
         ax.text(middle, -1.4, b.Index if b.kept else b.reason.replace(' ', '\n'), ha='center',
                 va='center', fontsize=5, clip_on=True)
 
-# %% ../../nbs/segmentation/plots.ipynb #cell12
+# %% ../../nbs/segmentation/plots.ipynb #cell13
 def _plot_row_limits(
     seconds,      # of the recording
     row_s=10.,    # s a row
-) -> list:        # (from, to) in s
-    "Where the rows of a plot begin and end; all but a single row are equally long."
+) -> list:        # of (from, to) in s
+    "Return where the rows of a plot begin and end; all but a single row are equally long."
     rows = max(1, int(np.ceil(seconds/row_s-0.05)))
     return [(r*row_s, (r+1)*row_s if r < rows-1 else max(seconds, (r+1)*row_s if rows > 1 else 0))
             for r in range(rows)]
 
-# %% ../../nbs/segmentation/plots.ipynb #cell15
+# %% ../../nbs/segmentation/plots.ipynb #cell16
 def _draw_plot_row(
     ax, low, high,              # axes, from and to in s
-    heard, envelope, rate,      # band-passed and scaled [T], its envelope [T], Hz
+    filtered, envelope, rate,   # band-passed and scaled [T], its envelope [T], Hz
     states, beats=None, truth=None,   # see `_plot_states`
 ):
-    "One row of `_plot_states`."
+    "Draw one row of `_plot_states`."
     def near(t, a, b): return t[(t[b] > low) & (t[a] < high)]
     first, last = int(np.ceil(low*rate)), int(np.ceil(high*rate))
-    time = np.arange(len(heard))[first:last]/rate
+    time = np.arange(len(filtered))[first:last]/rate
     _colour_states(ax, near(states, 'start_s', 'end_s'), 0.22, 0.92 if truth is None else 0.84,
                    named=True, alpha=0.55)
     if truth is not None: _colour_states(ax, near(truth, 'start_s', 'end_s'), 0.88, 1)
-    ax.plot(time, np.clip(heard[first:last], -1, 1), lw=0.3, color='k', ls='-', rasterized=True)
+    ax.plot(time, np.clip(filtered[first:last], -1, 1), lw=0.3, color='k', ls='-', rasterized=True)
     ax.plot(time, np.minimum(envelope[first:last], 1), lw=0.8, color='#CC79A7', ls='-')
     if beats is not None: _draw_beats(ax, near(beats, 'onset_s', 'offset_s'))
     ax.set(xlim=(low, high), ylim=(-1.7, 1.4), yticks=[])
     ax.tick_params(labelsize=6)
 
-# %% ../../nbs/segmentation/plots.ipynb #cell16
+# %% ../../nbs/segmentation/plots.ipynb #cell17
 def _plot_states(
     signal,        # [T], as recorded
     sample_rate,   # Hz
@@ -85,40 +90,39 @@ def _plot_states(
 ):                 # a matplotlib Figure
     "Plot a recording, its envelope, its states and its beats."
     from matplotlib import pyplot, rc_context
-    from pahcl.core.figures import STYLE
-    from pahcl.data.signal import bandpass, homomorphic_envelope
-    heard, limits = bandpass(signal, sample_rate), _plot_row_limits(len(signal)/sample_rate, row_s)
+    from pahcl.core.figures import STYLE   # it imports matplotlib
+    filtered = bandpass(signal, sample_rate)
+    limits = _plot_row_limits(len(signal)/sample_rate, row_s)
     if beats is not None: beats = beats.reset_index(drop=True)   # numbered as in `cycles.csv`
-    scale = max(float(np.quantile(np.abs(heard), 0.999)), 1e-12)
-    envelope = homomorphic_envelope(heard, sample_rate)/scale
+    scale = max(float(np.quantile(np.abs(filtered), 0.999)), 1e-12)
+    envelope = homomorphic_envelope(filtered, sample_rate)/scale
     with rc_context(STYLE):
         figure = pyplot.figure(figsize=(width, 1.5*len(limits)+0.5), layout='constrained')
         pyplot.close(figure)   # a notebook shows it where it is returned, and nothing stays open
         for ax, (low, high) in zip(figure.subplots(len(limits), squeeze=False)[:, 0], limits):
-            _draw_plot_row(ax, low, high, heard/scale, envelope, sample_rate, states, beats, truth)
+            _draw_plot_row(ax, low, high, filtered/scale, envelope, sample_rate, states, beats,
+                           truth)
         ax.set_xlabel('time / s', fontsize=7)
         if title: figure.suptitle(title, fontsize=8)
     return figure
 
-# %% ../../nbs/segmentation/plots.ipynb #cell20
+
+
+# %% ../../nbs/segmentation/plots.ipynb #cell19
 def plot_processed_recording(
     path,            # the recording
     folder,          # its folder of `pahcl_preprocess`, with `cycles.csv` and `states.tsv`
     title='',
 ):                   # a matplotlib figure
     "Plot a recording as it was cut."
-    import pandas as pd
-    from pathlib import Path
-    from pahcl.data.recordings import read_annotation
-    from pahcl.data.signal import read_recording
     beats = pd.read_csv(Path(folder)/'cycles.csv', keep_default_na=False)
     return _plot_states(*read_recording(path), read_annotation(Path(folder)/'states.tsv'), beats,
                         title=title)
 
-# %% ../../nbs/segmentation/plots.ipynb #cell21
+# %% ../../nbs/segmentation/plots.ipynb #cell20
 def _spread_evenly(
     count,           # how many there are
     wanted,          # how many to take
 ) -> list:           # rows, ascending, the first and last among them when there are two or more
-    "Rows spread evenly over a table."
+    "Choose rows spread evenly over a table."
     return sorted({int(i) for i in np.linspace(0, count-1, min(count, max(wanted, 0))).round()})

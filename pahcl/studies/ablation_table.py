@@ -11,27 +11,27 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from ..core.basics import PahclError, write_text
 from ..core.figures import save_figure, STYLE
-from ..core.metrics import persons_of
+from ..core.aggregation import persons_of
 from ..core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)
 from ..evaluation.pages import (
     flatten_settings, format_p_value, format_with_interval, write_table)
-from .comparison import (
+from .paired_tests import (
     bootstrap_experiment, _check_same_subjects, _paired_scores, read_subject_predictions,
     _score_runs, _stack_probabilities)
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell6
+# %% ../../nbs/studies/ablation_table.ipynb #cell8
 def _read_trained_runs(
-    a, variant: str, task: str, folder,   # the `pahcl.studies.ablation._Ablation`, and its folder
-    # ({seed: table of `pahcl.studies.comparison.read_subject_predictions`},
+    a,            # the `pahcl.studies.ablation_plan._Ablation`
+    variant: str, task: str,
+    folder,       # of the ablation
+    # ({seed: table of `pahcl.studies.paired_tests.read_subject_predictions`},
     # why the others are missing)
 ):
-    "What was trained and evaluated of a variant; nothing else counts."
+    "Read what was trained and evaluated of a variant; nothing else counts."
     found, missing = {}, []
     for seed in a.seeds:
         run = Path(folder)/f'{task}_{variant}_seed{seed}'
@@ -41,7 +41,7 @@ def _read_trained_runs(
             except PahclError: missing.append(f'seed {seed} not evaluated')
     return found, missing
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell11
+# %% ../../nbs/studies/ablation_table.ipynb #cell13
 @dataclass(frozen=True)
 class _SeedScores:
     """The scores of an experiment: of each seed, and of their mean with every draw of persons and
@@ -52,7 +52,7 @@ class _SeedScores:
 
 def _score_seeds(
     tables: list,   # of `read_subject_predictions`, one a seed
-    index, weights, # as in `pahcl.studies.comparison.bootstrap_experiment`
+    index, weights, # as in `pahcl.studies.paired_tests.bootstrap_experiment`
     seed=0,
 ) -> _SeedScores:
     """Score each seed, and the mean with every draw of persons and, where there are several, of
@@ -62,8 +62,7 @@ def _score_seeds(
     values = bootstrap_experiment(y, runs, index, weights, seed if len(runs) > 1 else None)
     return _SeedScores(_score_runs(y, runs), values)
 
-
-# %% ../../nbs/studies/ablation_table.ipynb #cell13
+# %% ../../nbs/studies/ablation_table.ipynb #cell15
 def _score_difference(
     first, second,   # `_SeedScores`: of the reference, of the variant
     score: str,      # of `_paired_scores`
@@ -76,7 +75,7 @@ def _score_difference(
     return dict(difference=difference, difference_low=low, difference_high=high,
                 p=bootstrap_p_value(gap, persons))
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell14
+# %% ../../nbs/studies/ablation_table.ipynb #cell16
 def _score_variant(
     own: dict, other: dict,   # seed -> table: of the variant, and of the reference
     names: tuple,             # of both, for messages
@@ -101,11 +100,14 @@ def _score_variant(
         rows.append(row | (_score_difference(*pair, s, persons) if pair else {}))
     return rows
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell19
+# %% ../../nbs/studies/ablation_table.ipynb #cell21
 def _holm_correction(
     p,   # p-values; NaN or None where there is none
 ):       # as many, corrected
-    "Holm's correction for as many comparisons as there are p-values."
+    """Correct p-values for as many comparisons as there are.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6:65.
+    """
     p = np.asarray(p, float)
     known = np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known])]
@@ -113,20 +115,20 @@ def _holm_correction(
     corrected[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)))
     return corrected
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell22
+# %% ../../nbs/studies/ablation_table.ipynb #cell24
 def _describe_variant(
     variant: dict,   # of the file
 ) -> str:
-    "What a variant changes, in one line."
+    "Describe what a variant changes, in one line."
     return ', '.join(f'{k} {v}' for k, v in flatten_settings(variant).items()) or '–'
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell23
+# %% ../../nbs/studies/ablation_table.ipynb #cell25
 def _tabulate_variant(
     a, variant: str, task: str, folder,   # as in `_read_trained_runs`
     reference: dict,                      # its runs, seed -> table
     draws=2000, seed=0,
 ) -> list:                                # a dict a score
-    "What the table says of one variant on one task."
+    "Tabulate one variant on one task."
     own, missing = _read_trained_runs(a, variant, task, folder)
     about = dict(task=task, variant=variant, changes=_describe_variant(a.variants[variant]),
                  seeds_asked=len(a.seeds), seeds=len(own), missing='; '.join(missing))
@@ -135,18 +137,18 @@ def _tabulate_variant(
     return [about | dict(subjects=subjects) | r for r in _score_variant(
         own, {} if variant == a.reference else reference, names, draws, seed)]
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell24
+# %% ../../nbs/studies/ablation_table.ipynb #cell26
 _ABLATION_COLUMNS = ['task', 'variant', 'changes', 'seeds_asked', 'seeds',
                      'subjects', 'score', 'mean', 'deviation', 'low', 'high',
                      'difference', 'difference_low', 'difference_high', 'p', 'p_holm', 'missing']
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell25
+# %% ../../nbs/studies/ablation_table.ipynb #cell27
 def ablation_table(
-    a, folder,   # the `pahcl.studies.ablation._Ablation`, and its folder
+    a, folder,   # the `pahcl.studies.ablation_plan._Ablation`, and its folder
     draws=2000, seed=0,
 ):   # DataFrame, a row a task, variant and score; mean is missing where nothing was trained
-    """What was trained, with intervals, and p-values as they are and corrected for the variants of
-    the task.
+    """Tabulate what was trained, with intervals, and p-values as they are and corrected for the
+    variants of the task.
     """
     rows = []
     for task in a.tasks:
@@ -157,14 +159,14 @@ def ablation_table(
     table['p_holm'] = table.groupby(['task', 'score'])['p'].transform(lambda p: _holm_correction(p))
     return table
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell29
+# %% ../../nbs/studies/ablation_table.ipynb #cell31
 _PRINTED_SCORES = dict(f1_macro='F1 macro', auroc='AUROC')
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell30
+# %% ../../nbs/studies/ablation_table.ipynb #cell32
 def _format_ablation(
     table,   # of `ablation_table`
 ):           # DataFrame of strings, a row a task and variant
-    "The table for people: F1 macro and AUROC."
+    "Tabulate F1 macro and AUROC for people."
     rows = []
     for (task, variant), own in table.groupby(['task', 'variant'], sort=False):
         first, by = own.iloc[0], own.set_index('score')
@@ -180,38 +182,40 @@ def _format_ablation(
     out = pd.DataFrame(rows)
     return out.drop(columns='Missing') if (out['Missing'] == '–').all() else out
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell34
+# %% ../../nbs/studies/ablation_table.ipynb #cell36
 def _draw_variants(
     ax, rows,   # of one task and score, a row a variant
     reference: str,
 ):
-    "One panel: a row a variant, its difference and interval."
+    "Draw one panel: a row a variant, its difference and interval."
     ax.axvline(0, color='.6', lw=.8)
     for at, r in enumerate(rows.itertuples()):
         if r.variant == reference: ax.plot(0, at, '|', color='black', ms=9)
         elif pd.isna(r.difference):
-            said = r.missing if pd.isna(r.mean) else 'no seed in common with the reference'
-            ax.text(.5, at, said, transform=ax.get_yaxis_transform(), ha='center', va='center',
+            reason = r.missing if pd.isna(r.mean) else 'no seed in common with the reference'
+            ax.text(.5, at, reason, transform=ax.get_yaxis_transform(), ha='center', va='center',
                     color='.5', size=7, bbox=dict(fc='white', ec='none', pad=1))
         else:
             ax.hlines(at, r.difference_low, r.difference_high, color='.35', lw=1.4)
             ax.plot(r.difference, at, 'o', color='black',
                     mfc='black' if r.p_holm < .05 else 'white', ms=4.5)
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell35
+# %% ../../nbs/studies/ablation_table.ipynb #cell37
 def _ablation_figure(
     table,   # of `ablation_table`
     score='auroc',
     reference=None,   # the variant that the others are compared with; None: the first
 ):           # a matplotlib Figure
-    "Differences to the reference with their intervals, a panel a task."
-    own, variants = table[table['score'] == score], list(dict.fromkeys(table['variant']))
+    "Draw differences to the reference with their intervals, a panel a task."
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    rows, variants = table[table['score'] == score], list(dict.fromkeys(table['variant']))
     tasks, reference = list(dict.fromkeys(table['task'])), reference or variants[0]
     names = [f'{v} (reference)' if v == reference else v for v in variants]
     with rc_context(STYLE):
         figure = Figure(figsize=(2.6*len(tasks)+1.8, 1.1+.2*len(variants)), layout='constrained')
         for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0], tasks):
-            _draw_variants(ax, own[own['task'] == task], reference)
+            _draw_variants(ax, rows[rows['task'] == task], reference)
             ax.set(title=task, ylim=(len(variants)-.4, -.6), yticks=range(len(variants)),
                    yticklabels=names)
             ax.tick_params(axis='y', length=0)
@@ -219,11 +223,11 @@ def _ablation_figure(
                          '95 %; filled: p < 0.05 after Holm', size=8)
     return figure
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell40
+# %% ../../nbs/studies/ablation_table.ipynb #cell42
 def _ablation_notes(
-    a, table,   # the `pahcl.studies.ablation._Ablation`, of `ablation_table`
+    a, table,   # the `pahcl.studies.ablation_plan._Ablation`, of `ablation_table`
 ) -> list:      # sentences
-    "What a reader has to know of the table."
+    "Say what a reader has to know of the table."
     persons = ', '.join(f'{t}: {int(n)}' for t, n in table.groupby(
         'task', sort=False)['subjects'].max().dropna().items())
     compared = int(table.groupby(['task', 'score'])['p'].count().max())
@@ -238,9 +242,11 @@ def _ablation_notes(
         f'Subjects of the test split: {persons or "none"}.',
         'A dash stands where nothing was trained.']
 
-# %% ../../nbs/studies/ablation_table.ipynb #cell41
+# %% ../../nbs/studies/ablation_table.ipynb #cell43
 def write_ablation(
-    a, folder, table,   # the `pahcl.studies.ablation._Ablation`, its folder, of `ablation_table`
+    a,        # the `pahcl.studies.ablation_plan._Ablation`
+    folder,   # of the ablation
+    table,    # of `ablation_table`
 ):                      # DataFrame of strings
     "Write `ablation.csv`, `.md`, `.tex`, `.html` and `ablation.png`."
     write_text(Path(folder)/'ablation.csv', table.to_csv(index=False))

@@ -11,90 +11,26 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.basics import generator, get_logger, PahclError, require_path, UsageError
-from ..data.tasks import Task
+from ..core.basics import get_logger, PahclError, require_path, UsageError
+from ..data.task_folders import write_fold
+from ..data.tasks import find_met_persons, Task
+from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.decisions import Decisions
 from ..evaluation.evaluator import note_bag_levels, open_model, open_split, predict_validation
 from ..evaluation.subject_rules import check_rules, VALIDATION_RULES
 from ..evaluation.thresholds import check_threshold
+from .fold_plans import (
+    _check_validation, _note_tested_persons, _parse_folds, _person_labels, _plan_folds)
 from .fold_scores import _fold_sections, _note_undefined_scores, score_folds
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell6
-def _assign_folds(
-    persons: dict,   # person -> class
-    folds: int,      # at least 3
-    seed=0,
-) -> dict:           # person -> fold
-    "Deal persons out to folds, class by class."
-    if folds < 3:
-        raise UsageError(f'--cross-validate is {folds}; give 3 or more: one part is tested, '
-                         'one chooses the epoch, and one trains.')
-    if len(persons) < folds:
-        raise PahclError(f'{len(persons)} persons are too few for {folds} folds: '
-                         'all others took part in pretraining, and nobody is tested who did. '
-                         'Cross-validate a checkpoint that was fine-tuned from none, '
-                         'or from a pretraining on other data.')
-    random, order = generator(seed, 'cross-validation'), []
-    for label in sorted(set(persons.values())):
-        own = sorted(p for p, l in persons.items() if l == label)
-        order += [own[i] for i in random.permutation(len(own))]
-    return {p: i % folds for i, p in enumerate(order)}
+from ..training.finetuning import finetune
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell8
-def _assign_fold_splits(
-    label: dict,   # person -> class, of everybody
-    met=(),        # persons who took part in pretraining: they always train
-    folds=5, seed=0,
-) -> dict:         # name of the fold -> person -> train, val or test
-    "Who stands where in each fold."
-    fold_of = _assign_folds({p: c for p, c in label.items() if p not in met}, folds, seed)
-    place = (lambda fold, tested: 'test' if fold == tested else 'val' if fold == (tested+1) % folds
-             else 'train')
-    return {f'fold {k}': {p: place(fold_of.get(p), k) for p in label} for k in range(folds)}
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell13
-def _person_devices(
-    recordings,    # of the task: `recording_id, subject_id, person_id`
-    dataset: str,
-    task='this task',
-) -> dict:         # person -> name of the device
-    "Which device recorded whom; where there is one only there is none to leave out."
-    from pahcl.data.datasets import identify_devices
-    own = identify_devices(recordings, dataset)
-    if own is None or len(set(own)) < 2:
-        why = 'was recorded with one device: there is none to leave out'
-        if own is not None:
-            why = f'has recordings of {own[0]} only, and no other device to learn from'
-        raise UsageError(f'--cross-validate device: {task} {why}. Give a number of folds, e.g. '
-                         '--cross-validate 5; '
-                         'device is for physionet2016 (its folders) and pascal (its two sets).')
-    return dict(zip(recordings['person_id'], own))
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell15
-def _assign_device_splits(
-    device: dict,   # person -> device
-    own: dict,      # person -> its split in the task
-    met=(),         # persons who took part in pretraining
-    # device -> person -> train, val or test; a person may be left out of a fold, and a device of
-    # which nobody can be tested is no fold
-) -> dict:
-    "Who stands where when a device is left out of training."
-    def place(person, tested):
-        if device[person] == tested: return None if person in met else 'test'
-        return 'val' if own[person] == 'val' and person not in met else 'train'
-    out = {d: {p: s for p in device if (s := place(p, d))} for d in sorted(set(device.values()))}
-    if lone := [d for d, fold in out.items() if 'val' not in fold.values()]:
-        raise PahclError(f'without {lone[0]} nobody is left to choose the epoch on: '
-                         'the validation persons are of that device, or took part in pretraining. '
-                         'Cross-validate a checkpoint that was fine-tuned from none.')
-    return {d: fold for d, fold in out.items() if 'test' in fold.values()}
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell20
 def _pretraining_persons(
     saved: dict,   # a fine-tuned checkpoint's content
 ):                 # (set of persons, a sentence or '')
-    "Who took part in the pretraining that a checkpoint was fine-tuned from."
-    from pahcl.models.checkpoints import persons_trained_on, read_pretrained, resolve_checkpoint
+    "Return who took part in the pretraining that a checkpoint was fine-tuned from."
+    from pahcl.models.checkpoints import persons_trained_on
+    from pahcl.models.pretrained import read_pretrained, resolve_checkpoint
     source = ((saved.get('config') or {}).get('pretrain') or {}).get('checkpoint_path')
     if source is None:
         raise PahclError('the checkpoint does not say what it was fine-tuned from, '
@@ -107,138 +43,74 @@ def _pretraining_persons(
                'whether tested persons are among them cannot be checked')
     return (set(), unknown) if seen is None else (seen, '')
 
-# %% ../../nbs/studies/cross_validation.ipynb #cell23
+# %% ../../nbs/studies/cross_validation.ipynb #cell11
 def _predict_fold(
-    checkpoint, task: str, data_dir,                      # of the fold
-    rule='mean', subject_rule=None, threshold='argmax',   # see `Decisions.make`
-    raw_dir=None,  # folder of raw data, for the floor of demographics
+    checkpoint,                       # of the fold's fine-tuning
+    task: str, data_dir,              # the fold, and the folder it lies in
+    rule='mean', subject_rule=None,   # cycles to recordings, recordings to subjects
+    threshold='argmax',               # how decisions are made
+    raw_dir=None,                     # folder of raw data, for the floor of demographics
 ) -> Decisions:  # with what the shortcuts say of the same subjects
     "Predict those whom a fold's model has not met, and decide."
-    from pahcl.evaluation.baselines import all_baseline_predictions
     cycles, prepared = open_split(task, data_dir, 'test')
-    model, asked = (open_model(checkpoint, prepared),
-                    subject_rule in VALIDATION_RULES or threshold != 'argmax')
-    validation = predict_validation(model, 'test') if asked else None
+    model = open_model(checkpoint, prepared)
+    chosen_on_val = subject_rule in VALIDATION_RULES or threshold != 'argmax'
+    validation = predict_validation(model, 'test') if chosen_on_val else None
     predictions = model.predict(cycles)
     decisions = Decisions.make(predictions, prepared, 'test', validation, rule, subject_rule,
                                threshold)
     subjects = decisions.levels['subject'].table['subject_id']
     return replace(decisions, baselines=all_baseline_predictions(prepared, subjects, raw_dir))
 
-# %% ../../nbs/studies/cross_validation.ipynb #cell24
+# %% ../../nbs/studies/cross_validation.ipynb #cell12
 def _drop_unset_keys(
     settings: dict,   # nested
 ) -> dict:
-    "A configuration as a user would write it: without the keys that were left open."
+    "Return a configuration as a user would write it: without the keys that were left open."
     return {k: _drop_unset_keys(v) if isinstance(v, dict) else v for k, v in settings.items()
             if v is not None}
 
 def _run_name(
     fold: str,   # its name
 ) -> str:        # as part of a file name
-    "What a fold's run is called."
+    "Name a fold's run."
     return re.sub(r'\W+', '_', fold.split(',')[0])
 
-# %% ../../nbs/studies/cross_validation.ipynb #cell26
+# %% ../../nbs/studies/cross_validation.ipynb #cell14
 def _run_fold(
-    # a checkpoint's content, the task's folder, the cross-validation's folder
-    saved: dict, task_folder, folder,
-    name: str, split_of: dict,          # of `_assign_fold_splits` or `_assign_device_splits`
-    **judge,                            # of `_predict_fold`
-) -> Decisions:                         # of `_predict_fold`
-    "Fine-tune on a fold, and ask about those it has not met."
-    from pahcl.training.finetuning import finetune
-    from pahcl.data.splitting import write_fold
-    task, data, run = (Path(task_folder).name, Path(folder)/f'data_{_run_name(name)}',
-                       Path(folder)/'folds'/f'{Path(task_folder).name}_{_run_name(name)}')
+    saved: dict,      # the checkpoint's content
+    task_folder,      # of the prepared task
+    folder,           # of the cross-validation
+    name: str,        # of the fold
+    split_of: dict,   # person -> train, val or test
+    **rules,          # rule, subject_rule, threshold, raw_dir: see `_predict_fold`
+) -> Decisions:       # of those who are tested
+    "Fine-tune on a fold, and decide about those it has not met."
+    task, data = Path(task_folder).name, Path(folder)/f'data_{_run_name(name)}'
+    run = Path(folder)/'folds'/f'{task}_{_run_name(name)}'
     try:
         write_fold(task_folder, data/task, split_of)
         finetune(_drop_unset_keys(saved['config']), output_dir=run.parent, task=task,
                  data_dir=str(data), experiment_name=_run_name(name))
-        return _predict_fold(run/'best_model.pt', task, data, **judge)
+        return _predict_fold(run/'best_model.pt', task, data, **rules)
     # links and packs; the recordings lie elsewhere
     finally: shutil.rmtree(data, ignore_errors=True)
 
-# %% ../../nbs/studies/cross_validation.ipynb #cell28
-def _parse_folds(
-    folds,   # what the user gave: a number from 3 on, or device
-):           # int or 'device'
-    "Read `--cross-validate`."
-    if folds == 'device': return folds
-    try: return int(folds)
-    except ValueError:
-        raise UsageError(f'--cross-validate is {folds!r}; give a number of folds from 3 on, e.g. '
-                         '5, or device.') from None
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell30
-def _person_labels(
-    recordings,   # of the task
-) -> dict:        # person -> class
-    "The class of each person; of several the one that the fewest persons have."
-    from pahcl.core.metrics import pick_rarest_labels
-    return pick_rarest_labels(recordings['label'], recordings['person_id']).to_dict()
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell32
-def _plan_folds(
-    folds,             # of `_parse_folds`
-    recordings,        # of the task
-    task,              # the `Task`
-    met: set,          # who took part in pretraining
-    seed=0,
-) -> dict:             # name -> person -> split
-    "Who is trained on and tested when."
-    if folds != 'device': return _assign_fold_splits(_person_labels(recordings), met, folds, seed)
-    own = recordings.groupby('person_id')['split'].first().to_dict()
-    return _assign_device_splits(_person_devices(recordings, task.dataset, task.name), own, met)
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell34
-def _note_tested_persons(
-    planned: dict, met: set,   # of `_plan_folds`; who took part in pretraining
-    folds, everybody: set,     # of `_parse_folds`; persons of the task
-) -> list:                     # sentences
-    "What a reader must know of who was tested."
-    tested, known = ({p for fold in planned.values() for p, s in fold.items() if s == 'test'},
-                     len(everybody & met))
-    count = f'{len(tested)} of {len(everybody)} persons'
-    if folds != 'device':
-        return [f'{folds}-fold cross-validation: {count} were tested, each once, by a model that '
-                'had not met them; ' f'{known} took part in pretraining and only trained']
-    heard = (f'; {known} took part in pretraining, which heard the tested devices too (without '
-             'labels), and are not tested' if known else '')
-    return [f'each device was left out of training and tested: {count}{heard}']
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell37
+# %% ../../nbs/studies/cross_validation.ipynb #cell16
 def _check_choices(
-    task, rule, subject_rule, threshold,   # the `Task`; as in `cross_validate`
+    task,                 # the `Task`
+    rule, subject_rule,   # cycles to recordings, recordings to subjects
+    threshold,            # how decisions are made
 ):
-    "Tell a rule or threshold that cannot be before hours of training."
+    "Refuse a rule or threshold that cannot be before hours of training."
     check_rules(task, rule, subject_rule, VALIDATION_RULES)
     check_threshold(threshold, task)
 
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell39
-def _check_validation(
-    planned: dict,        # of `_plan_folds`
-    label: dict,          # person -> class
-    subject_rule, threshold,   # as in `cross_validate`
-    positive: int,        # the class that a threshold seeks
-):
-    "Tell what cannot be chosen on the validation persons of a fold, before it is trained."
-    for name, fold in planned.items():
-        classes = {label[p] for p, s in fold.items() if s == 'val'}
-        lone = f'the validation persons of {name} are all of class {min(classes)}'
-        if subject_rule == 'learned' and len(classes) < 2:
-            raise PahclError(f'--subject-rule learned: {lone}. Give mean or choose.')
-        if threshold != 'argmax' and (len(classes) < 2 or positive not in classes):
-            why = (lone if len(classes) < 2
-                   else f'no validation person of {name} is of class {positive}')
-            raise PahclError(f'--threshold {threshold}: {why}. Leave it out.')
-
-# %% ../../nbs/studies/cross_validation.ipynb #cell42
+# %% ../../nbs/studies/cross_validation.ipynb #cell18
 def _open_checkpoint_and_task(
-    checkpoint, task: str, data_dir,   # as in `cross_validate`
-):                                     # (its content, the `Task`)
-    "What is to be repeated, and where; a checkpoint of another task is refused."
+    checkpoint, task: str, data_dir,   # see `cross_validate`
+):                                     # (the checkpoint's content, the `Task`)
+    "Open what is to be repeated, and its task; a checkpoint of another task is refused."
     from pahcl.models.checkpoints import load_classifier
     saved = load_classifier(require_path(checkpoint, 'checkpoint',
                                          'Train one with pahcl_finetune.'))[1]
@@ -247,60 +119,75 @@ def _open_checkpoint_and_task(
                          f'cross-validate it there, with --task {saved["task"]}.')
     return saved, Task.open(data_dir, task)
 
-# %% ../../nbs/studies/cross_validation.ipynb #cell44
+# %% ../../nbs/studies/cross_validation.ipynb #cell20
 def _collect_fold_notes(
-    # name -> `Decisions`; what `pahcl.studies.fold_scores.score_folds` found
-    judged: dict, results: dict,
-) -> list:                         # sentences
-    "Who was not heard in which fold, and what is undefined where."
-    lost = [f'{name}: {note}' for name, decisions in judged.items() for note in decisions.notes]
-    return [*lost, *_note_undefined_scores(results['folds']+results['devices'])]
+    decisions: dict,   # name of the fold -> `Decisions`
+    results: dict,     # of `pahcl.studies.fold_scores.score_folds`
+) -> list:             # sentences
+    "Say who was not heard in which fold, and what is undefined where."
+    notes = [f'{name}: {note}' for name, fold in decisions.items() for note in fold.notes]
+    return [*notes, *_note_undefined_scores(results['folds']+results['devices'])]
 
 def _report_title(
     task: str, folds,   # of `_parse_folds`
 ) -> str:
-    "What the page is called."
+    "Name the page."
     return (f'{task}: each device left out of training' if folds == 'device'
             else f'{task}: {folds}-fold cross-validation')
 
-# %% ../../nbs/studies/cross_validation.ipynb #cell47
+# %% ../../nbs/studies/cross_validation.ipynb #cell23
+def _plan_and_check(
+    saved: dict,               # the checkpoint's content
+    task: Task,
+    folds,                     # a number, or 'device'
+    subject_rule, threshold,   # see `cross_validate`
+    seed=0,
+):                             # (fold -> person -> split, sentences of who was tested)
+    "Plan who is tested when; refuse what cannot be before hours of training."
+    pretrained, doubt = _pretraining_persons(saved)
+    recordings = task.recordings.dropna(subset='label')
+    met = find_met_persons(pretrained, recordings)
+    planned = _plan_folds(folds, recordings, task, met, seed)
+    labels = _person_labels(recordings)
+    _check_validation(planned, labels, subject_rule, threshold, task.positive_class)
+    notes = _note_tested_persons(planned, met, folds, set(recordings['person_id']))
+    return planned, [*notes, *([doubt] if doubt else []), *note_bag_levels(saved, subject_rule)]
+
+# %% ../../nbs/studies/cross_validation.ipynb #cell24
 def cross_validate(
-    # of pahcl_finetune: its configuration is repeated; a prepared task; how many, or 'device'
-    checkpoint, task: str, folds,
-    # None: `cross_validation_<task>_<folds>` beside the checkpoint
-    data_dir='data/downstream', output_dir=None,
-    # as in `pahcl.evaluation.evaluator.evaluate`
-    rule='mean', subject_rule=None, draws=2000, seed=0, threshold='argmax', raw_dir=None,
-) -> dict:                                        # what stands in metrics.json, and `output_dir`
+    checkpoint,                       # of pahcl_finetune: its configuration is repeated
+    task: str,                        # a prepared task
+    folds,                            # how many (3 or more), or 'device'
+    data_dir='data/downstream',       # folder of the prepared tasks
+    output_dir=None,                  # None: cross_validation_<task>_<folds> beside the checkpoint
+    rule='mean', subject_rule=None,   # cycles to recordings, recordings to subjects
+    draws=2000, seed=0,               # of the bootstrap over persons; seed also of the folds
+    threshold='argmax',               # how decisions are made; others are chosen on val
+    raw_dir=None,                     # folder of raw data, for the floor of demographics
+) -> dict:                            # what stands in metrics.json, and `output_dir`
     "Fine-tune once a fold, and score all persons that were tested as one split."
-    from pahcl.data.tasks import find_met_persons
-    folds, ways = _parse_folds(folds), dict(rule=rule, subject_rule=subject_rule,
-                                            threshold=threshold)
+    folds = _parse_folds(folds)
+    rules = dict(rule=rule, subject_rule=subject_rule, threshold=threshold)
     saved, prepared = _open_checkpoint_and_task(checkpoint, task, data_dir)
-    _check_choices(prepared, **ways)
-    (met, doubt), recordings = (_pretraining_persons(saved),
-                                prepared.recordings.dropna(subset='label'))
-    met = find_met_persons(met, recordings)
-    planned = _plan_folds(folds, recordings, prepared, met, seed)
-    _check_validation(planned, _person_labels(recordings), subject_rule, threshold,
-                      prepared.positive_class)
-    notes = [*_note_tested_persons(planned, met, folds, set(recordings['person_id'])),
-             *([doubt] if doubt else []), *note_bag_levels(saved, subject_rule)]
+    _check_choices(prepared, **rules)
+    # who is tested when, and whether that can be
+    planned, notes = _plan_and_check(saved, prepared, folds, subject_rule, threshold, seed)
     out = Path(output_dir or Path(checkpoint).parent/f'cross_validation_{task}_{folds}')
     get_logger().info(f'{len(planned)} fine-tunings of up to '
                       f'{saved["config"]["training"]["num_epochs"]} epochs; {notes[0]}')
-    judged = {name: _run_fold(saved, Path(data_dir)/task, out, name, split_of, raw_dir=raw_dir,
-                              **ways) for name, split_of in planned.items()}
-    scored = score_folds(judged, prepared.dataset, folds == 'device', draws=draws,
-                         seed=seed, **ways)
+    # train, predict and decide, fold by fold
+    decisions = {name: _run_fold(saved, Path(data_dir)/task, out, name, split_of, raw_dir=raw_dir,
+                                 **rules) for name, split_of in planned.items()}
+    scored = score_folds(decisions, prepared.dataset, folds == 'device', draws=draws, seed=seed,
+                         **rules)
+    # say how it was made, and write
     about = dict(checkpoint=str(checkpoint), trained_on=task, encoder_type=saved['encoder_type'],
                  split='devices' if folds == 'device' else f'{folds} folds')
-    results = (about | scored.results
-               | dict(notes=notes + _collect_fold_notes(judged, scored.results)))
-    scored = replace(scored, results=results)
+    notes = notes+_collect_fold_notes(decisions, scored.results)
+    scored = replace(scored, results=about | scored.results | dict(notes=notes))
     for note in scored.notes: get_logger().info(note)
-    asked = dict(cross_validation=dict(folds=folds, data_dir=str(data_dir), **ways, draws=draws,
+    asked = dict(cross_validation=dict(folds=folds, data_dir=str(data_dir), **rules, draws=draws,
                                        seed=seed), checkpoint=saved['config'])
     scored.save(out, _report_title(task, folds), asked,
-                _fold_sections(scored, judged, folds == 'device'))
-    return results | dict(output_dir=str(out))
+                _fold_sections(scored, decisions, folds == 'device'))
+    return scored.results | dict(output_dir=str(out))

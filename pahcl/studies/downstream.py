@@ -10,11 +10,20 @@ from pathlib import Path
 
 from ..core.basics import PahclError, require_path
 from ..core.config import load_config
-from ..core.pipeline import (
-    evaluation_folder, hash_files, hash_raw_files, hash_task_tables, list_raw_files, MODES,
-    Pipeline, PipelineSettings, Stage)
+from ..core.pipeline import MODES, Pipeline, PipelineSettings
+from ..core.stages import (
+    evaluation_folder, hash_files, hash_raw_files, hash_task_tables, list_raw_files, Stage)
+from ..data.datasets import select_datasets, TASKS
+from ..data.fetching import download
+from ..data.simulation import simulate_dataset
+from ..data.splitting import prepare
+from ..evaluation.evaluator import evaluate
+from ..segmentation.preprocessing import preprocess
+from .summary import summarize
+from ..training.finetuning import finetune
+from ..training.pretraining import pretrain
 
-# %% ../../nbs/studies/downstream.ipynb #cell6
+# %% ../../nbs/studies/downstream.ipynb #cell8
 _DEMO_FOLDERS = dict(raw_dir='demo/raw', processed_dir='demo/processed', data_dir='demo/downstream',
                      output_dir='demo/outputs')
 _DEMO_SETTINGS = _DEMO_FOLDERS | dict(config='small_finetune', pretrain_config='small_pretrain')
@@ -26,21 +35,16 @@ def demo_settings(
     return PipelineSettings(**_DEMO_SETTINGS | {k: v for k, v in given.items() if v is not None}
                             | dict(demo=True))
 
-# %% ../../nbs/studies/downstream.ipynb #cell10
+# %% ../../nbs/studies/downstream.ipynb #cell11
 _DEMO_SUBJECTS = 24  # enough for each class of each task in each split
 
-# %% ../../nbs/studies/downstream.ipynb #cell11
 def _missing_datasets(settings: PipelineSettings) -> list:
     "List the data sets without any file."
-    from pahcl.data.datasets import select_datasets
     return [d for d in select_datasets(settings.dataset) if not list_raw_files(settings.raw_dir, d)]
 
 # %% ../../nbs/studies/downstream.ipynb #cell12
 def _get_recordings(settings: PipelineSettings):
     "Simulate (demo) or download what is missing."
-    from pahcl.data.datasets import select_datasets
-    from pahcl.data.fetching import download
-    from pahcl.data.simulation import simulate_dataset
     for d in _missing_datasets(settings):
         if settings.demo:
             simulate_dataset(settings.raw_dir, d, subjects=_DEMO_SUBJECTS, seed=settings.seed)
@@ -63,12 +67,10 @@ _CYCLE_TABLES = ('processing_stats.json', 'recordings.csv')
 
 def _preprocess_stage(settings: PipelineSettings) -> Stage:
     "Return the stage from recordings to cycles."
-    from pahcl.data.datasets import select_datasets
-    folder, how = Path(settings.processed_dir), dict(skip_broken=settings.skip_broken,
-                                                     keep_withdrawn=settings.keep_withdrawn)
+    folder = Path(settings.processed_dir)
+    how = dict(skip_broken=settings.skip_broken, keep_withdrawn=settings.keep_withdrawn)
     cache = folder/'.hashes.json'
     def work():
-        from pahcl.segmentation.preprocessing import preprocess
         preprocess(settings.raw_dir, folder, settings.dataset,
                    num_workers=settings.num_workers, **how)
     def inputs():
@@ -82,7 +84,6 @@ def _preprocess_stage(settings: PipelineSettings) -> Stage:
 def _prepare_stage(settings: PipelineSettings) -> Stage:
     "Return the stage from cycles to task folders."
     def work():
-        from pahcl.data.splitting import prepare
         prepare(settings.dataset, settings.raw_dir, settings.processed_dir, settings.data_dir,
                 settings.seed)
     def inputs():
@@ -108,7 +109,6 @@ def _pretrain_stage(settings: PipelineSettings) -> Stage:
     config = load_config('pretrain', settings.pretrain_config, overrides=keys).model_dump()
     run = dict(output_dir=settings.output_dir, overwrite=settings.overwrite, **settings.trackers)
     def work():
-        from pahcl.training.pretraining import pretrain
         pretrain(settings.pretrain_config, **run, **keys)
     def inputs(): return dict(configuration=config, data=hash_task_tables(settings.data_dir))
     folder = Path(settings.output_dir)/'pahcl_pretrain'
@@ -121,7 +121,7 @@ def _hash_checkpoint(
 ):                     # a list of its hash; None for a random start
     "Return what the checkpoint is that fine-tuning starts from, wherever it lies."
     if pretrained == 'none': return None
-    from pahcl.models.checkpoints import resolve_checkpoint
+    from pahcl.models.pretrained import resolve_checkpoint
     path = require_path(resolve_checkpoint(pretrained), 'checkpoint',
                         'Give another with --pretrained.')
     return list(hash_files([path], '.').values())
@@ -150,7 +150,6 @@ def _finetune_stage(
     config = load_config('finetune', settings.config, overrides=keys).model_dump()
     run = dict(output_dir=settings.output_dir, overwrite=settings.overwrite, **settings.trackers)
     def work():
-        from pahcl.training.finetuning import finetune
         finetune(settings.config, **run, **keys)
     def inputs():
         return dict(configuration=config, data=hash_task_tables(settings.data_dir, task),
@@ -168,7 +167,6 @@ def _evaluate_stage(
     "Return the stage that evaluates the best model on the task's test split."
     folder = Path(folder)
     def work():
-        from pahcl.evaluation.evaluator import evaluate
         evaluate(folder/'best_model.pt', task, data_dir, raw_dir=raw_dir)
     def inputs():
         return dict(model=hash_files([folder/'best_model.pt'], folder),
@@ -188,8 +186,6 @@ def _task_stages(
 # %% ../../nbs/studies/downstream.ipynb #cell33
 def _build_pipeline() -> Pipeline:
     "Put the stages of all rooms together."
-    from pahcl.data.datasets import TASKS
-    from pahcl.studies.summary import summarize
     return Pipeline({task: spec.dataset for task, spec in TASKS.items()}, _data_stages,
                     _pretrain_stage, _task_stages, summarize)
 

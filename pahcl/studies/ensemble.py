@@ -11,25 +11,33 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from ..core.basics import first_few, get_logger, PahclError, write_text
-from ..data.tasks import Task
+from ..core.metrics import metric_names
+from ..core.predictions import Predictions
+from ..data.tasks import find_met_persons, Task
 from ..evaluation.evaluator import (
     note_bag_levels, note_trained_persons, open_model, open_split, score_split)
+from ..evaluation.subject_rules import check_rules
+from ..models.checkpoints import load_classifier, persons_trained_on
+from .disagreement import _disagreement_table
 
-# %% ../../nbs/studies/ensemble.ipynb #cell6
+# %% ../../nbs/studies/ensemble.ipynb #cell8
 def _find_members(
     checkpoints,  # a path, a glob pattern, or a list of them
 ) -> list:        # sorted paths of checkpoints, each once
-    "The checkpoints that a pattern means; raises `PahclError` for a pattern that matches none."
+    "Find the checkpoints that a pattern means; raise `PahclError` for one that matches none."
     patterns = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
-    found = {str(p): glob.glob(str(p), recursive=True) for p in patterns}
-    empty = ', '.join(p for p, paths in found.items() if not paths)
+    matches = {str(p): glob.glob(str(p), recursive=True) for p in patterns}
+    empty = ', '.join(p for p, paths in matches.items() if not paths)
     if empty or not patterns:
         raise PahclError(f'no checkpoint matches {empty or "an empty list"}. '
                          f'The pattern is relative to {Path.cwd()}; put it in quotes.')
-    return sorted({Path(p) for paths in found.values() for p in paths})
+    return sorted({Path(p) for paths in matches.values() for p in paths})
 
-# %% ../../nbs/studies/ensemble.ipynb #cell9
+# %% ../../nbs/studies/ensemble.ipynb #cell11
 def _check_members(
     members: dict,  # path -> the checkpoint's dict with `task` and `label_map`
 ):
@@ -39,13 +47,13 @@ def _check_members(
     first, *others = members.items()
     what = lambda saved: (saved['task'], saved['label_map'])
     odd = [(path, saved) for path, saved in others if what(saved) != what(first[1])]
-    told = '; '.join(f'{path} is of {saved["task"]} with {saved["label_map"]}'
+    answers = '; '.join(f'{path} is of {saved["task"]} with {saved["label_map"]}'
                      for path, saved in [first, *odd])
     if odd:
         raise PahclError(
-            f'the members do not belong together: {told}. Give checkpoints of one task.')
+            f'the members do not belong together: {answers}. Give checkpoints of one task.')
 
-# %% ../../nbs/studies/ensemble.ipynb #cell13
+# %% ../../nbs/studies/ensemble.ipynb #cell15
 def _check_test_persons(
     # path -> the checkpoint's dict, see `pahcl.models.checkpoints.persons_trained_on`
     members: dict,
@@ -55,87 +63,36 @@ def _check_test_persons(
     """Raise `PahclError`, naming members and persons, where some members were trained on persons of
     this split and others were not.
     """
-    from pahcl.models.checkpoints import persons_trained_on
-    from pahcl.data.tasks import find_met_persons
     persons, advice = (set(table['person_id'].astype(str)),
                        'Give checkpoints that were trained on one split of the persons.')
     seen = {path: find_met_persons(known, table) for path, saved in members.items()
             if (known := persons_trained_on(saved)) is not None}
     if not seen or all(s == next(iter(seen.values())) for s in seen.values()): return
     named = lambda ids: f' ({first_few(sorted(ids), 3, " …")})' if ids else ''
-    told = '; '.join(f'{path} was trained on {len(s)} of them{named(s)}'
+    answers = '; '.join(f'{path} was trained on {len(s)} of them{named(s)}'
                      for path, s in seen.items())
     raise PahclError(f'the members do not share their {split} subjects: of {len(persons)} persons, '
-                     f'{told}. {advice}')
+                     f'{answers}. {advice}')
 
-# %% ../../nbs/studies/ensemble.ipynb #cell17
+# %% ../../nbs/studies/ensemble.ipynb #cell21
 def _fit_member_weights(
     members,     # probabilities of subjects, one a member [members, subjects, classes]
     y_true,      # their true classes [subjects]
     steps=200,   # of the algorithm; each makes the loss smaller, and the loss has one minimum only
 ):               # [members], at least 0 and summing to 1
-    """Weights under which the true classes of validation subjects are most probable, by expectation
-    maximisation (Dempster, Laird & Rubin 1977).
+    """Return the weights under which the true classes of validation subjects are most probable, by
+    expectation maximisation.
+
+    Source: Dempster, Laird and Rubin 1977, Journal of the Royal Statistical Society B 39:1.
     """
-    import numpy as np
-    # [members, subjects]
-    of_truth = np.take_along_axis(np.asarray(members, float), np.asarray(y_true)[None, :, None],
-                                  2)[..., 0]
-    true = np.maximum(of_truth, 1e-12)
+    classes = np.asarray(y_true)[None, :, None]
+    true = np.take_along_axis(np.asarray(members, float), classes, 2)[..., 0]
+    true = np.maximum(true, 1e-12)   # [members, subjects]: probability of the true class
     weights = np.full(len(true), 1/len(true))
     for _ in range(steps): weights = (weights[:, None]*true/(weights @ true)).mean(1)
     return weights
 
-# %% ../../nbs/studies/ensemble.ipynb #cell22
-def _mutual_information(
-    members,        # probabilities, one a member [members, n, classes]
-    weights=None,   # of the members; None: all alike
-):                  # (mutual information [n], mean entropy [n]) in bits
-    "Doubt of the choice of the model, and doubt that all models share."
-    import numpy as np
-    members = np.asarray(members, float)
-    entropy = lambda p: -(p*np.log2(np.maximum(p, 1e-12))).sum(-1)
-    shared = np.average(entropy(members), axis=0, weights=weights)
-    return np.maximum(entropy(np.average(members, axis=0, weights=weights))-shared, 0), shared
-
 # %% ../../nbs/studies/ensemble.ipynb #cell26
-def _measure_disagreement(
-    each,           # probabilities of the members [members, subjects, classes]
-    decided,        # what the ensemble decides [subjects]
-    names: list,    # of the classes
-    weights=None,   # of the members; None: all alike
-):                  # DataFrame: agreeing, spread, mutual_information, mean_entropy, votes_<class>
-    "How far the members are from one mind about each subject."
-    import numpy as np
-    import pandas as pd
-    votes, (between, shared) = each.argmax(2), _mutual_information(each, weights)
-    spread = np.take_along_axis(each, decided[None, :, None], axis=2)[..., 0].std(0)
-    counts = {f'votes_{n}': (votes == c).sum(0) for c, n in enumerate(names)}
-    return pd.DataFrame(dict(agreeing=(votes == decided).mean(0), spread=spread,
-                             mutual_information=between, mean_entropy=shared, **counts))
-
-# %% ../../nbs/studies/ensemble.ipynb #cell27
-def _disagreement_table(
-    members: list,                    # `Predictions` of the same cycles, one a member
-    rule='mean', subject_rule=None,   # see `Predictions.at_levels`
-    weights=None,                     # of the members; None: all alike
-):                                    # DataFrame, a row a subject, those who agree least first
-    "Measure how many members decide as the ensemble does, their spread and mutual information."
-    import numpy as np
-    import pandas as pd
-    from pahcl.core.metrics import Predictions
-    level = lambda p: p.at_level('subject', rule, subject_rule)
-    together = level(Predictions.mean(members, rule, subject_rule, weights))
-    each = np.stack([level(m).probabilities for m in members])   # [members, subjects, classes]
-    rows, names, decided = together.table, together.class_names, together.probabilities.argmax(1)
-    about = dict(subject_id=rows['subject_id'], label_name=[names[i] for i in rows['label']],
-                 decided=[names[i] for i in decided])
-    answers = pd.concat([pd.DataFrame(about), _measure_disagreement(each, decided, names, weights)],
-                        axis=1)
-    order = dict(agreeing=True, mutual_information=False, spread=False, subject_id=True)
-    return answers.sort_values(list(order), ascending=list(order.values()), ignore_index=True)
-
-# %% ../../nbs/studies/ensemble.ipynb #cell37
 def _score_members(
     members: list,                    # `Predictions`, one a member
     paths: list,                      # of their checkpoints
@@ -143,60 +100,57 @@ def _score_members(
 ) -> list:                            # a dict a member: its subjects' scores, without intervals
     "Score each member alone."
     alone = [m.scores(rule, subject_rule)['subject'] for m in members]
-    pick = lambda s: {k: s[k] for k in ('accuracy', 'f1_macro', 'auroc', 'uar')}
-    return [dict(checkpoint=str(p), **pick(s)) for p, s in zip(paths, alone)]
+    names = metric_names('paired')
+    return [dict(checkpoint=str(p), **{k: s[k] for k in names}) for p, s in zip(paths, alone)]
 
-# %% ../../nbs/studies/ensemble.ipynb #cell38
+# %% ../../nbs/studies/ensemble.ipynb #cell27
 def _add_members(
     evaluation,  # `pahcl.evaluation.scoring.Evaluation` of the mean of the members
     members: list, paths: list,       # `Predictions`, and checkpoints
-    told,                             # of `_disagreement_table`
+    answers,                             # of `_disagreement_table`
     rule='mean', subject_rule=None,   # see `Predictions.at_levels`
     weights=None,                     # of the members; None: all alike
 ):                                    # the same with `members` and `agreement`
     "Add what each member would score alone, and how far they agree."
     share = [1/len(members)]*len(members) if weights is None else [float(w) for w in weights]
     alone = _score_members(members, paths, rule, subject_rule)
-    means = {f'mean_{k}': float(told[k].mean())
+    means = {f'mean_{k}': float(answers[k].mean())
              for k in ('agreeing', 'spread', 'mutual_information', 'mean_entropy')}
-    agreement = dict(all_agree=float((told['agreeing'] == 1).mean()), **means)
+    agreement = dict(all_agree=float((answers['agreeing'] == 1).mean()), **means)
     return evaluation.add(members=[dict(s, weight=w) for s, w in zip(alone, share)],
                           agreement=agreement)
 
-# %% ../../nbs/studies/ensemble.ipynb #cell40
+# %% ../../nbs/studies/ensemble.ipynb #cell29
 def _write_ensemble(
     folder, evaluation,   # of `_add_members`
-    told,                 # of `_disagreement_table`
+    answers,                 # of `_disagreement_table`
     title: str,           # of the report
     settings=None,        # shown in the report
 ) -> Path:                # the folder
     "Write the files of an evaluation, and disagreement_subject.csv."
-    import pandas as pd
     results = evaluation.results
     members, share = pd.DataFrame(results['members']).round(3), results['agreement']['all_agree']
     summary = f'All members agree about {share:.0%} of the subjects. Those they agree about least:'
-    text = told.to_csv(index=False, float_format='%.6f')
+    text = answers.to_csv(index=False, float_format='%.6f')
     write_text(Path(folder)/'disagreement_subject.csv', text)
     more = {'Members, each alone (subjects)': [members],
-            'Disagreement': [summary, told.head(20).round(3)]}
+            'Disagreement': [summary, answers.head(20).round(3)]}
     return evaluation.save(folder, title, settings, more)
 
-# %% ../../nbs/studies/ensemble.ipynb #cell43
+# %% ../../nbs/studies/ensemble.ipynb #cell32
 def _check_unseen(
     members: dict,   # path -> the checkpoint's dict
     table,           # of the validation cycles: `person_id`
 ):
     "Raise `PahclError`, naming them, where members were trained on validation subjects."
-    from pahcl.models.checkpoints import persons_trained_on
-    from pahcl.data.tasks import find_met_persons
     seen = {p: find_met_persons(persons_trained_on(saved) or set(), table)
             for p, saved in members.items()}
-    told = '; '.join(f'{p} was trained on {len(s)} of them' for p, s in seen.items() if s)
-    if told:
-        raise PahclError(f'weights cannot be learnt on the validation subjects: {told}. '
+    answers = '; '.join(f'{p} was trained on {len(s)} of them' for p, s in seen.items() if s)
+    if answers:
+        raise PahclError(f'weights cannot be learnt on the validation subjects: {answers}. '
                          'Leave --weighted out.')
 
-# %% ../../nbs/studies/ensemble.ipynb #cell45
+# %% ../../nbs/studies/ensemble.ipynb #cell34
 def _fit_validation_weights(
     members: dict,                        # path -> content of the checkpoint
     task: str, data_dir, batch_size=64,   # as in `ensemble`
@@ -210,7 +164,7 @@ def _fit_validation_weights(
     labels = subjects[0].table['label'].astype(int)
     return _fit_member_weights([s.probabilities for s in subjects], labels)
 
-# %% ../../nbs/studies/ensemble.ipynb #cell46
+# %% ../../nbs/studies/ensemble.ipynb #cell35
 def _collect_ensemble_notes(
     members: list,      # contents of the checkpoints
     table, task: Task,  # of the cycles that are predicted; what they are predicted for
@@ -224,64 +178,73 @@ def _collect_ensemble_notes(
             for note in [*note_bag_levels(m, subject_rule), *note_trained_persons(m, table)]]
     return [*alone, *across, *dict.fromkeys(each)]
 
-# %% ../../nbs/studies/ensemble.ipynb #cell49
+# %% ../../nbs/studies/ensemble.ipynb #cell38
 def _load_members(
     checkpoints,   # as in `_find_members`
 ) -> dict:         # path -> content of the checkpoint
     "Read the members; raise `PahclError` where they do not belong together."
-    from pahcl.models.checkpoints import load_classifier
     members = {p: load_classifier(p)[1] for p in _find_members(checkpoints)}
     _check_members(members)
     return members
 
-# %% ../../nbs/studies/ensemble.ipynb #cell50
+# %% ../../nbs/studies/ensemble.ipynb #cell39
 def _common_folder(
     paths: list,   # of checkpoints
 ) -> Path:
     "The folder that holds all of their folders."
     return Path(os.path.commonpath([p.parent.absolute() for p in paths]))
 
-# %% ../../nbs/studies/ensemble.ipynb #cell53
+# %% ../../nbs/studies/ensemble.ipynb #cell42
+def _describe_ensemble(
+    evaluation,     # `pahcl.evaluation.scoring.Evaluation`, with the members
+    paths: list,    # of their checkpoints
+    model,          # the first member, of `pahcl.evaluation.evaluator.open_model`
+    split: str,     # that was scored
+    notes: list,    # sentences, of `_collect_ensemble_notes`
+):                  # the same evaluation with all that stands in metrics.json
+    "Add from which checkpoints the ensemble was made, and what must be known of it; log the notes."
+    about = dict(checkpoints=[str(p) for p in paths], trained_on=model.saved['task'], split=split,
+                 matched=model.matched)
+    results = about | evaluation.results | dict(notes=[*notes, *evaluation.decisions.notes])
+    evaluation = replace(evaluation, results=results)
+    for note in evaluation.notes: get_logger().info(note)
+    return evaluation
+
+# %% ../../nbs/studies/ensemble.ipynb #cell43
 def ensemble(
     checkpoints,                 # pattern, path or list of them
     task: str,                   # a prepared task
     data_dir='data/downstream',  # the folder of all tasks
     split='test',                # train, val or test
     output_dir=None,  # None: `ensemble_<task>_<split>` in the folder that holds all members
-    # as in `pahcl.evaluation.evaluator.evaluate`
-    batch_size=64, rule='mean', subject_rule=None, draws=2000, seed=0,
+    batch_size=64,               # cycles at once
+    rule='mean', subject_rule=None,   # cycles to recordings, recordings to subjects
+    draws=2000, seed=0,               # of the bootstrap over persons
     weighted=False,   # learn weights on the validation split; otherwise all members count alike
     raw_dir=None,     # the folder of raw data, for the floor of demographics
 ) -> dict:            # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
-    from pahcl.evaluation.subject_rules import check_rules
-    from pahcl.core.metrics import Predictions
-    members, way = _load_members(checkpoints), dict(rule=rule, subject_rule=subject_rule)
+    members, rules = _load_members(checkpoints), dict(rule=rule, subject_rule=subject_rule)
     cycles, prepared = open_split(task, data_dir, split)
     check_rules(prepared, rule, subject_rule, ())
     _check_test_persons(members, cycles.table, split)
     # predict with each member, score their mean
-    weights = _fit_validation_weights(members, task, data_dir, batch_size,
-                                      **way) if weighted else None
+    weights = (_fit_validation_weights(members, task, data_dir, batch_size, **rules)
+               if weighted else None)
     models = [open_model(p, prepared) for p in members]
     predictions = [model.predict(cycles, batch_size) for model in models]
-    together = Predictions.mean(predictions, **way, weights=weights)
-    scored = score_split(together, prepared, split, **way, draws=draws, seed=seed, raw_dir=raw_dir)
-    told = _disagreement_table(predictions, **way, weights=weights)
-    scored = _add_members(scored, predictions, list(members), told, **way, weights=weights)
+    together = Predictions.mean(predictions, **rules, weights=weights)
+    scored = score_split(together, prepared, split, **rules, draws=draws, seed=seed,
+                         raw_dir=raw_dir)
+    answers = _disagreement_table(predictions, **rules, weights=weights)
+    scored = _add_members(scored, predictions, list(members), answers, **rules, weights=weights)
     # say how it was made
-    paths, matched = [str(p) for p in members], models[0].matched
-    about = dict(checkpoints=paths, trained_on=models[0].saved['task'], split=split,
-                 matched=matched)
     notes = _collect_ensemble_notes(list(members.values()), cycles.table, prepared, subject_rule)
-    results = about | scored.results | dict(notes=[*notes, *scored.decisions.notes])
-    scored = replace(scored, results=results)
-    for note in scored.notes: get_logger().info(note)
+    scored = _describe_ensemble(scored, list(members), models[0], split, notes)
     # write
     folder = (Path(output_dir) if output_dir
               else _common_folder(list(members))/f'ensemble_{task}_{split}')
-    asked = dict(members=paths, task=task, data_dir=str(data_dir), split=split, draws=draws,
-                 seed=seed, weights='learnt on val' if weighted else 'all alike')
-    _write_ensemble(folder, scored, told, f'{task}, {split}: ensemble of {len(paths)}', asked)
-    return results | dict(output_dir=str(folder))
-
+    asked = dict(members=[str(p) for p in members], task=task, data_dir=str(data_dir), split=split,
+                 draws=draws, seed=seed, weights='learnt on val' if weighted else 'all alike')
+    _write_ensemble(folder, scored, answers, f'{task}, {split}: ensemble of {len(members)}', asked)
+    return scored.results | dict(output_dir=str(folder))

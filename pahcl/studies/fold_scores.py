@@ -11,6 +11,7 @@ from dataclasses import replace
 import pandas as pd
 
 from ..core.metrics import metric_names
+from ..data.datasets import identify_devices
 from ..evaluation.decisions import Decisions
 from ..evaluation.pages import format_number, format_with_interval
 from ..evaluation.scoring import Evaluation
@@ -21,33 +22,33 @@ def _score_part(
     decisions: Decisions,   # of its subjects
     draws=2000, seed=0,     # of the bootstrap
 ) -> dict:  # fold, subjects, support, the paired metrics, intervals, reasons, official,
-                            # best_floor, below_floor
+            # best_floor, below_floor
     "Score the subjects of a fold or of a device, and their floors."
-    levels = {k: own for k, own in decisions.levels.items() if k != 'cycle'}
+    levels = {k: v for k, v in decisions.levels.items() if k != 'cycle'}
     scored = Evaluation.of(replace(decisions, levels=levels), draws, seed)
-    own, official, names = scored.scores['subject'], scored.official or {}, metric_names('paired')
-    pick = lambda of: {m: of[m] for m in names if m in of}
-    about = dict(fold=name, subjects=own['n'], support=own['support'])
-    kept = {k: official[k] for k in ('name', 'value', 'low', 'high') if k in official}
+    scores, official = scored.scores['subject'], scored.official or {}
+    names = metric_names('paired')
+    def pick(scores): return {m: scores[m] for m in names if m in scores}
+    about = dict(fold=name, subjects=scores['n'], support=scores['support'])
+    challenge = {k: official[k] for k in ('name', 'value', 'low', 'high') if k in official}
     floors = dict(best_floor={m: scored.best_baseline(m) for m in names},
                   below_floor=scored.results['below_floor'])
-    why = dict(intervals=pick(own['intervals']), reasons=pick(own['reasons']))
-    return about | pick(own) | why | dict(official=kept or None) | floors
+    why = dict(intervals=pick(scores['intervals']), reasons=pick(scores['reasons']))
+    return about | pick(scores) | why | dict(official=challenge or None) | floors
 
 # %% ../../nbs/studies/fold_scores.ipynb #cell13
 def _split_by_device(
     decisions: Decisions,   # of all folds
     dataset: str,
 ) -> dict:  # device -> `Decisions` of its subjects; nothing where there is one device
-    "Part the pooled decisions by device."
-    from pahcl.data.datasets import identify_devices
+    "Split the pooled decisions by device."
     recordings = decisions.levels['recording'].table
-    own = identify_devices(recordings, dataset)
-    if own is None or len(set(own)) < 2: return {}
-    of = pd.Series(own, recordings['subject_id'].astype(str)).groupby(level=0).first()
-    where = {level: of.reindex(d.table['subject_id'].astype(str)).to_numpy()
+    devices = identify_devices(recordings, dataset)
+    if devices is None or len(set(devices)) < 2: return {}
+    device = pd.Series(devices, recordings['subject_id'].astype(str)).groupby(level=0).first()
+    where = {level: device.reindex(d.table['subject_id'].astype(str)).to_numpy()
              for level, d in decisions.levels.items()}
-    masks = {d: {level: w == d for level, w in where.items()} for d in sorted(set(own))}
+    masks = {d: {level: w == d for level, w in where.items()} for d in sorted(set(devices))}
     return {d: decisions.select(keep) for d, keep in masks.items()}
 
 # %% ../../nbs/studies/fold_scores.ipynb #cell18
@@ -56,7 +57,7 @@ def _format_part(
     names: list,   # of the classes
     what='fold',   # the first column's heading
 ) -> dict:         # heading -> cell
-    "A fold or device with intervals; ▼ marks what does not exceed its floor."
+    "Format a fold or device with intervals; ▼ marks what does not exceed its floor."
     cell = lambda m: format_with_interval(part[m], part['intervals'].get(m)) + (
         ' ▼' if m in part['below_floor'] else '')
     own, (floor, name) = part['official'], part['best_floor']['auroc']
@@ -72,7 +73,7 @@ def _format_part(
 def _note_undefined_scores(
     parts: list,   # as in `_format_part`
 ) -> list:         # sentences
-    "Why a score of a fold or device is empty."
+    "Say why a score of a fold or device is empty."
     return [f'{p["fold"]}: {m} is undefined: {why}' for p in parts
             for m, why in p['reasons'].items()]
 
@@ -80,7 +81,7 @@ def _note_undefined_scores(
 def _spread_table(
     parts: list,   # as in `_format_part`
 ):  # DataFrame: mean and standard deviation of each score over the folds where it is defined
-    "How much the folds scatter."
+    "Tabulate how much the folds scatter."
     each = pd.DataFrame([{m: p[m] for m in metric_names('paired')} for p in parts], dtype=float)
     return each.agg(['mean', 'std']).round(3).rename_axis('over folds').reset_index()
 
@@ -141,7 +142,7 @@ def _fold_sections(
     out = {'Folds, of subjects': [table(results['folds'], what), _spread_table(results['folds'])]}
     chosen = 'in each fold' in results['subject_rule'] or results['threshold'] != 'argmax'
     if chosen: out['What each fold chose on its validation persons'] = [_tabulate_choices(folds)]
-    said = 'The same answers, device by device: here it is of no use to know the device.'
+    note = 'The same answers, device by device: here it is of no use to know the device.'
     devices = results['devices']
-    if devices: out['Within each device, of subjects'] = [said, table(devices, 'device')]
+    if devices: out['Within each device, of subjects'] = [note, table(devices, 'device')]
     return out

@@ -6,338 +6,70 @@
 __all__ = ['describe_representation', 'represent']
 
 # %% ../../nbs/studies/representation.ipynb #cell2
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from ..core.basics import first_few, generator, get_logger, PahclError, write_json, write_text
+from ..core.basics import first_few, get_logger, write_json, write_text
+from ..core.figures import save_figure
+from ..core.predictions import Predictions
+from ..data.tasks import find_met_persons
+from ..evaluation.evaluator import open_split
+from ..evaluation.pages import format_with_interval, write_page
+from ..models.classifier import encode_cycles
+from .anomaly import _CycleFeatures, _detect_anomalies
+from .feature_map import (
+    _compute_tsne, _encode_map_cycles, _MAP_CAPTION, _map_figure, _map_figures, _sample_cycles)
+from .robustness import _missing_classes_note, _scores_with_differences
+from .saliency import saliency_report
+from ..training.probe import fit_predict, probe_classifiers
 
-# %% ../../nbs/studies/representation.ipynb #cell5
-@dataclass(frozen=True)
-class _CycleFeatures:
-    "Some cycles of a split as an encoder hears them."
-    table: pd.DataFrame   # a row a cycle: subject_id, person_id, recording_id, label
-    values: np.ndarray    # [n, C] float32
-
-
-# %% ../../nbs/studies/representation.ipynb #cell9
-def _mahalanobis_score(
-    normal,   # features of normal cycles [n, C]
-    x,        # features [m, C]
-):            # [m]
-    "Distance from the normal, with the shrunk covariance of Ledoit and Wolf."
-    from sklearn.covariance import LedoitWolf
-    fitted = LedoitWolf().fit(np.asarray(normal, float))
-    return np.sqrt(np.maximum(fitted.mahalanobis(np.asarray(x, float)), 0))
-
-# %% ../../nbs/studies/representation.ipynb #cell12
-def _cosine_score(
-    normal, x,   # as in `_mahalanobis_score`
-):               # [m], 0 to 2
-    "One minus the cosine of the angle to the mean direction of the normal."
-    unit = lambda v: v/np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-12)
-    return 1-unit(np.asarray(x, float)) @ unit(unit(np.asarray(normal, float)).mean(0))
-
-# %% ../../nbs/studies/representation.ipynb #cell15
-def _neighbour_score(
-    normal, x,   # as in `_mahalanobis_score`
-    k=10,        # neighbours
-):               # [m]
-    """Mean distance to the nearest normal cycles, each feature divided by its standard deviation
-    among the normal.
-    """
-    from sklearn.neighbors import NearestNeighbors
-    normal = np.asarray(normal, float)
-    scale = np.maximum(normal.std(0), 1e-6)
-    return NearestNeighbors(n_neighbors=min(k, len(normal))).fit(normal/scale).kneighbors(
-        np.asarray(x, float)/scale)[0].mean(1)
-
-_DETECTORS = dict(mahalanobis=_mahalanobis_score, cosine=_cosine_score, neighbours=_neighbour_score)
-
-# %% ../../nbs/studies/representation.ipynb #cell18
-_NORMAL_NAMES, _UNLABELLED_NAMES = ('normal', 'absent'), ('unknown',)
-
-def _normal_and_ill_classes(
-    label_map: dict,   # of the task
-):                     # (number of the normal class, numbers that count as ill)
-    "Who is normal and who is ill in a task."
-    by = {str(n).casefold(): c for n, c in label_map.items()}
-    if not (found := [by[n] for n in _NORMAL_NAMES if n in by]):
-        raise PahclError(f'no class of {", ".join(label_map)} is called '
-                         f'{" or ".join(_NORMAL_NAMES)}: anomaly detection needs one.')
-    return found[0], [c for n, c in by.items() if c != found[0] and n not in _UNLABELLED_NAMES]
-
-# %% ../../nbs/studies/representation.ipynb #cell21
-def _subject_means(
-    table, values,   # a row a cycle, and a number a cycle
-):                   # DataFrame: subject_id, person_id, label, value
-    "Mean over recordings, then over the recordings of a subject."
-    from pahcl.core.metrics import group_labels
-    rows, how = (table.assign(value=values).astype(dict(subject_id=str, recording_id=str)),
-                 dict(person_id=('person_id', 'first'), value=('value', 'mean')))
-    subjects = rows.groupby(['subject_id', 'recording_id'], as_index=False).agg(**how).groupby(
-        'subject_id', as_index=False).agg(**how)
-    label = subjects['subject_id'].map(group_labels(rows, rows['subject_id'], 'subject'))
-    return subjects.assign(label=label)[['subject_id', 'person_id', 'label', 'value']]
-
-# %% ../../nbs/studies/representation.ipynb #cell24
-def _score_detector(
-    subjects,              # of `_subject_means`
-    normal: int, ill: list,   # of `_normal_and_ill_classes`
-    draws=2000, seed=0,
-) -> dict:                 # subjects, ill, auroc, low, high
-    "The AUROC of a detector on the subjects who were judged."
-    from pahcl.core.ranking import auroc, weighted_auroc
-    from pahcl.core.resampling import bootstrap_interval, number_persons, resampling_weights
-    judged = subjects[subjects['label'].isin([normal, *ill])]
-    positive, value = judged['label'].isin(ill).to_numpy(), judged['value'].to_numpy()
-    index, persons = number_persons(judged['person_id'])
-    low, high = bootstrap_interval(
-        weighted_auroc(positive, value, index, resampling_weights(persons, draws, seed)), persons)
-    return dict(subjects=len(judged), ill=int(positive.sum()), auroc=auroc(positive, value),
-                low=low, high=high)
-
-# %% ../../nbs/studies/representation.ipynb #cell25
-def _detect_anomalies(
-    train, test,       # `_CycleFeatures` of both splits; of the first only normal cycles are used
-    label_map: dict, draws=2000, seed=0,
-):   # (DataFrame of `_score_detector`, a row a detector; DataFrame of the subjects' scores)
-    "How well illness is noticed by one who has heard normal hearts only."
-    normal, ill = _normal_and_ill_classes(label_map)
-    own = train.values[train.table['label'].to_numpy() == normal]
-    if len(own) < 2:
-        raise PahclError('the training split has fewer than two normal cycles: '
-                         'nothing to learn from.')
-    subjects = {name: _subject_means(test.table, detector(own, test.values))
-                for name, detector in _DETECTORS.items()}
-    rows = [dict(detector=name, **_score_detector(told, normal, ill, draws, seed))
-            for name, told in subjects.items()]
-    scores = next(iter(subjects.values())).drop(columns='value').assign(
-        **{name: told['value'] for name, told in subjects.items()})
-    return pd.DataFrame(rows), scores
-
-# %% ../../nbs/studies/representation.ipynb #cell28
+# %% ../../nbs/studies/representation.ipynb #cell7
 def _score_probes(
-    train, test,       # `_CycleFeatures` of both splits
-    label_map: dict, draws=2000, seed=0,
-    neighbours=20,     # cycles that vote
-):                     # DataFrame, a row a probe: subjects, and each score with `_low`, `_high`
-    "Scores of the judges on subjects, with intervals over persons."
-    from pahcl.training.probe import fit_predict, probe_classifiers
-    from pahcl.core.metrics import Predictions
-    from pahcl.studies.robustness import _scores_with_differences
-    y, out = train.table['label'].to_numpy(), []
+    train: _CycleFeatures,   # of the training split
+    test: _CycleFeatures,    # of the split that is scored
+    label_map: dict,         # of the task
+    draws=2000, seed=0,      # of the bootstrap over persons
+    neighbours=20,           # cycles that vote
+):   # DataFrame, a row a probe: subjects, and each score with `_low`, `_high`
+    "Score the neighbours and a linear probe on subjects, with intervals over persons."
+    y, rows = train.table['label'].to_numpy(), []
     for name, model in probe_classifiers(min(neighbours, len(y))).items():
-        said = fit_predict(model, train.values, y, test.values, len(label_map))
-        subjects = Predictions(test.table, said, label_map).at_level('subject')
-        out.append(dict(probe=name, **_scores_with_differences(subjects, None, draws, seed)))
-    return pd.DataFrame(out)
+        probabilities = fit_predict(model, train.values, y, test.values, len(label_map))
+        subjects = Predictions(test.table, probabilities, label_map).at_level('subject')
+        rows.append(dict(probe=name, **_scores_with_differences(subjects, None, draws, seed)))
+    return pd.DataFrame(rows)
 
-# %% ../../nbs/studies/representation.ipynb #cell31
-def _cycle_heart_rates(
-    cycles,              # a `pahcl.data.loader.Cycles`
-    processed_dir=None,  # has the beats' true lengths, where it is there
-):  # beats a minute [n]; NaN where the cycle was cropped and the length is not known
-    "The heart rate of each cycle, from the length of its beat."
-    valid, rate, length = (cycles.boundaries[:, 3].astype(float),
-                           cycles.settings.get('sample_rate', 5000),
-                           cycles.settings['target_length'])
-    out = (np.where(valid < length, 60*rate/np.maximum(valid, 1), np.nan)
-           if cycles.settings.get('length_mode') != 'phase' else np.full(len(valid), np.nan))
-    if not processed_dir: return out
-    for folder, rows in cycles.table.groupby('folder').indices.items():
-        path = Path(processed_dir)/folder/'cycles.csv'
-        if not path.exists(): continue
-        beats = pd.read_csv(path).dropna(subset='file').set_index('file')
-        seconds = (beats['offset_s']-beats['onset_s']).reindex(
-            [Path(f).name for f in cycles.table['file_path'].iloc[rows]]).to_numpy()
-        out[rows] = np.where(seconds > 0, 60/np.where(seconds > 0, seconds, 1), out[rows])
-    return out
-
-# %% ../../nbs/studies/representation.ipynb #cell32
-def _compute_tsne(
-    features,     # [n, C]
-    seed=0,
-    perplexity=30.,  # neighbours that count, about; fewer where there are few points
-):                # [n, 2]
-    "The map of standardised features, begun from their two main directions."
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    x = np.asarray(features, float)
-    x = (x-x.mean(0))/np.maximum(x.std(0), 1e-6)
-    # as the authors do
-    if x.shape[1] > 50 and len(x) > 50: x = PCA(50, random_state=seed).fit_transform(x)
-    return TSNE(perplexity=min(perplexity, max(1., (len(x)-1)/3)), init='pca', learning_rate='auto',
-                random_state=seed).fit_transform(x)
-
-# %% ../../nbs/studies/representation.ipynb #cell35
-def _draw_categories(
-    ax, places, values,   # axes, [n, 2], Series of names; '' is grey
-    order=(),             # of the names; others follow
-):
-    "A map coloured by names."
-    from pahcl.core.figures import COLOURS, MARKERS
-    ax.scatter(*places[values == ''].T, s=3, c='.85', lw=0)
-    names = sorted(set(values)-{''},
-                   key=lambda n: (list(order).index(n) if n in order else len(order), n))
-    for i, name in enumerate(names):
-        own = places[values == name]
-        ax.scatter(*own.T, s=9, c=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], lw=0,
-                   alpha=.7, label=name)
-    if names: ax.legend(markerscale=2, loc='best', fontsize=7)
-
-# %% ../../nbs/studies/representation.ipynb #cell36
-def _draw_values(
-    ax, places, values,   # axes, [n, 2], Series of numbers; NaN is grey
-    name: str,            # of the unit
-):
-    "A map coloured by a number, from dark (small) to light (large)."
-    known = values.notna()
-    ax.scatter(*places[~known].T, s=3, c='.85', lw=0)
-    dots = ax.scatter(*places[known].T, s=5, c=values[known], cmap='viridis', lw=0,
-                      vmin=values.quantile(.02), vmax=values.quantile(.98))
-    ax.figure.colorbar(dots, ax=ax, label=name)
-
-# %% ../../nbs/studies/representation.ipynb #cell37
-def _draw_map(
-    ax, places,          # axes, of `_compute_tsne` [n, 2]
-    column: str, values, # of `_map_figure`
-    classes=(),          # names of the classes in the task's order
-):
-    "A map in one colouring."
-    if column == 'heart rate': _draw_values(ax, places, values, 'beats a minute')
-    else: _draw_categories(ax, places, values, classes)
-    known = values.notna().any() and (values != '').any()
-    ax.set(xticks=[], yticks=[], title=column if known else f'{column}: not known')
-    ax.spines[:].set_visible(False)
-
-# %% ../../nbs/studies/representation.ipynb #cell39
-_MAP_CAPTION = ('A dot a cycle. Neighbours lie side by side; distances and sizes of groups mean '
-                'nothing. Small grey dots: not known, or of another data set.')
-
-def _map_figure(
-    places,      # of `_compute_tsne` [n, 2]
-    # DataFrame [n]: class, data set, location (text; '' is grey) and heart
-    # rate (number; NaN is grey)
-    about,
-    classes=(),  # names of the classes in the task's order
-):               # a matplotlib Figure
-    "One map, as many colourings as columns."
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from pahcl.core.figures import STYLE
-    rows, columns = (len(about.columns)+1)//2, min(2, len(about.columns))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.2*columns, 3.8*rows), layout='constrained')
-        for ax, (column, values) in zip(figure.subplots(rows, columns, squeeze=False).ravel(),
-                                        about.items()):
-            _draw_map(ax, places, column, values, classes)
-    figure.set_label(_MAP_CAPTION)
-    return figure
-
-# %% ../../nbs/studies/representation.ipynb #cell40
-def _map_figures(
-    places, about, classes=(),   # as in `_map_figure`
-) -> list:                       # matplotlib Figures
-    "Each colouring in a picture of its own."
-    figures = [_map_figure(places, about[[column]], classes) for column in about]
-    for figure in figures: figure.set_label('')  # said once for all, see `_representation_sections`
-    return figures
-
-# %% ../../nbs/studies/representation.ipynb #cell43
-def _sample_cycles(
-    cycles,               # a `Cycles`
-    per_recording: int,   # cycles of each recording; 0: all
-    seed: int,
-):                        # a `Cycles`
-    "A few cycles of each recording."
-    from pahcl.data.loader import sample_rows_per_group
-    if not per_recording: return cycles
-    return cycles.subset(sample_rows_per_group(cycles.recording_ids, per_recording,
-                                               generator(seed, 'representation')))
-
-# %% ../../nbs/studies/representation.ipynb #cell44
-def _compatible_splits(
-    task: str, data_dir, split: str,   # as in `represent`
-) -> dict:                             # data set -> (cycles, `Task`), the task's own first
-    "The task's cycles, and those of one task of each other data set that was cut alike."
-    from pahcl.evaluation.evaluator import open_split
-    from pahcl.data.tasks import find_cut_difference, list_prepared_tasks
-    sets = {}
-    for name in dict.fromkeys([task, *list_prepared_tasks(data_dir)]):
-        cycles, found = open_split(name, data_dir, split)
-        first = next(iter(sets.values()))[1] if sets else found
-        if not find_cut_difference(found.config, first.config):
-            sets.setdefault(found.dataset, (cycles, found))
-    return sets
-
-# %% ../../nbs/studies/representation.ipynb #cell45
-def _describe_cycles(
-    cycles, task,           # of a data set, see `_compatible_splits`
-    # it is the task's: classes are named, and places (every data set names these its own way)
-    own: bool,
-    processed_dir=None,     # see `_cycle_heart_rates`
-):                          # DataFrame of `_map_figure`
-    "What is known of each cycle."
-    classes = [task.class_names[i] if own else '' for i in cycles.table['label']]
-    places = [p if own else '' for p in cycles.table['location'].fillna('').astype(str)]
-    return pd.DataFrame({'class': classes, 'data set': task.dataset, 'location': places,
-                         'heart rate': _cycle_heart_rates(cycles, processed_dir)})
-
-# %% ../../nbs/studies/representation.ipynb #cell46
-def _encode_map_cycles(
-    encoder,              # as all of these in `represent`
-    task: str,
-    data_dir,
-    split: str,
-    points: int,
-    processed_dir=None,
-    seed=0,
-    batch_size=64,
-):   # (features, DataFrame of `_map_figure`)
-    "Cycles of the task, and as many of each other data set."
-    from pahcl.models.classifier import encode_cycles
-    sets, parts = _compatible_splits(task, data_dir, split), []
-    for dataset, (cycles, found) in sets.items():
-        cycles = _sample_cycles(cycles, 3, seed)
-        cycles = cycles.subset(
-            np.sort(generator(seed, 'map', dataset).permutation(len(cycles))[:points//len(sets)]))
-        about = _describe_cycles(cycles, found, found.name == task, processed_dir)
-        parts.append((encode_cycles(encoder, cycles, batch_size=batch_size), about))
-    return np.concatenate([p[0] for p in parts]), pd.concat([p[1] for p in parts],
-                                                            ignore_index=True)
-
-# %% ../../nbs/studies/representation.ipynb #cell48
+# %% ../../nbs/studies/representation.ipynb #cell10
 def _representation_notes(
-    saved: dict, test,             # a checkpoint's content; table of the cycles that are scored
-    cycles_per_recording: int, split: str,
-    names=(),                      # of the classes
-) -> list:                         # sentences
-    "What a reader must know."
+    saved: dict,                # content of the checkpoint
+    test,                       # table of the cycles that are scored: person_id, label
+    cycles_per_recording: int,  # 0: all
+    split: str,                 # that is scored
+    names=(),                   # of the classes
+) -> list:                      # sentences
+    "Say what was learnt from whom, and whether the encoder knows these people."
     from pahcl.models.checkpoints import persons_trained_on
-    from pahcl.studies.robustness import _missing_classes_note
-    from pahcl.data.tasks import find_met_persons
     seen = sorted(find_met_persons(persons_trained_on(saved) or set(), test))
     who = f'the encoder has learnt from {len(seen)} of these persons: {first_few(seen, 5, " …")}'
-    gone = _missing_classes_note(test['label'], names) if names else ''
+    missing = _missing_classes_note(test['label'], names) if names else ''
     frozen = ((saved.get('config') or {}).get('pretrain') or {}).get('freeze_encoder')
     labels = ('the encoder stayed frozen while the classifier learnt: its features are those it '
               'had before' if frozen else 'the encoder was fine-tuned with labels: '
                                           'what the probes find is not pretraining alone')
     return [f'{cycles_per_recording or "all"} cycles a recording; probes and detectors learn from '
             f'the training split and are scored on subjects of {split}',
-            *([f'scores of {split} that are not there: {gone}'] if gone else []),
+            *([f'scores of {split} that are not there: {missing}'] if missing else []),
             *([who] if seen else []), *([labels] if saved.get('kind') == 'finetune' else [])]
 
-# %% ../../nbs/studies/representation.ipynb #cell50
+# %% ../../nbs/studies/representation.ipynb #cell12
 def _representation_sections(
-    # of `_score_probes`, `_detect_anomalies`, `_map_figures` and `_representation_notes`
-    probed, anomalies, figures, notes: list,
-) -> dict:                                    # heading -> things of a report
-    "The tables for people."
-    from pahcl.evaluation.pages import format_with_interval
+    probed,         # DataFrame of `_score_probes`
+    anomalies,      # DataFrame, a row a detector, of `_detect_anomalies`
+    figures: list,  # the maps
+    notes: list,    # sentences
+) -> dict:          # heading -> things of a report
+    "Tabulate probes and detectors for people, with the maps and the notes."
     cell = lambda r, s: format_with_interval(getattr(r, s),
                                              (getattr(r, f'{s}_low'), getattr(r, f'{s}_high')))
     first = [dict(probe=r.probe, subjects=r.subjects, AUROC=cell(r, 'auroc'),
@@ -351,33 +83,34 @@ def _representation_sections(
               'Anomaly detection from normal cycles': [below, pd.DataFrame(second)]}
     return tables | {'Map': [_MAP_CAPTION, *figures], 'Notes': [notes]}
 
-# %% ../../nbs/studies/representation.ipynb #cell52
+# %% ../../nbs/studies/representation.ipynb #cell14
 def _split_features(
-    encoder, task: str, data_dir, splits: list,   # as in `represent`
-    cycles_per_recording: int, batch_size: int, seed: int,
-):                                                # ({split: `_CycleFeatures`}, the `Task`)
+    encoder,
+    task: str,                  # a prepared task
+    data_dir,                   # folder of the prepared tasks
+    splits: list,               # names of splits
+    cycles_per_recording: int,  # 0: all
+    batch_size: int, seed: int,
+):                              # ({split: `_CycleFeatures`}, the `Task`)
     "Encode a few cycles of each recording."
-    from pahcl.models.classifier import encode_cycles
-    from pahcl.evaluation.evaluator import open_split
-    found = {}
+    features = {}
     for name in splits:
         cycles, prepared = open_split(task, data_dir, name)
         cycles = _sample_cycles(cycles, cycles_per_recording, seed)
-        found[name] = _CycleFeatures(cycles.table,
-                                     encode_cycles(encoder.eval(), cycles, batch_size=batch_size))
+        encoded = encode_cycles(encoder.eval(), cycles, batch_size=batch_size)
+        features[name] = _CycleFeatures(cycles.table, encoded)
         get_logger().info(f'{name}: features of {len(cycles)} cycles')
-    return found, prepared
+    return features, prepared
 
-
-# %% ../../nbs/studies/representation.ipynb #cell53
+# %% ../../nbs/studies/representation.ipynb #cell15
 def _write_representation(
     folder,
-    results: dict, sections: dict,   # numbers, see `represent`; heading -> things of the page
-    subjects, figure,  # DataFrame of the subjects' scores, of `_detect_anomalies`; the map
+    results: dict,    # numbers, see `represent`
+    sections: dict,   # heading -> things of the page
+    subjects,         # DataFrame of the subjects' scores, of `_detect_anomalies`
+    figure,           # the map
 ):
-    "Write `representation.json`, `report.html`, `anomaly_subject.csv` and `_compute_tsne.png`."
-    from pahcl.core.figures import save_figure
-    from pahcl.evaluation.pages import write_page
+    "Write `representation.json`, `report.html`, `anomaly_subject.csv` and `tsne.png`."
     save_figure(figure, folder/'tsne.png')
     write_text(folder/'anomaly_subject.csv', subjects.to_csv(index=False, float_format='%.6f'))
     write_json(folder/'representation.json', results)
@@ -392,22 +125,23 @@ def describe_representation(
         index=False) for kind, name in (('probes', 'probe'), ('anomaly', 'detector'))]
     return '\n'.join([*tables, *results['notes'], f'Report: {results["output_dir"]}/report.html'])
 
-
-# %% ../../nbs/studies/representation.ipynb #cell54
+# %% ../../nbs/studies/representation.ipynb #cell16
 def represent(
     checkpoint,                     # of pahcl_pretrain or pahcl_finetune, or `packaged`
-    # as in `pahcl.evaluation.evaluator.evaluate`
-    task: str, data_dir='data/downstream', split='test',
+    task: str,                      # a prepared task
+    data_dir='data/downstream',     # folder of the prepared tasks
+    split='test',                   # train, val or test: whose subjects are scored
     output_dir=None,                # None: `representation_<task>_<split>` beside the checkpoint
     processed_dir='data/processed', # the beats' true lengths, for the heart rate; may be absent
     cycles_per_recording=6,         # of both splits; 0: all
     points=1500,                    # of the map, over all data sets
-    batch_size=64, draws=2000, seed=0,
+    batch_size=64,                  # cycles at once
+    draws=2000, seed=0,             # of the bootstrap; seed also of the map and of the cycles
 ) -> dict:                          # what stands in representation.json, and `output_dir`
     """Map, probe and look for anomalies; explain the classifier of a fine-tuned checkpoint by
     saliency.
     """
-    from pahcl.models.checkpoints import load_pretrained_encoder, resolve_checkpoint
+    from pahcl.models.pretrained import load_pretrained_encoder, resolve_checkpoint
     encoder, saved, _ = load_pretrained_encoder(checkpoint)
     splits, prepared = _split_features(encoder, task, data_dir,
                                        list(dict.fromkeys(('train', split))), cycles_per_recording,
@@ -426,10 +160,8 @@ def represent(
                    encoder_type=saved.get('encoder_type'), notes=notes)
     results |= dict(probes=probed.to_dict('records'), anomaly=anomalies.to_dict('records'))
     if saved.get('kind') == 'finetune' and saved.get('task') == task:
-        from pahcl.studies.saliency import saliency_report
         results['saliency'], things = saliency_report(checkpoint, task, data_dir, split,
                                                       folder, seed)
         sections['Saliency: what the classifier listens to'] = things
     _write_representation(folder, results, sections, subjects, _map_figure(*shown))
     return results | dict(output_dir=str(folder))
-

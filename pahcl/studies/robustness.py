@@ -11,161 +11,80 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soxr
 
-from ..core.basics import generator, get_logger, progress, write_text
-from ..core.pipeline import evaluation_folder
-from ..data.signal import bandpass
+from ..core.basics import get_logger, progress, write_text
+from ..core.figures import COLOURS, save_figure, STYLE
+from ..core.stages import evaluation_folder
+from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
+from ..data.datasets import identify_devices
+from ..evaluation.evaluator import open_model, open_split
+from ..evaluation.pages import format_with_interval, write_table
+from .paired_tests import bootstrap_experiment, _paired_scores
+from .perturbations import _list_conditions, _PerturbedCycles
 
-# %% ../../nbs/studies/robustness.ipynb #cell6
-_BAND = (25., 400.)  # Hz, where the task does not say
-
-def _add_noise(
-    x,             # cycles [B, T], zeros in the padding
-    valid,         # samples that are no padding [B]
-    db: float,     # signal-to-noise ratio in the band, dB
-    keys,          # number of each cycle [B]
-    sample_rate=5000, band=_BAND, seed=0,
-):                 # [B, T]
-    "White noise in the band on top of each cycle; a silent cycle stays silent."
-    out = np.array(x, np.float32)
-    for row, n, key in zip(out, valid, keys):
-        if not (power := float(np.mean(np.square(row[:n], dtype=np.float64))) if n else 0.):
-            continue
-        noise = bandpass(generator(seed, 'noise', db, int(key)).standard_normal(n+sample_rate//5),
-                         sample_rate, *band)
-        # 0.1 s at either end, where the filter begins and ends, are cut off
-        noise = noise[sample_rate//10:][:n]
-        row[:n] += noise*np.sqrt(power/10**(db/10)/np.mean(np.square(noise, dtype=np.float64)))
-    return out
-
-# %% ../../nbs/studies/robustness.ipynb #cell11
-def _resample_through(
-    x,             # cycles [B, T], zeros in the padding
-    valid,         # samples that are no padding [B]
-    rate: int,     # Hz, that the cycles are taken to and back from
-    sample_rate=5000,
-):                 # [B, T]
-    "The cycles as if they had been recorded at another rate."
-    x = np.asarray(x, np.float32)
-    if rate == sample_rate or not len(x): return x
-    back = np.ascontiguousarray(soxr.resample(soxr.resample(np.ascontiguousarray(x.T),
-                                                            sample_rate, rate),
-                                              rate, sample_rate).T)[:, :x.shape[1]]
-    back = np.pad(back, ((0, 0), (0, x.shape[1]-back.shape[1])))
-    return np.where(np.arange(x.shape[1]) < np.asarray(valid)[:, None], back, 0).astype(np.float32)
-
-# %% ../../nbs/studies/robustness.ipynb #cell14
-def _normalise_cycles(
-    x, valid,   # [B, T] and [B]
-):              # [B, T] float32
-    "Zero mean and unit variance over the samples that are no padding; a constant cycle is zeros."
-    inside = np.arange(x.shape[1]) < np.asarray(valid)[:, None]
-    count = np.maximum(inside.sum(1, keepdims=True), 1)
-    x = np.where(inside, x, 0.)
-    x = np.where(inside, x-x.sum(1, keepdims=True)/count, 0.)
-    deviation = np.sqrt((x**2).sum(1, keepdims=True)/count)
-    return (x/np.where(deviation > 1e-6, deviation, np.inf)).astype(np.float32)
-
-# %% ../../nbs/studies/robustness.ipynb #cell16
-class _PerturbedCycles:
-    "Cycles whose batches are changed before a model hears them."
-    def __init__(self,
-        cycles,   # a `pahcl.data.loader.Cycles`
-        change,   # function (x [B, T], valid [B], rows [B]) -> x, numpy
-    ):
-        self.cycles, self.change, self.table, self.settings = (cycles, change, cycles.table,
-                                                               cycles.settings)
-
-    def __len__(self): return len(self.cycles)
-
-    def batch(self, rows, num_substructures=4, device=None):
-        import torch
-        b = self.cycles.batch(rows, num_substructures)
-        valid = b['valid_length'].numpy()
-        x = _normalise_cycles(self.change(b['x'][:, 0].numpy(), valid, np.asarray(rows)), valid)
-        return {k: v.to(device) if device else v
-                for k, v in dict(b, x=torch.from_numpy(x)[:, None]).items()}
-
-# %% ../../nbs/studies/robustness.ipynb #cell22
+# %% ../../nbs/studies/robustness.ipynb #cell9
 def _scores_with_differences(
     subjects,        # `Predictions` of subjects
     stored=None,     # the same of the stored cycles, for the difference
     draws=2000, seed=0,
 ) -> dict:           # subjects, and each score with `_low`, `_high`, and its difference with both
-    """The scores of a condition; both are drawn alike, so that what a draw of persons does to both
+    """Score a condition; both are drawn alike, so that what a draw of persons does to both
     cancels in the difference.
     """
-    from pahcl.studies.comparison import bootstrap_experiment, _paired_scores
-    from pahcl.core.resampling import bootstrap_interval, number_persons, resampling_weights
-    y, out = subjects.table['label'].to_numpy(int), dict(subjects=len(subjects))
+    y, row = subjects.table['label'].to_numpy(int), dict(subjects=len(subjects))
     index, persons = number_persons(subjects.persons)
     weights = resampling_weights(persons, draws, seed)
-    of = lambda p: bootstrap_experiment(y, p.probabilities[None], index, weights)
-    own, other = of(subjects), None if stored is None else of(stored)
+    def draw(p): return bootstrap_experiment(y, p.probabilities[None], index, weights)
+    changed, reference = draw(subjects), None if stored is None else draw(stored)
     def add(name, values):
-        found = float(values[0]), *bootstrap_interval(values, persons)
-        out.update(zip((name, f'{name}_low', f'{name}_high'), found))
+        interval = bootstrap_interval(values, persons)
+        row.update(zip((name, f'{name}_low', f'{name}_high'), (float(values[0]), *interval)))
     for s in _paired_scores():
-        add(s, own[s])
-        if other: add(f'{s}_difference', own[s]-other[s])
-    return out
+        add(s, changed[s])
+        if reference: add(f'{s}_difference', changed[s]-reference[s])
+    return row
 
-# %% ../../nbs/studies/robustness.ipynb #cell24
-_NOISE_DB, _SAMPLE_RATES = (20, 10, 5, 0), (1000, 2000, 4000, 8000)  # dB, Hz
-
-def _list_conditions(
-    cycles,   # a `pahcl.data.loader.Cycles` of a task
-    seed=0,
-) -> dict:    # (kind, name) -> function of (x, valid, rows), or None for the stored cycles
-    "What is done to the cycles."
-    rate, band = (cycles.settings.get('sample_rate', 5000),
-                  tuple(cycles.settings.get('band_hz') or _BAND))
-    noise = lambda db: lambda x, valid, rows: _add_noise(x, valid, float(db), rows, rate,
-                                                         band, seed)
-    to = lambda other: lambda x, valid, rows: _resample_through(x, valid, other, rate)
-    return {('stored', 'as stored'): None, **{('noise', f'{db} dB'): noise(db) for db in _NOISE_DB},
-            **{('sample rate', f'{f/1000:g} kHz'): to(f) for f in _SAMPLE_RATES}}
-
-# %% ../../nbs/studies/robustness.ipynb #cell26
+# %% ../../nbs/studies/robustness.ipynb #cell12
 def _missing_classes_note(
-    labels, names: list,   # of the subjects; names of the classes
-) -> str:                  # '' where every class is there
-    "Why scores over all classes are undefined."
-    gone = [n for c, n in enumerate(names) if c not in set(np.asarray(labels).tolist())]
-    return (f'nobody is of class {" or ".join(gone)}, and the scores need every class'
-            if gone else '')
+    labels,        # of the subjects
+    names: list,   # of the classes
+) -> str:          # '' where every class is there
+    "Say why scores over all classes are undefined."
+    missing = [n for c, n in enumerate(names) if c not in set(np.asarray(labels).tolist())]
+    return (f'nobody is of class {" or ".join(missing)}, and the scores need every class'
+            if missing else '')
 
-# %% ../../nbs/studies/robustness.ipynb #cell27
+# %% ../../nbs/studies/robustness.ipynb #cell13
 _ONE_DEVICE = 'was recorded with one device: there is none to leave out'
 _BAGS_OF_DEVICES = ('a model of bags answers for whole recordings and subjects: '
-                    'its devices are not told ' 'apart here')
+                    'its devices are not told apart here')
 _LEFT_OUT_OF_TEST = ('the checkpoint has learnt from all devices of its training split: '
-                     'a device is left out ' 'of the test only')
+                     'a device is left out of the test only')
 
 def _score_devices(
     predictions,   # `Predictions` of the stored cycles
-    dataset: str, rule='mean', subject_rule=None, draws=2000, seed=0,
+    dataset: str,  # of the task
+    rule='mean', subject_rule=None,   # cycles to recordings, recordings to subjects
+    draws=2000, seed=0,               # of the bootstrap over persons
 ):                 # (rows of the table, notes)
     "Score each device left out of the test, and alone."
-    from pahcl.data.datasets import identify_devices
-    own = identify_devices(predictions.table, dataset)
-    if own is None: return [], [f'{dataset} {_ONE_DEVICE}']
+    devices = identify_devices(predictions.table, dataset)
+    if devices is None: return [], [f'{dataset} {_ONE_DEVICE}']
     if len(predictions.level_probabilities) > 1: return [], [_BAGS_OF_DEVICES]
     rows, notes = [], [_LEFT_OUT_OF_TEST]
-    for kind, keep in [('device left out', lambda n: own != n),
-                       ('device alone', lambda n: own == n)]:
-        for n in (n for n in sorted(set(own)) if keep(n).any()):
+    for kind, keep in [('device left out', lambda n: devices != n),
+                       ('device alone', lambda n: devices == n)]:
+        for n in (n for n in sorted(set(devices)) if keep(n).any()):
             table, values = predictions.table[keep(n)], predictions.probabilities[keep(n)]
-            some = replace(predictions, table=table, probabilities=values)
-            subjects = some.at_level('subject', rule, subject_rule)
+            selected = replace(predictions, table=table, probabilities=values)
+            subjects = selected.at_level('subject', rule, subject_rule)
             rows.append(dict(kind=kind, condition=n,
                              **_scores_with_differences(subjects, None, draws, seed)))
             why = _missing_classes_note(subjects.table['label'], subjects.class_names)
             if why: notes.append(f'{kind}, {n}: {why}')
     return rows, notes
 
-# %% ../../nbs/studies/robustness.ipynb #cell30
+# %% ../../nbs/studies/robustness.ipynb #cell16
 def _constant_note(
     name: str, subjects,   # of the condition; `Predictions` of subjects
 ) -> list:                 # no or one sentence
@@ -181,76 +100,79 @@ _ROBUSTNESS_NOTES = ['cycles were found in the recordings as they are: '
                      'every sample rate here can carry the band of the stored cycles: '
                      'this checks that resampling loses nothing, not how a poorer recording does']
 
-# %% ../../nbs/studies/robustness.ipynb #cell31
+# %% ../../nbs/studies/robustness.ipynb #cell17
 def _robustness_table(
-    model, cycles,   # what has `predict(cycles, batch_size) -> Predictions`; the split
-    dataset='', rule='mean', subject_rule=None, batch_size=64, draws=2000, seed=0,
-):                   # (DataFrame, notes)
+    model,                            # has `predict(cycles, batch_size) -> Predictions`
+    cycles,                           # the `Cycles` of the split
+    dataset='',                       # of the task
+    rule='mean', subject_rule=None,   # cycles to recordings, recordings to subjects
+    batch_size=64,                    # cycles at once
+    draws=2000, seed=0,               # of the bootstrap over persons; seed also of the noise
+):   # (DataFrame, a row a condition; notes)
     "Score the model under every condition."
-    rows, told, first, stored = [], [], None, None
-    for (kind, name), change in progress(list(_list_conditions(cycles, seed).items()),
-                                         'robustness'):
+    rows, constant, first, stored = [], [], None, None
+    conditions = list(_list_conditions(cycles, seed).items())
+    for (kind, name), change in progress(conditions, 'robustness'):
         predictions = model.predict(_PerturbedCycles(cycles, change) if change else cycles,
                                     batch_size)
         subjects = predictions.at_level('subject', rule, subject_rule)
         rows.append(dict(kind=kind, condition=name,
                          **_scores_with_differences(subjects, stored, draws, seed)))
-        told += _constant_note(name, subjects)
+        constant += _constant_note(name, subjects)
         if first is None: first, stored = predictions, subjects
         auroc, f1 = rows[-1]['auroc'], rows[-1]['f1_macro']
         get_logger().info(f'robustness: {name}: AUROC {auroc:.3f}, F1 macro {f1:.3f}')
     more, notes = _score_devices(first, dataset, rule, subject_rule, draws, seed)
-    return pd.DataFrame(rows+more), [*told, *notes, *_ROBUSTNESS_NOTES]
+    return pd.DataFrame(rows+more), [*constant, *notes, *_ROBUSTNESS_NOTES]
 
-# %% ../../nbs/studies/robustness.ipynb #cell37
+# %% ../../nbs/studies/robustness.ipynb #cell23
 def _draw_condition(
-    ax, own, stored,   # axes; rows of one kind of `_robustness_table`; the row of the stored cycles
+    ax,
+    rows,          # of `_robustness_table`, of one kind
+    stored,        # its row of the stored cycles
     score: str,
 ):
-    "Scores and intervals of one kind of condition."
-    from pahcl.core.figures import COLOURS
-    own, known = own[own[score].notna()], pd.notna(stored[f'{score}_low'])
-    at = np.arange(len(own))
+    "Draw scores and intervals of one kind of condition."
+    rows, known = rows[rows[score].notna()], pd.notna(stored[f'{score}_low'])
+    at = np.arange(len(rows))
     if known: ax.axhspan(stored[f'{score}_low'], stored[f'{score}_high'], color='.9', lw=0)
     ax.axhline(stored[score], color='.5', lw=.8, ls='-')
-    ax.vlines(at, own[f'{score}_low'].astype(float), own[f'{score}_high'].astype(float),
+    ax.vlines(at, rows[f'{score}_low'].astype(float), rows[f'{score}_high'].astype(float),
               color=COLOURS[0], lw=1.2, ls='-')
-    ax.plot(at, own[score], 'o', color=COLOURS[0],
-            ls='-' if own['kind'].isin(['noise', 'sample rate']).all() else '', lw=1, ms=4)
-    ax.set_xticks(at, [c.split(',')[0] for c in own['condition']], rotation=40, ha='right',
+    ax.plot(at, rows[score], 'o', color=COLOURS[0],
+            ls='-' if rows['kind'].isin(['noise', 'sample rate']).all() else '', lw=1, ms=4)
+    ax.set_xticks(at, [c.split(',')[0] for c in rows['condition']], rotation=40, ha='right',
                   rotation_mode='anchor')
-    ax.set_xlim(-.6, max(len(own), 1)-.4)
+    ax.set_xlim(-.6, max(len(rows), 1)-.4)
 
-# %% ../../nbs/studies/robustness.ipynb #cell38
+# %% ../../nbs/studies/robustness.ipynb #cell24
 def _robustness_figure(
     table,   # of `_robustness_table`
     score='auroc', name='AUROC',
     only=None,   # kinds that are drawn; None: all
 ):           # a matplotlib Figure
-    "A panel a kind of condition."
+    "Draw a panel a kind of condition."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from pahcl.core.figures import STYLE
-    kinds, stored = [k for k in dict.fromkeys(table['kind']) if k != 'stored'
-                     and (only is None or k in only)], table[table['kind'] == 'stored'].iloc[0]
+    stored = table[table['kind'] == 'stored'].iloc[0]
+    kinds = [k for k in dict.fromkeys(table['kind'])
+             if k != 'stored' and (only is None or k in only)]
     sizes = [(table['kind'] == k).sum() for k in kinds]
     with rc_context(STYLE):
         figure = Figure(figsize=(2+.5*sum(sizes), 3), layout='constrained')
-        for i, (ax, kind) in enumerate(zip(figure.subplots(1, len(kinds), squeeze=False,
-                                                           sharey=True, width_ratios=sizes)[0],
-                                           kinds)):
+        axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True, width_ratios=sizes)[0]
+        for i, (ax, kind) in enumerate(zip(axes, kinds)):
             _draw_condition(ax, table[table['kind'] == kind], stored, score)
             ax.set(title=kind, ylabel=f'{name} of subjects' if not i else '')
     figure.set_label(f'{name} of subjects with 95 % intervals over persons. Grey line and band: '
                      'the cycles as they are stored.')
     return figure
 
-# %% ../../nbs/studies/robustness.ipynb #cell41
+# %% ../../nbs/studies/robustness.ipynb #cell27
 def _format_robustness(
     table,   # of `_robustness_table`
 ):           # DataFrame of strings
-    "The table for people."
-    from pahcl.evaluation.pages import format_with_interval
+    "Tabulate scores and differences for people."
     cell = lambda r, s, sign='': format_with_interval(r[s], (r[f'{s}_low'], r[f'{s}_high']),
                                                       sign=sign)
     rows = []
@@ -261,14 +183,12 @@ def _format_robustness(
         rows.append({'Condition': name, 'Subjects': r['subjects'], **scores})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/studies/robustness.ipynb #cell43
+# %% ../../nbs/studies/robustness.ipynb #cell29
 def _write_robustness(
     folder, table, notes: list,   # of `_robustness_table`
     title: str,                   # of the page
 ):
-    "Write `evaluate_robustness.csv`, `.md`, `.tex`, `.html` and `.png`."
-    from pahcl.core.figures import save_figure
-    from pahcl.evaluation.pages import write_table
+    "Write `robustness.csv`, `.md`, `.tex`, `.html` and `.png`."
     changed = ('noise', 'sample rate')
     # two pictures, which a phone can show
     parts = [k for k in (changed, tuple(set(table['kind'])-{'stored', *changed})) if k]
@@ -280,22 +200,25 @@ def _write_robustness(
     sections = {'Scores of subjects': [gap, _format_robustness(table), notes], 'Figures': figures}
     write_table(folder/'robustness', _format_robustness(table), title, notes, sections)
 
-# %% ../../nbs/studies/robustness.ipynb #cell44
+# %% ../../nbs/studies/robustness.ipynb #cell30
 def evaluate_robustness(
-    # as in `pahcl.evaluation.evaluator.evaluate`
-    checkpoint, task: str, data_dir='data/downstream', split='test', output_dir=None, batch_size=64,
-    rule='mean', subject_rule=None, draws=2000, seed=0,   # as there
-):                                                        # DataFrame of `_robustness_table`
+    checkpoint,                       # path of a fine-tuned checkpoint
+    task: str,                        # a prepared task
+    data_dir='data/downstream',       # folder of the prepared tasks
+    split='test',                     # train, val or test
+    output_dir=None,                  # None: the folder of the evaluation, beside the checkpoint
+    batch_size=64,                    # cycles at once
+    rule='mean', subject_rule=None,   # cycles to recordings, recordings to subjects
+    draws=2000, seed=0,               # of the bootstrap over persons; seed also of the noise
+):   # DataFrame, a row a condition: kind, condition, scores, intervals, differences
     "Score a checkpoint under every condition and write the table into the evaluation's folder."
-    from pahcl.evaluation.evaluator import open_model, open_split
     cycles, prepared = open_split(task, data_dir, split)
     model = open_model(checkpoint, prepared)
     table, notes = _robustness_table(model, cycles, prepared.dataset, rule, subject_rule,
                                      batch_size, draws, seed)
-    folder = Path(output_dir) if output_dir else evaluation_folder(Path(checkpoint).parent,
-                                                                   task, split)
-    _write_robustness(
-        folder, table, notes,
-        f'{task}, {split}: robustness of {Path(checkpoint).parent.name}/{Path(checkpoint).name}')
+    path = Path(checkpoint)
+    folder = Path(output_dir) if output_dir else evaluation_folder(path.parent, task, split)
+    title = f'{task}, {split}: robustness of {path.parent.name}/{path.name}'
+    _write_robustness(folder, table, notes, title)
     print('\n'.join([_format_robustness(table).to_string(index=False), *(f'{n}.' for n in notes)]))
     return table

@@ -14,8 +14,13 @@ import pandas as pd
 import torch
 
 from ..core.basics import generator, get_logger, progress, write_text
+from ..core.figures import save_figure, STYLE
+from ..data.sampling import sample_rows_per_group
+from ..evaluation.evaluator import open_split
+from ..models.checkpoints import load_classifier
+from ..segmentation.plots import STATE_COLOURS
 
-# %% ../../nbs/studies/saliency.ipynb #cell6
+# %% ../../nbs/studies/saliency.ipynb #cell8
 def _integrated_gradients(
     answer,     # function x -> [B], e.g. the logit of a class
     x,          # inputs [B, ...]; a row must not depend on the others
@@ -24,7 +29,10 @@ def _integrated_gradients(
     # ends lie at (i / steps)^power
     power=4,
 ):              # the shares, as x
-    "Each input value times the mean gradient on the straight way from zero (silence)."
+    """Return each input value times the mean gradient on the straight way from zero (silence).
+
+    Source: Sundararajan, Taly and Yan 2017, arXiv:1703.01365.
+    """
     total = torch.zeros_like(x)
     for i in range(steps):
         a, b, at = (i/steps)**power, ((i+1)/steps)**power, ((i+.5)/steps)**power
@@ -32,30 +40,30 @@ def _integrated_gradients(
         total += (b-a)*torch.autograd.grad(answer(point).sum(), point)[0]
     return total*x.detach()
 
-# %% ../../nbs/studies/saliency.ipynb #cell12
+# %% ../../nbs/studies/saliency.ipynb #cell14
 def _class_margin(
     model, valid, c: int,   # a `Classifier`, valid lengths [B], the class
     phases=None,            # [B, T], for a model that pools by state
 ):                          # function x [B, 1, T] -> [B]
-    "The logit of a class above the mean of the others."
+    "Return a function: the logit of a class above the mean of the others."
     def answer(x):
         logits = model(x, valid, phases=phases)
         others = [i for i in range(logits.shape[1]) if i != c]
         return logits[:, c]-logits[:, others].mean(1)
     return answer
 
-# %% ../../nbs/studies/saliency.ipynb #cell15
+# %% ../../nbs/studies/saliency.ipynb #cell17
 def _explain_class(
     model, x, valid, c: int, steps=64,   # as in `_class_margin`; cycles [B, 1, T]
     phases=None,
 ):                                       # (shares [B, 1, T], missing part of the difference [B])
-    "Integrated gradients of cycles for one class, and how far they are from adding up."
+    "Explain cycles for one class, and measure how far the shares are from adding up."
     answer = _class_margin(model, valid, c, phases)
     shares = _integrated_gradients(answer, x, steps)
     with torch.no_grad(): whole = answer(x)-answer(torch.zeros_like(x))
     return shares, (shares.sum((1, 2))-whole).abs()/whole.abs().clamp_min(1e-6)
 
-# %% ../../nbs/studies/saliency.ipynb #cell16
+# %% ../../nbs/studies/saliency.ipynb #cell18
 @dataclass(frozen=True)
 class _Saliency:
     "What each sample of some cycles speaks for."
@@ -81,8 +89,7 @@ def _explain_cycles(
         found.append((shares[:, 0].numpy(), missing.numpy(), b['phases'].numpy()))
     return _Saliency(*(np.concatenate(part) for part in zip(*found)))
 
-
-# %% ../../nbs/studies/saliency.ipynb #cell20
+# %% ../../nbs/studies/saliency.ipynb #cell22
 _STATE_NAMES = ('S1', 'systole', 'S2', 'diastole')
 _STATE_PARTS = (14, 24, 12, 50)  # of the states: their usual shares of a cycle of 0.8 s, in percent
 
@@ -90,8 +97,8 @@ def _align_states(
     shares, phases,   # [n, T], and the state of each sample 0 … 4 [n, T]
     parts=_STATE_PARTS,
 ):                    # [n, sum of parts]; NaN where a state is shorter than its parts
-    """Saliency on one time axis; sizes of a row add up to 1 at most (positive and negative shares
-    within a part cancel).
+    """Lay saliency on one time axis; sizes of a row add up to 1 at most (positive and negative
+    shares within a part cancel).
     """
     out = np.full((len(shares), sum(parts)), np.nan)
     edges = np.cumsum([0, *parts])
@@ -104,30 +111,30 @@ def _align_states(
                                             for part in np.array_split(own, parts[k])]
     return out
 
-# %% ../../nbs/studies/saliency.ipynb #cell23
+# %% ../../nbs/studies/saliency.ipynb #cell25
 def _sum_by_state(
     shares, phases,   # as in `_align_states`
     signed=False,     # add shares with their signs, not their sizes
 ):                    # [n, 4]; sizes of a row sum to 1
-    "How much of a cycle's shares lies in each state, as a part of the sum of all sizes."
+    "Sum a cycle's shares in each state, as a part of the sum of all sizes."
     values = shares if signed else np.abs(shares)
     inside = np.stack([(values*(phases == k)).sum(1) for k in (1, 2, 3, 4)], 1)
     return inside/np.maximum((np.abs(shares)*(phases > 0)).sum(1, keepdims=True), 1e-12)
 
-# %% ../../nbs/studies/saliency.ipynb #cell26
+# %% ../../nbs/studies/saliency.ipynb #cell28
 def _mean_by_subject(
     table, values,   # a row a cycle: `subject_id, label`; numbers of each [n, m]
 ):                   # DataFrame by (label, subject) with m columns
-    "Mean of each subject's cycles."
+    "Return the mean of each subject's cycles."
     return pd.DataFrame(values).groupby([table['label'].to_numpy(),
                                          table['subject_id'].astype(str).to_numpy()]).mean()
 
-# %% ../../nbs/studies/saliency.ipynb #cell27
+# %% ../../nbs/studies/saliency.ipynb #cell29
 def _class_curves(
     table, curves,   # as in `_mean_by_subject`; of `_align_states`
 ):                   # DataFrame: label, part, mean, error, subjects
-    """Mean and standard error over subjects, class by class; a part that no cycle of a class has is
-    NaN.
+    """Return mean and standard error over subjects, class by class; a part that no cycle of a class
+    has is NaN.
     """
     rows = []
     for c, own in _mean_by_subject(table, curves).groupby(level=0):
@@ -137,13 +144,12 @@ def _class_curves(
                                       subjects=len(own))))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/studies/saliency.ipynb #cell30
+# %% ../../nbs/studies/saliency.ipynb #cell32
 def _draw_class_curve(
     ax, curve,     # axes; the rows of one class of `_class_curves`
     title: str,
 ):
-    "What speaks for a class (above 0) and against it, under the four states."
-    from pahcl.segmentation.plots import STATE_COLOURS
+    "Draw what speaks for a class (above 0) and against it, under the four states."
     edges, at = np.cumsum([0, *_STATE_PARTS]), curve['part']+.5
     for k in range(4): ax.axvspan(edges[k], edges[k+1], color=STATE_COLOURS[k+1], alpha=.35, lw=0)
     for edge in edges[1:-1]: ax.axvline(edge, color='.5', lw=.5, ls='-')
@@ -155,15 +161,14 @@ def _draw_class_curve(
     ax.set_xticks((edges[:-1]+edges[1:])/2, _STATE_NAMES)
     ax.tick_params(axis='x', length=0)
 
-# %% ../../nbs/studies/saliency.ipynb #cell31
+# %% ../../nbs/studies/saliency.ipynb #cell33
 def _saliency_figure(
     curves,        # of `_class_curves`
     names: list,   # of the classes
 ):                 # a matplotlib Figure
-    "A panel a class."
+    "Draw a panel a class."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from pahcl.core.figures import STYLE
     chosen = sorted(set(curves['label']))
     with rc_context(STYLE):
         figure = Figure(figsize=(4.8, .6+1.4*len(chosen)), layout='constrained')
@@ -175,13 +180,13 @@ def _saliency_figure(
                      'grey: two standard errors. Each state has its usual length.')
     return figure
 
-# %% ../../nbs/studies/saliency.ipynb #cell34
+# %% ../../nbs/studies/saliency.ipynb #cell36
 def _saliency_tables(
     table, shares, phases,   # a row a cycle, as in `_align_states`
     names: list,             # of the classes
 ):                           # (DataFrame of sizes, DataFrame of what speaks for the class), strings
-    """How much each class listens to each state, and what it hears there on balance, with two
-    standard errors over subjects.
+    """Tabulate how much each class listens to each state, and what it hears there on balance, with
+    two standard errors over subjects.
     """
     inside = phases > 0
     time = np.stack([(phases == k).sum(1) for k in (1, 2, 3, 4)],
@@ -198,7 +203,7 @@ def _saliency_tables(
                         for k, s in enumerate(_STATE_NAMES)}})
     return pd.DataFrame(sizes), pd.DataFrame(nets)
 
-# %% ../../nbs/studies/saliency.ipynb #cell37
+# %% ../../nbs/studies/saliency.ipynb #cell39
 @dataclass(frozen=True)
 class _ExplainedSplit:
     "Some cycles of a split, explained for their true classes."
@@ -219,9 +224,6 @@ def _explain_split(
     cycles_per_subject: int, steps: int, seed: int,
 ) -> _ExplainedSplit:
     "Explain a few cycles of each subject for their true class."
-    from pahcl.models.checkpoints import load_classifier
-    from pahcl.evaluation.evaluator import open_split
-    from pahcl.data.loader import sample_rows_per_group
     model, saved = load_classifier(checkpoint)
     cycles, prepared = open_split(task, data_dir, split)
     columns = prepared.match_columns(saved['label_map'], saved['task'])
@@ -231,35 +233,35 @@ def _explain_split(
     found = _explain_cycles(model, cycles, rows, [columns[c] for c in table['label']], steps)
     return _ExplainedSplit(table, prepared.class_names, found)
 
-
-# %% ../../nbs/studies/saliency.ipynb #cell38
+# %% ../../nbs/studies/saliency.ipynb #cell40
 _SIZES_NOTE = ('Where it listens: share of the sizes in each state, and in brackets how many times '
-               'that is its share of ' 'the time.')
+               'that is its share of the time.')
 _NETS_NOTE = ('What it hears there: above 0 speaks for the class, below against it; '
-              'with two standard errors over ' 'subjects.')
+              'with two standard errors over subjects.')
 
-
-# %% ../../nbs/studies/saliency.ipynb #cell39
+# %% ../../nbs/studies/saliency.ipynb #cell41
 def saliency_report(
-    # as in `_explain_split`; where `_explain_cycles.png` and `.csv` go
-    checkpoint, task: str, data_dir, split: str, folder,
-    seed=0, cycles_per_subject=4, steps=64,
+    checkpoint,                  # of a fine-tuning
+    task: str,                   # a prepared task
+    data_dir, split: str,        # folder of the prepared tasks; train, val or test
+    folder,                      # where `saliency.png` and `saliency.csv` go
+    seed=0,                      # of which cycles are taken
+    cycles_per_subject=4,        # a few are enough: the curve is a mean over subjects
+    steps=64,                    # of the integration
 ):   # (numbers for a JSON file, things for a report)
     "Explain a few cycles of each subject for their true class, and draw the classes' curves."
-    from pahcl.core.figures import save_figure
-    found = _explain_split(checkpoint, task, data_dir, split, cycles_per_subject, steps, seed)
-    shares, phases, missing = (found.cycles.shares, found.cycles.phases,
-                               float(np.median(found.cycles.missing)))
-    curves = _class_curves(found.table, _align_states(shares, phases))
-    figure = _saliency_figure(curves, found.names)
+    explained = _explain_split(checkpoint, task, data_dir, split, cycles_per_subject, steps, seed)
+    shares, phases = explained.cycles.shares, explained.cycles.phases
+    missing = float(np.median(explained.cycles.missing))
+    curves = _class_curves(explained.table, _align_states(shares, phases))
+    figure = _saliency_figure(curves, explained.names)
     save_figure(figure, Path(folder)/'saliency.png')
-    named = curves.assign(class_name=[found.names[c] for c in curves['label']])
+    named = curves.assign(class_name=[explained.names[c] for c in curves['label']])
     write_text(Path(folder)/'saliency.csv', named.to_csv(index=False))
-    note = (f'Integrated gradients of {len(found.table)} cycles for their true class, '
-            f'{steps} steps; ' f'the shares miss {missing:.1%} of the answer (median).')
+    note = (f'Integrated gradients of {len(explained.table)} cycles for their true class, '
+            f'{steps} steps; the shares miss {missing:.1%} of the answer (median).')
     get_logger().info(note)
-    sizes, nets = _saliency_tables(found.table, shares, phases, found.names)
-    numbers = dict(cycles=len(found.table), steps=steps, median_missing=missing)
-    numbers |= dict(states=found.mean_shares(False), net=found.mean_shares(True))
+    sizes, nets = _saliency_tables(explained.table, shares, phases, explained.names)
+    numbers = dict(cycles=len(explained.table), steps=steps, median_missing=missing)
+    numbers |= dict(states=explained.mean_shares(False), net=explained.mean_shares(True))
     return numbers, [note, _SIZES_NOTE, sizes, _NETS_NOTE, nets, figure]
-

@@ -7,25 +7,25 @@ __all__ = ['ContrastiveModel']
 
 # %% ../../nbs/training/contrastive_model.ipynb #cell2
 import copy
-import math
 
 import torch
 from fastcore.basics import patch
 from torch import nn
 
 from ..core.basics import PahclError
-from ..models.classifier import pool_levels
-from ..models.layers import Projector
-from pahcl.training.contrast import (
-    _collapse_signs, _gather_rows, _make_rows, MomentumQueue, nt_xent, queue_loss,
-    update_moving_average)
+from ..models.heads import Projector
+from ..models.pooling import pool_levels
+from .collapse import _collapse_signs
+from .contrast import _gather_rows, _make_rows, nt_xent
+from .momentum import MomentumQueue, queue_loss, update_moving_average
+from .schedule import _initial_share, _limit_momentum, _momentum_schedule
 
 # %% ../../nbs/training/contrastive_model.ipynb #cell7
 class ContrastiveModel(nn.Module):
     "Encoder and projectors; `model(batch) -> (loss, {name: number})`."
     def __init__(self,
         encoder,                # of `build_encoder`
-        contrast,               # a `pahcl.core.config._ContrastSection`
+        contrast,               # a `pahcl.core.config_sections._ContrastSection`
         num_substructures=4,    # K
     ):
         super().__init__()
@@ -46,7 +46,7 @@ class ContrastiveModel(nn.Module):
         if contrast.moco: self.add_momentum({level: size[-1] for level, size in sizes.items()})
 
     def parts(self) -> dict:
-        "What learns, by name, for the optimiser."
+        "Return what learns, by name, for the optimiser."
         return {name: getattr(self, name) for name in self.learning}
 
 # %% ../../nbs/training/contrastive_model.ipynb #cell8
@@ -64,15 +64,7 @@ def add_momentum(self: ContrastiveModel,
                                 **{_QUEUE_BUFFERS[level]: (d,) if level == 'cycle' else (self.K, d)
                                    for level, d in sizes.items()})
 
-def _momentum_schedule(
-    start, end,   # momentum at the first and the last optimiser step; no end: it stays
-    share,        # of the optimiser steps that are done, 0 … 1
-) -> float:
-    """Momentum on half a cosine from `start` to `end` (Grill et al. 2020, arXiv:2006.07733, end at
-    1).
-    """
-    return start if end is None else end-(end-start)*(1+math.cos(math.pi*share))/2
-
+# %% ../../nbs/training/contrastive_model.ipynb #cell9
 @patch
 def follow(self: ContrastiveModel,
     share=0.,   # of the optimiser steps that are done
@@ -84,22 +76,6 @@ def follow(self: ContrastiveModel,
         update_moving_average(getattr(self, f'{name}_momentum'), module, momentum)
 
 # %% ../../nbs/training/contrastive_model.ipynb #cell11
-def _limit_momentum(
-    momentum: float,   # `contrast.moco_momentum`
-    half_life: float,  # `contrast.moco_half_life`, share of the steps; 0: the momentum stays
-    steps: int,        # optimiser steps of the whole run
-) -> float:            # rounded to six digits
-    "The momentum of a run: as asked for, but forgetting half within `half_life` of its steps."
-    return min(momentum, round(2**(-1/(half_life*steps)), 6)) if half_life and steps else momentum
-
-def _initial_share(
-    start, end,   # as in `_momentum_schedule`
-    steps: int,   # optimiser steps
-) -> float:       # 0 … 1
-    "The share of their random start that the slow copies still are: the product of the momenta."
-    return math.prod(_momentum_schedule(start, end, done/steps) for done in range(1, steps+1))
-
-# %% ../../nbs/training/contrastive_model.ipynb #cell14
 @patch
 def set_pace(self: ContrastiveModel,
     steps: int,   # optimiser steps of the whole run
@@ -110,16 +86,15 @@ def set_pace(self: ContrastiveModel,
     if not c.moco: return []
     self.momentum = _limit_momentum(c.moco_momentum, c.moco_half_life, steps)
     left = [_initial_share(m, c.moco_momentum_end, steps) for m in (c.moco_momentum, self.momentum)]
-    told = [f'momentum {self.momentum:g}, {steps} optimiser steps: '
-            f'at the end {left[1]:.2%} of the momentum encoder is its random start']
+    message = (f'momentum {self.momentum:g}, {steps} optimiser steps: '
+               f'at the end {left[1]:.2%} of the momentum encoder is its random start')
     if self.momentum < c.moco_momentum:
-        told[0] += (f'; contrast.moco_momentum {c.moco_momentum:g} would have left {left[0]:.0%} '
+        message += (f'; contrast.moco_momentum {c.moco_momentum:g} would have left {left[0]:.0%} '
                     f'and was lowered to a half-life of {c.moco_half_life:.0%} of the run')
-    if c.queue_size > rows:
-        told.append(f'contrast.queue_size {c.queue_size} holds the keys of {c.queue_size/rows:.1f}'
-                    f' epochs of {rows} ' 'cycles: cycles stand in it more than once, '
-                                          'the oldest keys by an encoder of as many epochs ago')
-    return told
+    if c.queue_size <= rows: return [message]
+    return [message, f'contrast.queue_size {c.queue_size} holds the keys of '
+                     f'{c.queue_size/rows:.1f} epochs of {rows} cycles: cycles stand in it more '
+                     'than once, the oldest keys by an encoder of as many epochs ago']
 
 # %% ../../nbs/training/contrastive_model.ipynb #cell16
 @patch
@@ -129,7 +104,7 @@ def project(self: ContrastiveModel,
     # 'features' [B, C]; 'cycle' [B, D] and 'substructure' [B, K, D], where asked for;
     # 'present' [B, K] bool, or None
 ) -> dict:
-    "Embeddings of one view at all levels."
+    "Return the embeddings of one view at all levels."
     part = lambda name: getattr(self, f'{name}_momentum' if momentum else name)
     K = self.K if 'substructure' in self.weights else 0
     pooled = pool_levels(part('encoder'), x, phases, K)
@@ -144,7 +119,7 @@ def simclr_losses(self: ContrastiveModel,
     person, group,               # [B] int64 each, see `pahcl.training.contrast._FeatureRows`
     across=True,                 # negatives from all processes
 ) -> dict:                       # level -> loss
-    "NT-Xent at each level."
+    "Return NT-Xent at each level."
     there = dict(cycle=(None, None), substructure=(first['present'], second['present']))
     return {level: nt_xent(first[level], second[level], person, group, *there[level],
                            self.contrast.temperature, across) for level in self.weights}
@@ -154,7 +129,7 @@ def moco_losses(self: ContrastiveModel,
     query: dict, key: dict,   # of `project`: the first view, and the second by the slow copies
     person, group,            # [B] int64 each
 ) -> dict:                    # level -> loss
-    "InfoNCE at each level, and the new keys into the queue while training."
+    "Return InfoNCE at each level, and push the new keys into the queue while training."
     losses, keys = {}, {}
     for level in self.weights:
         rows = lambda view: _make_rows(view[level], person, group,
@@ -168,11 +143,11 @@ def moco_losses(self: ContrastiveModel,
 
 @patch
 def enqueue_keys(self: ContrastiveModel,
-    keys: dict,   # level -> `Rows` of all processes
+    keys: dict,   # level -> `_FeatureRows` of all processes
 ):
     "Push the batch's keys into the queue."
-    present, any_level = (keys['substructure'].present if 'substructure' in keys else None,
-                          next(iter(keys.values())))
+    present = keys['substructure'].present if 'substructure' in keys else None
+    any_level = next(iter(keys.values()))
     group = (any_level.group if self.contrast.positives != 'view'
              else torch.full_like(any_level.group, -1))
     self.memory.push(any_level.person, group, present,
@@ -184,7 +159,7 @@ def enqueue_keys(self: ContrastiveModel,
 def forward(self: ContrastiveModel,
     batch: dict,  # x1, x2 [B, 1, T], phases1, phases2 [B, T], person, group [B]
 ):                # (loss, {'loss_cycle': …, 'loss_substructure': …})
-    "The weighted loss of a batch."
+    "Return the weighted loss of a batch."
     first = self.project(batch['x1'], batch['phases1'])
     if self.contrast.moco:
         with torch.no_grad(): second = self.project(batch['x2'], batch['phases2'], momentum=True)
@@ -203,7 +178,7 @@ _MONITOR_ROWS = 2048
 def embed(self: ContrastiveModel,
     batch: dict,  # as `forward` takes it
 ) -> dict:        # '<view>/<name>' -> tensor on the CPU, and 'person', 'group'
-    "Embeddings of both views, by the encoder that learns."
+    "Return the embeddings of both views, by the encoder that learns."
     out = {k: batch[k].cpu() for k in ('person', 'group')}
     for view in (1, 2):
         found = self.project(batch[f'x{view}'], batch[f'phases{view}'])
@@ -219,7 +194,7 @@ def validation_losses(self: ContrastiveModel,
     # 'loss', 'loss_cycle', 'loss_substructure', and
     # `pahcl.training.contrast._collapse_signs` of the features
 ) -> dict:
-    "Losses and signs of collapse."
+    "Return losses and signs of collapse."
     n, totals = len(embedded['person']), dict.fromkeys(self.weights, 0.)
     view = lambda v, part: {'present': None} | {k[2:]: t[part] for k, t in embedded.items()
                                                 if k.startswith(f'{v}/')}

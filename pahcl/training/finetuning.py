@@ -8,337 +8,250 @@ __all__ = ['finetune']
 # %% ../../nbs/training/finetuning.ipynb #cell2
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
+from torch import nn
 
 from ..core.basics import get_logger, UsageError, write_text
 from ..core.config import load_config
+from ..core.figures import confusion_figure, curves_figure
+from ..core.metrics import confusion_matrix
+from ..core.predictions import Predictions
 from ..data.splitting import describe_persons
-from ..data.tasks import compute_class_weights, map_ids_to_persons
+from ..data.tasks import map_ids_to_persons
+from ..models.checkpoints import classifier_checkpoint, load_classifier
+from ..models.classifier import encode_cycles, predict_probabilities
+from ..models.mamba_block import slow_scan_warnings
+from .batches import _explain_out_of_memory, _predict_distributed
 from pahcl.training.finetuning_data import (
     BagSampler, _compute_features_cached, CycleSampler, _drop_inaudible_recordings,
     load_task_cycles)
 from .finetuning_setup import build_starting_model, _pretrained_fingerprint
+from .objective import (
+    _ClassificationObjective, _score_cycles, _score_test_cycles, _score_training_cycles,
+    _select_validation_scores)
+from .runs import Run
+from .schedule import _parameter_groups
+from .trainer import Trainer
 
 # %% ../../nbs/training/finetuning.ipynb #cell6
-def _cycle_losses(
-    logits,            # [B, classes]
-    labels,            # [B]
-    weights=None,      # a weight a class, tensor
-    smoothing=0.,      # label smoothing: share of the target spread over all classes
-    loss_type='ce',    # 'ce' or 'focal'
-    gamma=2.,          # of the focal loss (Lin et al. 2017)
-):                     # [B]
-    "The loss of each cycle."
-    import torch.nn.functional as F
-    log_p, classes = logits.float().log_softmax(-1), logits.shape[-1]
-    target = F.one_hot(labels, classes)*(1-smoothing)+smoothing/classes
-    focus = (1-log_p.exp())**gamma if loss_type == 'focal' else 1.
-    losses = -(focus*target*log_p).sum(-1)
-    return losses if weights is None else losses*weights[labels]
-
-# %% ../../nbs/training/finetuning.ipynb #cell12
-def _build_objective(
-    model,              # a `pahcl.models.classifier.Classifier`
-    settings,           # a `pahcl.core.config._TrainingSection`
-    labels,             # of the training cycles, or bags
-    label_map: dict,    # class name -> number
-    frozen: bool,       # encoder frozen
-):                      # module: `objective(batch) -> (loss, {'probabilities', 'label'})`
-    "Build what a `pahcl.training.trainer.Trainer` minimises."
-    import torch
-    weights = compute_class_weights(labels, label_map) if settings.use_class_weights else None
-    class Objective(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-            weight = torch.tensor(weights) if weights else None
-            self.register_buffer('weights', weight, persistent=False)
-        def train(self, mode=True):
-            super().train(mode)
-            if frozen: self.model.encoder.eval()
-            return self
-        def features(self, batch):
-            if 'features' in batch: return batch['features']
-            return self.model.features(batch['x'], batch['valid_length'], batch.get('phases'))
-        def forward(self, batch):
-            logits, labels = self.model.head(self.features(batch), batch.get('bag')), batch['label']
-            smoothing, kind = settings.label_smoothing, settings.loss_type
-            loss = _cycle_losses(logits, labels, self.weights, smoothing, kind).mean()
-            return loss, dict(probabilities=logits.softmax(-1), label=labels)
-    return Objective()
-
-# %% ../../nbs/training/finetuning.ipynb #cell17
-def _score_cycles(
-    table,               # of the cycles that were predicted
-    # of the cycles [n, classes]; of a model of bags see
-    # `pahcl.models.classifier.predict_probabilities`
-    probabilities,
-    num_classes: int,
-    level='subject',     # 'cycle', 'recording' or 'subject'
-    # of `classification_metrics`, and `loss` (cross-entropy of cycles, or of the
-    # bags that were trained on)
-) -> dict:
-    "Scores of a split at one level."
-    import numpy as np
-    from pahcl.core.metrics import Predictions
-    predictions = Predictions(table, probabilities)
-    trained = predictions.at_level(list(predictions.level_probabilities)[-1])  # cycles, or the bags
-    own = trained.probabilities[np.arange(len(trained)), trained.table['label']]
-    return (predictions.scores(absent='skip')[level]
-            | dict(loss=float(-np.log(np.maximum(own, 1e-12)).mean())))
-
-# %% ../../nbs/training/finetuning.ipynb #cell18
-def _select_validation_scores(
-    scores: dict,      # of `_score_cycles`
-    primary: str,      # primary metric
-) -> dict:             # what is tracked, with `score` that chooses the best epoch
-    "The numbers of an epoch; a primary metric that is undefined here gives way to the accuracy."
-    from pahcl.core.metrics import metric_names
-    score, instead = scores[primary], 'the accuracy chooses the best epoch instead.'
-    if score is None:
-        get_logger().warning(
-            f'WARNING: {primary} is undefined on the validation split (one class only); {instead}')
-    kept = {k: scores[k] for k in dict.fromkeys(('loss', *metric_names('tracked'), primary))}
-    return kept | dict(score=scores['accuracy'] if score is None else score)
-
-# %% ../../nbs/training/finetuning.ipynb #cell22
-def _score_training_cycles(
-    values: dict,      # `probabilities [n, classes]` and `label [n]` of an epoch's training cycles
-) -> dict:
-    "Accuracy, F1, precision and recall of the training cycles while they were learnt."
-    from pahcl.core.metrics import classification_metrics, FROM_MATRICES, metric_names, METRICS
-    scores = classification_metrics(values['label'].astype(int), values['probabilities'],
-                                    values['probabilities'].shape[1], absent='skip')
-    return {k: scores[k] for k in metric_names('tracked') if METRICS[k].kind in FROM_MATRICES}
-
-# %% ../../nbs/training/finetuning.ipynb #cell24
-def _make_predictor(
-    run, model, cycles,   # a `Run`, a `Classifier`, `Cycles`
-    batch_size: int,
-    features=None,        # of a frozen encoder
-):  # function () -> what `pahcl.models.classifier.predict_probabilities` gives
-    """How a split is predicted again and again while the model learns: each cycle once, shared by
-    the processes.
-    """
-    import numpy as np
-    from pahcl.models.classifier import encode_cycles, predict_probabilities
-    from pahcl.training.trainer import _predict_distributed
-    every, device = np.arange(len(cycles)), run.accelerator.device
-    now = lambda: _predict_distributed(run, every, lambda rows: encode_cycles(
-        model.encoder, cycles, device, batch_size, rows, model.pooling))
-    return lambda: predict_probabilities(model, now() if features is None else features,
-                                         cycles.table)
-
-# %% ../../nbs/training/finetuning.ipynb #cell25
-def _split_features(
-    run, config, model,   # a `Run`, a `FinetuneConfig`, a `Classifier`
-    cycles,               # all `Cycles` of a split
-):                        # [n, C]
-    "Features of a split from a frozen encoder, cached beside the task."
-    cache = Path(config.data.base_dir)/config.task.name/'.features'
-    return _compute_features_cached(run, model.encoder, cycles, cache, pooling=model.pooling)
-
-# %% ../../nbs/training/finetuning.ipynb #cell26
-def _draw_validation_figures(
-    table, probabilities,  # as in `_score_cycles`
-    label_map: dict,       # class name -> number
-    level: str,            # as in `_score_cycles`
-    title: str,            # e.g. 'epoch 3'
-) -> dict:                 # name -> figure
-    "Confusion matrix and curves of a validation split, for the trackers."
-    from pahcl.core.metrics import confusion_matrix, Predictions
-    from pahcl.core.figures import confusion_figure, curves_figure
-    shown = Predictions(table, probabilities, label_map).at_level(level)
-    names, rows, said = shown.class_names, shown.table, shown.probabilities
-    matrix, title = (confusion_matrix(rows['label'], said.argmax(1), len(names)),
-                     f'{title}, {len(rows)} {level}s')
-    return {'validation/confusion_matrix': confusion_figure(matrix, names, title),
-            'validation/curves': curves_figure(rows['label'], said, names, title)}
-
-# %% ../../nbs/training/finetuning.ipynb #cell28
 def _head_modules(
-    model,   # a `Classifier`
-):           # module
-    "All that is not encoder and learns: the head, and attention where there is one."
-    import torch
-    return torch.nn.ModuleList([m for m in (model.classifier, model.attention) if m is not None])
+    model,   # a `pahcl.models.classifier.Classifier`
+) -> nn.ModuleList:
+    "Return all that is not encoder and learns: the head, and attention where there is one."
+    return nn.ModuleList([m for m in (model.classifier, model.attention) if m is not None])
 
-# %% ../../nbs/training/finetuning.ipynb #cell29
 def _finetune_parameter_groups(
-    config, model,   # a `FinetuneConfig`, a `Classifier`
-) -> list:           # of the optimiser, see `pahcl.training.trainer._parameter_groups`
-    "Which parameters learn how fast."
-    from pahcl.training.trainer import _parameter_groups
+    config,          # a `FinetuneConfig`
+    model,           # a `pahcl.models.classifier.Classifier`
+) -> list:           # of the optimiser, see `pahcl.training.schedule._parameter_groups`
+    "Group parameters by how fast they learn."
     scale = 1. if config.pretrain.checkpoint_path == 'none' else config.training.encoder_lr_scale
     return _parameter_groups(dict(encoder=model.encoder, classifier=_head_modules(model)),
                              config.training.weight_decay, dict(encoder=scale))
 
 # %% ../../nbs/training/finetuning.ipynb #cell32
+def _split_features(
+    run: Run,
+    config,               # a `FinetuneConfig`
+    model,                # a `pahcl.models.classifier.Classifier`, its encoder frozen
+    cycles,               # all `Cycles` of a split
+):                        # [n, C] float32
+    "Return the features of a split from a frozen encoder."
+    cache = Path(config.data.base_dir)/config.task.name/'.features'
+    return _compute_features_cached(run, model.encoder, cycles, cache, pooling=model.pooling)
+
+# %% ../../nbs/training/finetuning.ipynb #cell33
+def _predict_split(
+    run: Run,
+    model,                # a `pahcl.models.classifier.Classifier`
+    cycles,               # all `Cycles` of a split
+    batch_size: int,
+    features=None,        # [n, C] of a frozen encoder; None: they are computed
+):                        # what `pahcl.models.classifier.predict_probabilities` gives
+    "Predict a split as the model stands: each cycle once, shared by the processes."
+    if features is None:
+        encode = lambda rows: encode_cycles(model.encoder, cycles, run.accelerator.device,
+                                            batch_size, rows, model.pooling)
+        features = _predict_distributed(run, np.arange(len(cycles)), encode)
+    return predict_probabilities(model, features, cycles.table)
+
+# %% ../../nbs/training/finetuning.ipynb #cell34
+def _draw_validation_figures(
+    predictions: Predictions,   # of the validation split
+    level: str,                 # 'cycle', 'recording' or 'subject'
+    title: str,                 # e.g. 'epoch 3'
+) -> dict:                      # name -> matplotlib figure
+    "Draw confusion matrix and curves of a validation split, for the trackers."
+    shown = predictions.at_level(level)
+    names, labels, probabilities = shown.class_names, shown.table['label'], shown.probabilities
+    matrix = confusion_matrix(labels, probabilities.argmax(1), len(names))
+    title = f'{title}, {len(labels)} {level}s'
+    return {'validation/confusion_matrix': confusion_figure(matrix, names, title),
+            'validation/curves': curves_figure(labels, probabilities, names, title)}
+
+# %% ../../nbs/training/finetuning.ipynb #cell36
 class _FinetuneRecipe:
-    "What fine-tuning is to a `pahcl.training.trainer.Trainer`: labelled cycles, or bags of them."
+    "Labelled cycles, or bags of them, for a `pahcl.training.trainer.Trainer`."
     def __init__(self,
-        run, config,       # an entered `Run`, a `FinetuneConfig`
+        run: Run,          # an entered one
+        config,            # a `FinetuneConfig`
         model,             # a `pahcl.models.classifier.Classifier`
         data: dict,        # 'train', 'val' -> `Cycles`
-        task,              # the `Task`
-        seen=(),           # persons that the model has learnt from before
+        task,              # the `pahcl.data.tasks.Task`
+        persons=(),        # whom the model has learnt from before
     ):
         self.run, self.config, self.model, self.task = run, config, model, task
         self.frozen, self.settings = config.pretrain.freeze_encoder, config.training
         self.score_name = config.evaluation.primary_metric or task.primary_metric
-        self.persons, self.validation = {*seen, *data['train'].table['person_id']}, data['val']
-        features = self.prepare_features(data)
-        self.set_units(data['train'], features['train'])
-        self.predict = _make_predictor(run, model, data['val'], self.settings.batch_size,
-                                       features['val'])
-        self.groups, labels = _finetune_parameter_groups(config, model), self.units.labels
-        self.objective = _build_objective(model, self.settings, labels, task.label_map, self.frozen)
+        self.persons = {*persons, *data['train'].table['person_id']}
+        self.validation = data['val']
+        self.features = self.prepare_features(data)
+        self.rows = self.make_sampler(data['train'])
+        self.batch_rows = self.rows.batch_rows
+        self.groups = _finetune_parameter_groups(config, model)
+        self.objective = _ClassificationObjective(
+            model, self.settings, self.rows.labels, task.label_map, self.frozen)
         if self.frozen:   # features are there already: nothing is to be read ahead
             self.settings = self.settings.model_copy(update=dict(num_workers=0))
+
+    def epoch_rows(self, epoch): return self.rows.rows_of(epoch)
+
+    def make_batch(self, rows, epoch): return self.rows.batch(rows, epoch)
 
     def after_step(self, share): pass
 
     def training_scores(self, values): return _score_training_cycles(values)
 
     def checkpoint(self):
-        from pahcl.models.checkpoints import classifier_checkpoint
         name, settings = self.config.task.name, self.config.model_dump()
         return classifier_checkpoint(self.model, name, self.task.label_map, settings, self.persons)
 
-# %% ../../nbs/training/finetuning.ipynb #cell33
+# %% ../../nbs/training/finetuning.ipynb #cell37
 @patch
 def prepare_features(self: _FinetuneRecipe,
     data: dict,   # 'train', 'val' -> `Cycles`
 ) -> dict:        # 'train', 'val' -> [n, C], or None where the encoder learns
     "Compute once what a frozen encoder says, and fit the normalisation of features."
-    from pahcl.models.classifier import encode_cycles
-    run, config, model, device = self.run, self.config, self.model, self.run.accelerator.device
-    find = lambda cycles: _split_features(run, config, model, cycles) if self.frozen else None
-    features = {split: find(data[split]) for split in ('train', 'val')}
+    model, device, features = self.model, self.run.accelerator.device, dict(train=None, val=None)
+    if self.frozen:
+        features = {split: _split_features(self.run, self.config, model, data[split])
+                    for split in features}
     model.to(device)
     if model.head_settings['standardise']:
-        known, train = features['train'], data['train']
-        if known is None: known = encode_cycles(model.encoder, train, device, pooling=model.pooling)
-        model.standardise.fit(known)
+        train = features['train']
+        if train is None:
+            train = encode_cycles(model.encoder, data['train'], device, pooling=model.pooling)
+        model.standardise.fit(train)
     return features
 
 @patch
-def set_units(self: _FinetuneRecipe, cycles, features):
-    """Set what an epoch goes through: cycles, or bags of them (see
-    `pahcl.training.finetuning_data`).
-    """
-    given = self.config, cycles, self.run.accelerator.device, features
-    if self.settings.aggregation == 'cycle': self.units = CycleSampler(*given)
-    else: self.units = BagSampler(*given, self.run.processes)
-    self.epoch_rows, self.make_batch = self.units.rows_of, self.units.batch
-    self.batch_rows = self.units.batch_rows
+def make_sampler(self: _FinetuneRecipe,
+    cycles,   # training `Cycles`
+):            # a `CycleSampler` or `BagSampler` of `pahcl.training.finetuning_data`
+    "Return what an epoch goes through: cycles, or bags of them."
+    given = self.config, cycles, self.run.accelerator.device, self.features['train']
+    if self.settings.aggregation == 'cycle': return CycleSampler(*given)
+    return BagSampler(*given, self.run.processes)
 
-# %% ../../nbs/training/finetuning.ipynb #cell34
+# %% ../../nbs/training/finetuning.ipynb #cell38
 @patch
 def validate(self: _FinetuneRecipe, epoch: int) -> dict:   # of `_select_validation_scores`
     "Score the validation split, and draw figures where somebody watches."
-    table, label_map, level = (self.validation.table, self.task.label_map,
-                               self.config.evaluation.level)
-    probabilities, trackers = self.predict(), self.run.trackers
+    table, label_map = self.validation.table, self.task.label_map
+    level, trackers = self.config.evaluation.level, self.run.trackers
+    probabilities = _predict_split(self.run, self.model, self.validation,
+                                   self.settings.batch_size, self.features['val'])
     if trackers:
-        figures = _draw_validation_figures(table, probabilities, label_map, level,
-                                           f'epoch {epoch+1}')
-        trackers.log_figures(figures, epoch+1)
+        predictions = Predictions(table, probabilities, label_map)
+        trackers.log_figures(_draw_validation_figures(predictions, level, f'epoch {epoch+1}'),
+                             epoch+1)
     scores = _score_cycles(table, probabilities, len(label_map), level)
     return _select_validation_scores(scores, self.score_name)
 
-# %% ../../nbs/training/finetuning.ipynb #cell35
-def _score_test_cycles(
-    table, probabilities,   # the test cycles and what the best model says about them
-    task,                   # the `Task`
-    config,                 # a `FinetuneConfig`
-) -> dict:                  # `test_<metric>` at `evaluation.level`, `levels`, `official`
-    "What goes into `final_metrics.json`."
-    from pahcl.core.metrics import Predictions
-    predictions = Predictions(table, probabilities, task.label_map)
-    levels = predictions.scores()
-    out = {f'test_{m}': levels[config.evaluation.level][m] for m in config.evaluation.metrics}
-    if official := task.official_metric:
-        scored = predictions.at_level(official.level)
-        truth, decided = scored.table['label'].to_numpy(), scored.probabilities.argmax(1)
-        out[f'test_{official.name}'] = official.of_decisions(truth, decided)
-    return out | dict(level=config.evaluation.level, levels=levels)
-
-# %% ../../nbs/training/finetuning.ipynb #cell38
-def _write_confusion_matrix(
-    folder,           # of the run
-    matrix,           # counts [classes, classes], rows are the truth
-    label_map: dict,
-):
-    "Write `confusion_matrix.csv` (`pahcl_evaluate` draws it)."
-    import pandas as pd
-    names = sorted(label_map, key=label_map.get)
-    write_text(Path(folder)/'confusion_matrix.csv',
-               pd.DataFrame(matrix, names, names).rename_axis('truth').to_csv())
-
 # %% ../../nbs/training/finetuning.ipynb #cell39
 def _finetune_mode(config) -> str:
-    "`linear`, `fewshot` or `finetune`."
+    "Return the mode of a `FinetuneConfig`: `linear`, `fewshot` or `finetune`."
     return ('linear' if config.pretrain.freeze_encoder else 'fewshot' if config.few_shot
             else 'finetune')
 
-# %% ../../nbs/training/finetuning.ipynb #cell42
+# %% ../../nbs/training/finetuning.ipynb #644cc650
 def _describe_finetuning(
-    config, train, model,   # a `FinetuneConfig`, the training cycles' table, a `Classifier`
-    told=(),                # of `build_starting_model`
-) -> list:
-    "What the log says first."
-    opening = [config.experiment.description] if config.experiment.description else []
+    config,        # a `FinetuneConfig`
+    train,         # DataFrame of the training cycles
+    model,         # a `pahcl.models.classifier.Classifier`
+    messages=(),   # what was said while the model was built
+) -> list:         # sentences
+    "Say what is about to be trained."
+    description, training = config.experiment.description, config.training
     count = lambda learns: sum(p.numel() for p in model.parameters() if p.requires_grad == learns)
     size = (f'{len(train)} training cycles of {describe_persons(train)}, '
             f'{count(True):,} parameters learn, {count(False):,} are frozen')
-    twice = config.training.use_class_weights and config.training.use_balanced_sampling
-    warning = ['WARNING: use_class_weights and use_balanced_sampling are both on: '
-               'rare classes count twice over. Set one of them to false.'] if twice else []
-    return [*opening, *told, f'{config.task.name}, {_finetune_mode(config)}: {size}', *warning]
+    sentences = [*([description] if description else []), *messages,
+                 f'{config.task.name}, {_finetune_mode(config)}: {size}']
+    if training.use_class_weights and training.use_balanced_sampling:
+        sentences.append('WARNING: use_class_weights and use_balanced_sampling are both on: '
+                         'rare classes count twice over. Set one of them to false.')
+    return sentences
 
-# %% ../../nbs/training/finetuning.ipynb #cell45
-def _score_best_epoch(
-    # an entered `Run`, a `FinetuneConfig`, the test `Cycles`, the `Task`
-    run, config, cycles, task,
-):                               # (of `_score_test_cycles`, the best checkpoint's content)
+# %% ../../nbs/training/finetuning.ipynb #76a0cf7f
+def _describe_result(
+    config,                # a `FinetuneConfig`
+    train,                 # DataFrame of the training cycles
+    saved: dict,           # the best checkpoint's content
+    primary_metric: str,   # that chose it
+    loaded: dict,          # `loaded` of `pahcl.training.finetuning_setup._StartingPoint`
+    history: list,         # a dict an epoch
+) -> dict:
+    "Return what `final_metrics.json` says of a run, apart from test scores."
+    best = history[saved['epoch']-1] if history else {}
+    validation = {k.replace('/', '_'): v for k, v in best.items() if k.startswith('validation/')}
+    return dict(
+        task=config.task.name, experiment=config.experiment.name, mode=_finetune_mode(config),
+        primary_metric=primary_metric, seed=config.seed, best_epoch=saved['epoch'],
+        epochs=len(history), encoder_type=saved['encoder_type'],
+        pretrained=config.pretrain.checkpoint_path, loaded=loaded,
+        training_subjects=int(train['subject_id'].nunique()), training_cycles=len(train),
+        **validation)
+
+# %% ../../nbs/training/finetuning.ipynb #cell42
+def _write_confusion_matrix(
+    folder: Path,     # of the run
+    matrix,           # counts [classes, classes], rows are the truth
+    label_map: dict,  # class name -> number
+):
+    "Write `confusion_matrix.csv` (`pahcl_evaluate` draws it)."
+    names = sorted(label_map, key=label_map.get)
+    write_text(folder/'confusion_matrix.csv',
+               pd.DataFrame(matrix, names, names).rename_axis('truth').to_csv())
+
+def _test_best_epoch(
+    run: Run,                    # an entered one
+    config,                      # a `FinetuneConfig`
+    model, cycles, task,         # the best `Classifier`, the test `Cycles`, the `Task`
+) -> dict:                       # of `pahcl.training.objective._score_test_cycles`
     "Test the best epoch, and write its confusion matrix."
-    from pahcl.models.checkpoints import load_classifier
-    best, saved = load_classifier(run.folder/'best_model.pt')
-    frozen, size = config.pretrain.freeze_encoder, config.training.batch_size
-    features = _split_features(run, config, best, cycles) if frozen else None
-    probabilities = _make_predictor(run, best.to(run.accelerator.device), cycles, size, features)()
+    features = None
+    if config.pretrain.freeze_encoder: features = _split_features(run, config, model, cycles)
+    probabilities = _predict_split(run, model.to(run.accelerator.device), cycles,
+                                   config.training.batch_size, features)
     scores = _score_test_cycles(cycles.table, probabilities, task, config)
     if config.evaluation.save_confusion_matrix and run.is_main:
         matrix = scores['levels'][scores['level']]['confusion_matrix']
         _write_confusion_matrix(run.folder, matrix, task.label_map)
-    return scores, saved
+    return scores
 
-# %% ../../nbs/training/finetuning.ipynb #cell46
-def _describe_result(
-    config, train,         # a `FinetuneConfig`, the training cycles' table
-    saved: dict,           # the best checkpoint's content
-    primary: str,          # metric that chose it
-    loaded: dict,          # of `pahcl.training.finetuning_setup._StartingPoint`
-    history: list,         # a dict an epoch
-) -> dict:
-    "What `final_metrics.json` says about a run, apart from scores."
-    return dict(
-        task=config.task.name, experiment=config.experiment.name, mode=_finetune_mode(config),
-        primary_metric=primary, seed=config.seed, best_epoch=saved['epoch'], epochs=len(history),
-        encoder_type=saved['encoder_type'], pretrained=config.pretrain.checkpoint_path,
-        loaded=loaded, training_subjects=int(train['subject_id'].nunique()),
-        training_cycles=len(train))
-
-# %% ../../nbs/training/finetuning.ipynb #cell47
+# %% ../../nbs/training/finetuning.ipynb #cell43
 def _run_finetuning(
-    run, config, data, task,   # an entered `Run`, a `FinetuneConfig`, of `load_task_cycles`
-    start,                     # a `pahcl.training.finetuning_setup._StartingPoint`
-    messages=(),               # of `_drop_inaudible_recordings`
-) -> dict:                     # what stands in final_metrics.json
+    run: Run,         # an entered one
+    config,           # a `FinetuneConfig`
+    data: dict,       # 'train', 'val', 'test' -> `Cycles`
+    task,             # the `pahcl.data.tasks.Task`
+    start,            # a `pahcl.training.finetuning_setup._StartingPoint`
+    messages=(),      # for the log
+) -> dict:            # what stands in final_metrics.json
     "Train, take the best epoch, test it once."
-    from pahcl.models.layers import slow_scan_warnings
-    from pahcl.training.trainer import Trainer
     train, model = data['train'].table, start.model
     opening = _describe_finetuning(config, train, model, [*start.messages, *messages])
     for line in (*slow_scan_warnings(model, run.accelerator.device), *opening): run.say(line)
@@ -347,17 +260,17 @@ def _run_finetuning(
     recipe = _FinetuneRecipe(run, config, model, data, task, start.persons)
     history = Trainer(run, recipe).fit().history
     run.accelerator.wait_for_everyone()
-    scores, saved = _score_best_epoch(run, config, data['test'], task)
+    best, saved = load_classifier(run.folder/'best_model.pt')
     facts = _describe_result(config, train, saved, recipe.score_name, start.loaded, history)
-    best = history[saved['epoch']-1] if history else {}
-    watched = {k.replace('/', '_'): v for k, v in best.items() if k.startswith('validation/')}
-    return facts | scores | watched | dict(history=history)
+    scores = _test_best_epoch(run, config, best, data['test'], task)
+    return facts | scores | dict(history=history)
 
-# %% ../../nbs/training/finetuning.ipynb #cell48
+# %% ../../nbs/training/finetuning.ipynb #cell44
 def _load_finetune_config(
-    config, overrides: dict,   # as in `finetune`
-):                             # a `FinetuneConfig`
-    "The configuration; raises `UsageError` where it does not say what to start from."
+    config,            # a path, the name of a packaged file, or a dictionary
+    overrides: dict,   # by flag or dotted key
+):                     # a `FinetuneConfig`
+    "Read the configuration; raise `UsageError` where it does not say what to start from."
     config = load_config('finetune', config, overrides=overrides)
     source = config.pretrain.checkpoint_path
     if not source:
@@ -375,19 +288,20 @@ def finetune(
     tensorboard=False,     # write TensorBoard events below the run's folder
     wandb=False,           # log to Weights & Biases
     wandb_project='PA-HCL',
-    wandb_entity=None,
+    wandb_entity=None,     # user or team of W&B; None: who is logged in
     output_dir='outputs',  # the run's folder is `<output_dir>/<task>_<experiment name>`
     overwrite=False,       # start anew where the folder holds a run
     **overrides,           # by flag or dotted key, e.g. `task='pascal', pretrained='none'`
 ) -> dict:                 # what stands in `final_metrics.json`
-    "Fine-tune on a task; a run that is finished is not repeated, one that was killed goes on."
-    from pahcl.training.runs import Run
-    from pahcl.training.trainer import _explain_out_of_memory
+    """Fine-tune on a task; a run that is finished is not repeated, one that was killed goes on.
+
+    Raises `UsageError` where task or checkpoint is not named, and `PahclError` where configuration,
+    data, checkpoint and folder do not fit each other.
+    """
     config = _load_finetune_config(config, overrides)
     data, task = load_task_cycles(config)
     data['train'], messages = _drop_inaudible_recordings(config, data['train'])
     heldout = map_ids_to_persons(data['val'].table, data['test'].table)
-    # a mistake leaves no folder behind
     start = build_starting_model(config, task.num_classes, heldout)
     inputs = {name: c.fingerprint() for name, c in data.items()}
     inputs |= dict(pretrained=_pretrained_fingerprint(config.pretrain.checkpoint_path))

@@ -8,10 +8,20 @@ __all__ = ['load_task_cycles', 'cache_features', 'CycleSampler', 'BagSampler']
 # %% ../../nbs/training/finetuning_data.ipynb #cell2
 from pathlib import Path
 
+import numpy as np
+import torch
 from fastcore.basics import patch
 
-from ..core.basics import generator, PahclError, UsageError
+from ..core.basics import atomic_path, generator, PahclError, read_table, UsageError
+from ..data.datasets import TASKS
+from ..data.loader import Cycles
+from ..data.sampling import (
+    bag_ids, bag_table, draw_epoch_rows, draw_few_shot_rows, sample_bag_cycles,
+    sample_rows_per_group)
 from ..data.tasks import check_leaks, CYCLE_SETTINGS, Task
+from ..models.classifier import encode_cycles
+from ..models.encoder_base import encoder_fingerprint
+from .batches import _predict_distributed
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell6
 def _check_task_configuration(
@@ -36,7 +46,6 @@ def _open_configured_task(
     """
     name, data = config.task.name, config.data
     if name == 'default':
-        from pahcl.data.datasets import TASKS
         names = ', '.join(TASKS)
         raise UsageError(f'no task was named. Give --task with one of {names}, or set task.name in '
                          'the configuration.')
@@ -54,23 +63,22 @@ def _find_silent_places(
     recordings,
     present=0,    # number of the class Present
 ):                # boolean [n]
-    """Recordings of subjects with a murmur, from places where none was heard; a subject without any
-    place named keeps all.
+    """Find recordings of subjects with a murmur, from places where none was heard; a subject
+    without any place named keeps all.
     """
-    named = [str(places).split('+') if places == places and places else None
-             for places in recordings['murmur_locations']]
-    ill = recordings['label'].astype(int) == present
-    return [bool(i) and places is not None and where not in places
-            for i, places, where in zip(ill, named, recordings['location'])]
+    audible = [str(places).split('+') if places == places and places else None
+               for places in recordings['murmur_locations']]
+    murmur = recordings['label'].astype(int) == present
+    return [bool(m) and places is not None and location not in places
+            for m, places, location in zip(murmur, audible, recordings['location'])]
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell15
 def _read_murmur_locations(
     config,   # a `FinetuneConfig`
 ):            # DataFrame: the task's `recordings.csv` with `murmur_locations`
-    """Where murmurs were heard; a task that was prepared before this column existed has it from the
-    processed folder.
+    """Read where murmurs were heard; a task that was prepared before this column existed has it
+    from the processed folder.
     """
-    from pahcl.core.basics import read_table
     name, again = config.task.name, 'Prepare the task again with pahcl_prepare'
     if name != 'circor_murmur':
         raise PahclError(f'training.use_murmur_locations is on, but the task is {name}: '
@@ -82,11 +90,11 @@ def _read_murmur_locations(
     if 'murmur_locations' in recordings: return recordings
     remedy = (f'{path} has no column murmur_locations either. {again}, or train on all places: '
               'training.use_murmur_locations: false.')
-    known = read_table(processed, ['dataset', 'recording_id', 'murmur_locations'],
-                       'table of the processed recordings', remedy)
-    return recordings.merge(known.loc[known['dataset'] == 'circor',
-                                      ['recording_id', 'murmur_locations']],
-                            on='recording_id', how='left')
+    processed_table = read_table(processed, ['dataset', 'recording_id', 'murmur_locations'],
+                                 'table of the processed recordings', remedy)
+    circor = processed_table[processed_table['dataset'] == 'circor']
+    return recordings.merge(circor[['recording_id', 'murmur_locations']], on='recording_id',
+                            how='left')
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell18
 def _drop_inaudible_recordings(
@@ -98,24 +106,22 @@ def _drop_inaudible_recordings(
     if config.training.aggregation != 'cycle' and config.training.bag_level == 'subject':
         return cycles, ['use_murmur_locations: nothing is left out where a bag is a whole subject: '
                         'the label is true of the bag.']
-    silent, ill = (recordings.loc[_find_silent_places(recordings), 'recording_id'],
-                   recordings.loc[recordings['label'].astype(int) == 0, 'recording_id'])
-    kept, present = (~cycles.table['recording_id'].isin(silent).to_numpy(),
-                     cycles.table['recording_id'].isin(ill))
-    count = (lambda rows: f'{cycles.table.loc[rows, "recording_id"].nunique()} recordings '
-                          f'({rows.sum():,} cycles)')
-    whose = (f'{count(~kept)} of {count(present)} of Present subjects are from places where no '
-             'murmur was heard')
-    return cycles.subset(kept), [f'use_murmur_locations: {whose} and are left out of training']
+    recording_ids = cycles.table['recording_id']
+    find = lambda rows: recording_ids.isin(recordings.loc[rows, 'recording_id']).to_numpy()
+    silent = find(_find_silent_places(recordings))
+    present = find(recordings['label'].astype(int) == 0)
+    count = lambda rows: f'{recording_ids[rows].nunique()} recordings ({rows.sum():,} cycles)'
+    message = (f'use_murmur_locations: {count(silent)} of {count(present)} of Present subjects are '
+               'from places where no murmur was heard and are left out of training')
+    return cycles.subset(~silent), [message]
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell20
 def load_task_cycles(
     config,        # a `FinetuneConfig`
 ):                 # ({'train', 'val', 'test': Cycles}, the `Task`)
-    """The three splits, few-shot reduced where asked for, after a check that no person is in two of
-    them.
+    """Read the three splits, few-shot reduced where asked for, after a check that no person is in
+    two of them.
     """
-    from pahcl.data.loader import Cycles, draw_few_shot_rows
     task = _open_configured_task(config)
     data = {s: Cycles.from_task(task.folder, s) for s in ('train', 'val', 'test')}
     for split, cycles in data.items():
@@ -135,11 +141,10 @@ _MAX_CACHED_FILES = 15
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell23
 def cache_features(
-    path, features,   # in the folder of the cache
+    path: Path,   # a .npy file in the folder of the cache
+    features,     # [n, C]
 ):
     "Write features and drop the oldest files of more than `_MAX_CACHED_FILES`."
-    import numpy as np
-    from pahcl.core.basics import atomic_path
     with atomic_path(path) as temporary, open(temporary, 'wb') as f: np.save(f, features)
     for old in sorted(path.parent.glob('*.npy'),
                       key=lambda p: p.stat().st_mtime)[:-_MAX_CACHED_FILES]:
@@ -147,15 +152,14 @@ def cache_features(
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell24
 def _compute_features_cached(
-    run, encoder, cycles,   # a `pahcl.training.trainer.Run`, the encoder, all `Cycles` of a split
-    folder,                 # of the cache
+    run,                # a `pahcl.training.runs.Run`
+    encoder,            # in evaluation mode
+    cycles,             # all `Cycles` of a split
+    folder,             # of the cache
     batch_size=64,
-    pooling='cycle',        # see `pahcl.models.classifier._pool_features`
-):                          # [n, features] float32
-    "Features of all cycles, computed by all processes together if they are not in the cache."
-    import numpy as np
-    from pahcl.models.classifier import encode_cycles, encoder_fingerprint
-    from pahcl.training.trainer import _predict_distributed
+    pooling='cycle',    # see `pahcl.models.pooling._pool_features`
+):                      # [n, features] float32
+    "Return features of all cycles, computed by all processes if they are not in the cache."
     path = (Path(folder)/f'{encoder_fingerprint(encoder)}-{cycles.fingerprint()}'
                          f'{"" if pooling == "cycle" else "-"+pooling}.npy')
     try: return np.load(path)
@@ -176,15 +180,13 @@ class CycleSampler:
         device,            # where batches go
         features=None,     # of a frozen encoder [n, C]
     ):
-        import torch
-        self.seed, self.settings, self.cycles, self.device = (config.seed, config.training,
-                                                              cycles, device)
-        self.labels, self.batch_rows = cycles.table['label'].to_numpy(), config.training.batch_size
+        self.seed, self.settings = config.seed, config.training
+        self.cycles, self.device = cycles, device
+        self.labels, self.batch_rows = cycles.table['label'].to_numpy(), self.settings.batch_size
         self.features = None if features is None else torch.as_tensor(features).to(device)
         self.targets = torch.tensor(self.labels.copy()).to(device)
 
     def rows_of(self, epoch):
-        from pahcl.data.loader import draw_epoch_rows
         return draw_epoch_rows(self.cycles.table, self.seed, epoch,
                                self.settings.use_balanced_sampling,
                                self.settings.cycles_per_recording)
@@ -199,27 +201,21 @@ class CycleSampler:
 class BagSampler(CycleSampler):
     "A row is a bag: a recording or a subject, with a few of its cycles, drawn afresh each epoch."
     def __init__(self, config, cycles, device, features=None, processes=1):
-        import torch
-        from pahcl.data.loader import bag_ids, bag_table
         super().__init__(config, cycles, device, features)
         level, most = config.training.bag_level, config.training.cycles_per_bag
         self.bag, self.bags = bag_ids(cycles.table, level), bag_table(cycles.table, level)
-        self.labels, self.targets = self.bags['label'].to_numpy(), torch.tensor(
-            self.bags['label'].to_numpy(copy=True)).to(device)
+        self.labels = self.bags['label'].to_numpy()
+        self.targets = torch.tensor(self.labels.copy()).to(device)
         size = self.bags['size'].clip(upper=most or None).mean()
         self.batch_rows = max(processes, round(config.training.batch_size/size))
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell35
 @patch
 def rows_of(self: BagSampler, epoch: int):
-    "The bags in the order of an epoch, after their cycles have been drawn."
-    import numpy as np
-    from pahcl.data.loader import sample_bag_cycles
-    from pahcl.data.loader import draw_epoch_rows, sample_rows_per_group
-    table, random, few = (self.cycles.table, generator(self.seed, 'bags', epoch),
-                          self.settings.cycles_per_recording)
-    rows = sample_rows_per_group(self.cycles.recording_ids, few,
-                                 random) if few else np.arange(len(table))
+    "Draw the cycles of each bag, and return the bags in the order of an epoch."
+    table, few = self.cycles.table, self.settings.cycles_per_recording
+    random, rows = generator(self.seed, 'bags', epoch), np.arange(len(table))
+    if few: rows = sample_rows_per_group(self.cycles.recording_ids, few, random)
     rows = rows[sample_bag_cycles(table.iloc[rows], self.bag[rows],
                                   self.settings.cycles_per_bag, random)]
     self.drawn = np.split(rows, np.flatnonzero(np.diff(self.bag[rows]))+1)
@@ -228,9 +224,8 @@ def rows_of(self: BagSampler, epoch: int):
 # %% ../../nbs/training/finetuning_data.ipynb #cell36
 @patch
 def batch(self: BagSampler, rows, epoch: int):
-    "The cycles of some bags, which bag each is of, and a label a bag."
-    import numpy as np
-    import torch
-    own = [self.drawn[r] for r in rows]
-    bag = torch.from_numpy(np.repeat(np.arange(len(own)), [len(o) for o in own])).to(self.device)
-    return self.inputs(np.concatenate(own)) | dict(bag=bag, label=self.targets[rows])
+    "Return the cycles of some bags, which bag each is of, and a label a bag."
+    drawn = [self.drawn[r] for r in rows]
+    bag = torch.from_numpy(np.repeat(np.arange(len(drawn)), [len(d) for d in drawn]))
+    return (self.inputs(np.concatenate(drawn))
+            | dict(bag=bag.to(self.device), label=self.targets[rows]))

@@ -9,38 +9,42 @@ __all__ = ['build_starting_model']
 from dataclasses import dataclass
 
 from ..core.basics import first_few, hash_file, PahclError
+from ..models.checkpoints import persons_trained_on
+from ..models.classifier import Classifier
+from ..models.encoder_base import load_weights
+from ..models.encoders import build_encoder
+from ..models.pretrained import (
+    describe_loading, load_pretrained_encoder, resolve_checkpoint)
+from .state import _seeded_weights
 
 # %% ../../nbs/training/finetuning_setup.ipynb #cell6
 _HELDOUT_UNKNOWN = 'whether persons of the validation and test splits'
 
-# %% ../../nbs/training/finetuning_setup.ipynb #cell7
 def _check_pretraining(
     saved: dict,          # the pretraining checkpoint's content
-    # of `pahcl.data.tasks.map_ids_to_persons`, of the task's validation and test cycles
-    heldout: dict,
+    heldout: dict,        # id of a subject or person -> person, of validation and test splits
     source='checkpoint',  # its file
 ) -> str:                 # a warning, or ''
     "Raise `PahclError`, naming them, where pretraining has seen persons that are held out here."
-    from pahcl.models.checkpoints import persons_trained_on
-    known = persons_trained_on(saved)
-    if known is None:
+    persons = persons_trained_on(saved)
+    if persons is None:
         return (f'WARNING: {source} does not say whom it was trained on; '
                 f'{_HELDOUT_UNKNOWN} are among them cannot be checked.')
-    seen = sorted({heldout[i] for i in known & heldout.keys()})
+    seen = sorted({heldout[i] for i in persons & heldout.keys()})
     if not seen: return ''
-    told = (f'{source} was trained on {len(seen)} persons of the validation and test splits: '
-            f'{first_few(seen, 5, " …")}')
+    message = (f'{source} was trained on {len(seen)} persons of the validation and test splits'
+               f': {first_few(seen, 5, " …")}')
     advice = ('Pretrain again with this --downstream-dir, or prepare with the seed that was '
               'used then.')
-    if not saved.get('include_heldout_subjects'): raise PahclError(f'{told}. {advice}')
-    return (f'WARNING: {told}, by --include-heldout-subjects. Its test scores are no estimate for '
-            'new persons.')
+    if not saved.get('include_heldout_subjects'): raise PahclError(f'{message}. {advice}')
+    return (f'WARNING: {message}, by --include-heldout-subjects. Its test scores are no estimate '
+            'for new persons.')
 
 # %% ../../nbs/training/finetuning_setup.ipynb #cell11
 def _head_settings(
     config,    # a `FinetuneConfig`
-) -> dict:     # of `pahcl.models.classifier.Classifier`
-    "The head that the configuration means."
+) -> dict:     # keyword arguments of `pahcl.models.classifier.Classifier`
+    "Return the settings of the head that the configuration means."
     head, training = config.classifier, config.training
     standardise = config.pretrain.freeze_encoder if head.standardise is None else head.standardise
     bags = dict(aggregation=training.aggregation, attention_dim=head.attention_dim,
@@ -53,20 +57,18 @@ def _substructure_note(
     config,        # a `FinetuneConfig`
     saved: dict,   # the checkpoint's content
 ) -> list:         # no or one sentence
-    """Whether `data.num_substructures`, which pretraining used and fine-tuning does not, is what
-    the checkpoint was made with.
-    """
-    made = ((saved.get('config') or {}).get('data') or {}).get('num_substructures',
-                                                               config.data.num_substructures)
-    if made == config.data.num_substructures: return []
-    return [f'data.num_substructures is {config.data.num_substructures}, but the encoder was '
-            f'pretrained with {made}; fine-tuning goes by the encoder']
+    "Say where `data.num_substructures`, which fine-tuning does not use, is not the checkpoint's."
+    asked = config.data.num_substructures
+    pretrained = ((saved.get('config') or {}).get('data') or {}).get('num_substructures', asked)
+    if pretrained == asked: return []
+    return [f'data.num_substructures is {asked}, but the encoder was '
+            f'pretrained with {pretrained}; fine-tuning goes by the encoder']
 
 # %% ../../nbs/training/finetuning_setup.ipynb #cell19
 def _find_epoch_choice(
     saved: dict,   # a pretraining checkpoint's content
 ) -> str:          # 'labels of <tasks>', 'contrastive loss', 'the last epoch' or 'not recorded'
-    "What chose the epoch that a checkpoint holds."
+    "Return what chose the epoch that a checkpoint holds."
     if chosen := saved.get('chosen_by'): return chosen
     if saved.get('kind') == 'finetune': return f'labels of {saved.get("task")}'
     if tasks := saved.get('probe_tasks'): return f'labels of {", ".join(tasks)}'
@@ -77,22 +79,21 @@ def _find_epoch_choice(
 
 def _describe_epoch_choice(
     config,        # a `FinetuneConfig`
-    found: dict,   # with `epoch_chosen_by`
+    chosen: str,   # of `_find_epoch_choice`
 ) -> list:         # one sentence for the log
     "Say what chose the pretrained epoch, as a warning where few labels are to suffice."
-    chosen = found['epoch_chosen_by']
-    told = f'the pretrained epoch was chosen by: {chosen}'
-    if not config.few_shot or not chosen.startswith(('labels', 'not')): return [told]
+    message = f'the pretrained epoch was chosen by: {chosen}'
+    if not config.few_shot or not chosen.startswith(('labels', 'not')): return [message]
     more = ('' if chosen.startswith('labels')
             else 'if by labels, ')+'more labels than the few were used'
     advice = 'For a few-shot claim pretrain with probe.tasks: [], which lets the loss choose.'
-    return [f'WARNING: {told}; {more}. {advice}']
+    return [f'WARNING: {message}; {more}. {advice}']
 
 # %% ../../nbs/training/finetuning_setup.ipynb #cell21
 def _wanted_encoder(
     config,   # a `FinetuneConfig`
 ) -> dict:    # keys of `model:` that were set, and `encoder_type` where it was
-    "What the configuration asks of the encoder."
+    "Return what the configuration asks of the encoder."
     wanted, encoder_type = config.model.encoder_settings(), config.model.encoder_type
     return wanted | (dict(encoder_type=encoder_type) if encoder_type else {})
 
@@ -102,8 +103,7 @@ def _load_head(
     saved: dict,   # the checkpoint's content
     source,        # its file
 ):
-    "Load the head too; raises `PahclError` where the checkpoint has none."
-    from pahcl.models.encoders import load_weights
+    "Load encoder and head; raise `PahclError` where the checkpoint has none."
     kind, advice = saved.get('kind'), 'Give a checkpoint of pahcl_finetune.'
     if kind != 'finetune':
         raise PahclError(f'pretrain.load_encoder_only is false, but {source} has no classifier (it '
@@ -122,32 +122,26 @@ class _StartingPoint:
 def build_starting_model(
     config,            # a `FinetuneConfig`
     num_classes: int,
-    heldout: dict,     # as in `_check_pretraining`
+    heldout: dict,     # id of a subject or person -> person, of validation and test splits
 ) -> _StartingPoint:
     "Build the model that training starts from: pretrained, or random from the seed."
-    from pahcl.models.checkpoints import (describe_loading, load_pretrained_encoder,
-                                          persons_trained_on)
-    from pahcl.models.classifier import Classifier
-    from pahcl.models.encoders import build_encoder
-    from pahcl.training.trainer import _seeded_weights
     source, wanted = config.pretrain.checkpoint_path, _wanted_encoder(config)
     with _seeded_weights(config.seed):
         if source == 'none': encoder = build_encoder(dict(encoder_type='cnn_mamba') | wanted)
-        else: encoder, saved, found = load_pretrained_encoder(source, wanted)
+        else: encoder, saved, loaded = load_pretrained_encoder(source, wanted)
         model = Classifier(encoder, num_classes, **_head_settings(config))
     if config.pretrain.freeze_encoder: model.encoder.requires_grad_(False)
     if source == 'none': return _StartingPoint(model, {}, [], set())
-    found |= dict(epoch_chosen_by=_find_epoch_choice(saved))
-    told = [describe_loading(source, found), _check_pretraining(saved, heldout, source),
-            *_substructure_note(config, saved), *_describe_epoch_choice(config, found)]
+    chosen_by = _find_epoch_choice(saved)
+    messages = [describe_loading(source, loaded), _check_pretraining(saved, heldout, source),
+                *_substructure_note(config, saved), *_describe_epoch_choice(config, chosen_by)]
     if not config.pretrain.load_encoder_only: _load_head(model, saved, source)
-    messages = [line for line in told if line]
-    return _StartingPoint(model, found, messages, persons_trained_on(saved) or set())
+    return _StartingPoint(model, loaded | dict(epoch_chosen_by=chosen_by),
+                          [line for line in messages if line], persons_trained_on(saved) or set())
 
 # %% ../../nbs/training/finetuning_setup.ipynb #cell28
 def _pretrained_fingerprint(
     source,   # a path, `packaged` or `none`
 ) -> str:
-    "What a run started from: 16 hexadecimal digits of the file's content, or `none`."
-    from pahcl.models.checkpoints import resolve_checkpoint
+    "Return what a run started from: 16 hexadecimal digits of the file's content, or `none`."
     return 'none' if source == 'none' else hash_file(resolve_checkpoint(source))

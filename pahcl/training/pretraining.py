@@ -6,86 +6,29 @@
 __all__ = ['pretrain']
 
 # %% ../../nbs/training/pretraining.ipynb #cell2
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from ..core.config import load_config
+from ..models.encoders import build_encoder
+from ..models.mamba_block import slow_scan_warnings
+from .batches import _group_batches
+from .contrastive_model import ContrastiveModel
+from .epoch_choice import _EpochChoice, _select_probes, _WatchedCycles
 from .pretraining_data import (
     _load_pretrain_data, _make_pair_batcher, _PretrainData, _shuffled_rows)
+from .probe import _score_probes
+from .runs import Run
+from .schedule import _parameter_groups
+from .state import _seeded_weights
+from .trainer import Trainer
 
-# %% ../../nbs/training/pretraining.ipynb #cell4
-class _WatchedCycles:
-    "Validation cycles whose losses are asked for again and again, with the same views every time."
-    def __init__(self,
-        run,      # a `pahcl.training.runs.Run`
-        config,   # a `_PretrainConfig`
-        cycles,   # validation `Cycles`
-    ):
-        from pahcl.data.loader import split_into_batches
-        from pahcl.training.trainer import _split_batch
-        self.run, self.size = run, config.training.batch_size
-        self.make_batch = _make_pair_batcher(cycles, config, run.accelerator.device)
-        mine = _split_batch(_shuffled_rows(config, cycles, 0), run.processes)[run.rank]
-        self.batches = split_into_batches(mine, self.size)
-
-    def losses(self, model) -> dict:   # of `ContrastiveModel.validation_losses`
-        "Losses of all levels and signs of collapse, over the cycles of all processes."
-        import torch
-        from accelerate.utils import gather_object
-        parts = [model.embed(self.make_batch(rows, 0)) for rows in self.batches]
-        if self.run.processes > 1: parts = gather_object(parts)
-        embedded = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        return model.validation_losses(embedded, self.size)
-
-# %% ../../nbs/training/pretraining.ipynb #cell6
-# what a checkpoint's `chosen_by` says
-_CHOSEN_BY_LOSS, _CHOSEN_BY_LABELS = 'contrastive loss', 'labels of '
-_UNLABELLED_CHOICE = ('the best epoch is chosen without labels (probe.tasks is empty): '
-              'the contrastive loss of persons kept for validation chooses')
-
-@dataclass(frozen=True)
-class _EpochChoice:
-    "What chooses the best epoch."
-    message: str          # sentence for the log
-    chosen_by: str = _CHOSEN_BY_LOSS
-    # of `pahcl.training.probe._Probe`; none: no labels choose
-    probes: list = field(default_factory=list)
-
-    @property
-    def facts(self):   # for metrics and checkpoint
-        return dict(probe_tasks=[p.name for p in self.probes], chosen_by=self.chosen_by)
-
-def _select_probes(
-    config,               # a `_PretrainConfig`
-    data: _PretrainData,
-) -> _EpochChoice:
-    "Find the tasks whose labels choose the best epoch, or what else does."
-    from pahcl.training.probe import _make_probes
-    if not data.validation:
-        message = 'WARNING: nobody is kept to judge the epochs on: the last one counts as the best'
-        return _EpochChoice(message, 'the last epoch')
-    persons = {name: set(c.table['person_id'].astype(str)) for name, c in data.splits.items()}
-    probes, silent = _make_probes(config, persons)
-    if config.probe.tasks == []: return _EpochChoice(_UNLABELLED_CHOICE)
-    if not probes:
-        why = '; '.join(silent) or 'none is prepared or asked for'
-        return _EpochChoice(f'WARNING: no task can judge the epochs ({why}): '
-                           'the contrastive loss chooses the best one')
-    who = ', '.join(f'{p.name} ({p.scored.sum()} persons)' for p in probes)
-    told = f'the best epoch is chosen by the labels of persons kept for validation: {who}'
-    return _EpochChoice('; '.join([told, *silent]),
-                        _CHOSEN_BY_LABELS+', '.join(p.name for p in probes), probes)
-
-# %% ../../nbs/training/pretraining.ipynb #cell8
+# %% ../../nbs/training/pretraining.ipynb #fd3b79b7
 def _build_contrastive_model(
     config,   # a `_PretrainConfig`
 ):            # a `ContrastiveModel`
     "Build encoder and projectors with random weights from the seed."
-    from pahcl.training.contrastive_model import ContrastiveModel
-    from pahcl.models.encoders import build_encoder
-    from pahcl.training.trainer import _seeded_weights
     with _seeded_weights(config.seed):
         encoder = build_encoder(config.model)
         return ContrastiveModel(encoder, config.contrast, config.data.num_substructures)
@@ -94,9 +37,9 @@ def _build_contrastive_model(
 def _make_pretrain_checkpoint(
     model,         # a `ContrastiveModel`
     config,        # a `_PretrainConfig`
-    facts: dict,   # of `_load_pretrain_data`
+    facts: dict,   # of `_PretrainData` and `_EpochChoice`
 ) -> dict:         # plain types and tensors
-    "What a pretraining checkpoint holds."
+    "Return what a pretraining checkpoint holds."
     c = config.contrast
     moco = dict(is_moco=c.moco, momentum=model.momentum if c.moco else None,
                 queue_size=c.queue_size if c.moco else None)
@@ -112,7 +55,7 @@ def _collect_pretrain_metrics(
     data: _PretrainData,
     choice: _EpochChoice,
 ) -> dict:
-    "What stands in `final_metrics.json`: what it was, the best epoch's numbers, the history."
+    "Collect what stands in `final_metrics.json`: what it was, the best epoch, the history."
     best, contrast = state.history[state.best_epoch], config.contrast
     tracked = 'train/', 'validation/'
     numbers = {k.replace('/', '_'): v for k, v in best.items() if k.startswith(tracked)}
@@ -132,8 +75,7 @@ def _describe_contrast(
     rows: int,       # cycles of an epoch
     processes: int = 1,
 ) -> list:           # sentences for the log
-    "How many cycles a cycle is contrasted with, and how slow the momentum encoder is."
-    from pahcl.training.trainer import _group_batches
+    "Say how many cycles a cycle is contrasted with, and how slow the momentum encoder is."
     contrast, settings = config.contrast, config.training
     size, batches = settings.batch_size, settings.accumulation_steps
     queue = f' and the {contrast.queue_size} keys of a queue' if contrast.moco else ''
@@ -146,7 +88,7 @@ def _describe_contrast(
 
 # %% ../../nbs/training/pretraining.ipynb #cell15
 class _PretrainRecipe:
-    "What pretraining is to a `pahcl.training.trainer.Trainer`: two views, a contrast, no labels."
+    "Two views, a contrast and no labels, for a `pahcl.training.trainer.Trainer`."
     def __init__(self,
         run,                   # an entered `pahcl.training.runs.Run`
         config,                # a `_PretrainConfig`
@@ -154,7 +96,6 @@ class _PretrainRecipe:
         model,                 # of `_build_contrastive_model`
         choice: _EpochChoice,
     ):
-        from pahcl.training.trainer import _parameter_groups
         self.run, self.config, self.data, self.choice = run, config, data, choice
         self.settings, self.objective = config.training, model.to(run.accelerator.device)
         self.batch_rows = self.settings.batch_size
@@ -178,7 +119,6 @@ class _PretrainRecipe:
 @patch
 def validate(self: _PretrainRecipe, epoch: int) -> dict:   # 'score', 'loss', 'probe_…', …
     "Judge an epoch; without validation persons the last one is the best."
-    from pahcl.training.probe import _score_probes
     if not self.watch: return dict(score=float(epoch))
     values, probe = self.watch.losses(self.objective), self.config.probe
     asked = (epoch+1) % probe.every == 0 or epoch+1 == self.settings.num_epochs
@@ -197,9 +137,7 @@ def _run_pretraining(
     model,                 # of `_build_contrastive_model`
     choice: _EpochChoice,
 ) -> dict:                 # what stands in final_metrics.json
-    "Train, and say what came of it."
-    from pahcl.models.layers import slow_scan_warnings
-    from pahcl.training.trainer import Trainer
+    "Train, and return what came of it."
     levels, kind = ', '.join(model.weights), 'MoCo' if config.contrast.moco else 'SimCLR'
     about = f'{model.encoder.config["encoder_type"]}, {kind}, levels {levels}: {data.counts()}'
     rows = len(_shuffled_rows(config, data.train, 0))
@@ -216,13 +154,16 @@ def pretrain(
     tensorboard=False,      # write TensorBoard events below the run's folder
     wandb=False,            # log to Weights & Biases
     wandb_project='PA-HCL',
-    wandb_entity=None,
+    wandb_entity=None,      # user or team of W&B; None: who is logged in
     output_dir='outputs',   # the run's folder is `<output_dir>/<experiment name>`
     overwrite=False,        # start anew where the folder holds a run
     **overrides,            # by flag or dotted key, e.g. `encoder_type='cnn_mamba_small', epochs=3`
 ) -> Path:                  # of `best_model.pt`
-    "Pretrain an encoder; a run that is finished is not repeated, one that was killed goes on."
-    from pahcl.training.runs import Run
+    """Pretrain an encoder; a run that is finished is not repeated, one that was killed goes on.
+
+    Raises `PahclError` where configuration, data and folder do not fit each other, and where it is
+    not known which persons the downstream tasks hold out.
+    """
     config = load_config('pretrain', config, None, overrides)
     data = _load_pretrain_data(config)
     choice = _select_probes(config, data)

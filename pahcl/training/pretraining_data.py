@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import torch
+
 from ..core.basics import fingerprint, generator, PahclError
-from ..data.tasks import find_cut_difference
+from ..data.augmentation import Augmenter
+from ..data.loader import Cycles
+from ..data.sampling import draw_epoch_rows, get_recording_ids
+from ..data.random_numbers import sample_keys
+from ..data.tasks import find_cut_difference, find_held_out_persons
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell6
 _HELDOUT_WARNING = ('validation and test persons of the downstream tasks are learnt from too. '
@@ -21,8 +29,7 @@ _HELDOUT_WARNING = ('validation and test persons of the downstream tasks are lea
 def _find_heldout_persons(
     config,   # a `_PretrainConfig`
 ):            # (persons and subjects to leave out, a sentence about it for the log)
-    "Who is held out by the downstream tasks; raises `PahclError` where none is prepared."
-    from pahcl.data.tasks import find_held_out_persons
+    "Find who is held out by downstream tasks; raise `PahclError` where none is prepared."
     if config.include_heldout_subjects:
         return set(), f'WARNING: include_heldout_subjects is on: {_HELDOUT_WARNING}'
     folder = Path(config.data.base_dir)
@@ -110,7 +117,6 @@ def _load_pretrain_data(
     config,   # a `_PretrainConfig`
 ) -> _PretrainData:
     "Read the processed cycles of everybody who is not held out, and split the persons."
-    from pahcl.data.loader import Cycles
     exclude, message = _find_heldout_persons(config)
     cycles = Cycles.from_processed(config.data.processed_dir, exclude_persons=exclude)
     _check_pretrain_settings(config, cycles.settings, config.data.processed_dir)
@@ -129,10 +135,7 @@ def _group_ids(
     table,       # `Cycles.table`
     positives,   # 'view', 'recording' or 'subject': what counts as the same
 ):               # (person [n], group [n]) int64 tensors
-    "Numbers for persons and for groups of positives."
-    import pandas as pd
-    import torch
-    from pahcl.data.loader import get_recording_ids
+    "Number persons and groups of positives."
     number = lambda names: pd.factorize(names, sort=True)[0]
     person = number(table['person_id'].astype(str))
     groups = dict(view=range(len(table)), recording=number(get_recording_ids(table)),
@@ -146,8 +149,7 @@ def _sample_positives(
     seed: int,   # the program's seed
     epoch: int,  # another ring for each
 ):               # row numbers [n]
-    "For each cycle another one of its group."
-    import numpy as np
+    "Sample for each cycle another one of its group."
     group = _group_ids(table, positives)[1].numpy()
     order = np.lexsort([generator(seed, 'partners', epoch).random(len(group)), group])
     sorted_group, following = group[order], np.arange(1, len(group)+1)
@@ -163,9 +165,7 @@ def _make_views(
     first, second,        # batches of `Cycles`: what the two views show
     epoch: int, config,   # a `_PretrainConfig`
 ) -> dict:                # x1, x2 [B, 1, T], phases1, phases2 [B, T]
-    "Change both, at once: that costs less than one after the other."
-    import torch
-    from pahcl.data.random_numbers import sample_keys
+    "Change both batches at once, which costs less than one after the other."
     both = lambda key: torch.cat([first[key], second[key]])
     keys = torch.cat([sample_keys(b['index'], epoch, v) for v, b in ((1, first), (2, second))])
     x, phases = views(both('x'), both('phases'), config.data.sample_rate, config.seed, keys)
@@ -178,9 +178,7 @@ def _make_pair_batcher(
     config,   # a `_PretrainConfig`
     device,   # where the batch is wanted
 ):            # function (rows, epoch) -> batch as `ContrastiveModel` takes it
-    "How `fit` gets its batches."
-    import torch
-    from pahcl.data.augmentation import Augmenter
+    "Return the function that makes the batches of an epoch."
     band = cycles.settings.get('band_hz')
     views = Augmenter(config.augmentation, *([band] if band else []))
     person, group = (c.to(device) for c in _group_ids(cycles.table, config.contrast.positives))
@@ -199,7 +197,6 @@ def _make_pair_batcher(
 def _shuffled_rows(
     config, cycles, epoch: int,   # a `_PretrainConfig`, `Cycles`
 ):                                # row numbers
-    "The rows of an epoch in their order: some cycles of each recording, drawn afresh."
-    from pahcl.data.loader import draw_epoch_rows
+    "Return the rows of an epoch in their order: some cycles of each recording, drawn afresh."
     return draw_epoch_rows(cycles.table, config.seed, epoch, False,
                            config.training.cycles_per_recording)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -18,17 +19,18 @@ from sklearn.preprocessing import StandardScaler
 
 from ..core.basics import generator, PahclError
 from ..core.metrics import classification_metrics
-from ..data.loader import Cycles, get_recording_ids, sample_rows_per_group
+from ..data.loader import Cycles
+from ..data.sampling import get_recording_ids, sample_rows_per_group
 from ..data.tasks import find_cut_difference, list_prepared_tasks
 from ..models.classifier import encode_cycles
-from .trainer import _predict_distributed
+from .batches import _predict_distributed
 
 # %% ../../nbs/training/probe.ipynb #cell5
 def _probe_tasks(
     folder,       # of prepared tasks, `data.base_dir`
     asked=None,   # names; None: every prepared task
 ) -> list:        # names of tasks
-    "Which tasks judge; raises `PahclError` where one that is named is not there."
+    "Return which tasks judge; raise `PahclError` where one that is named is not there."
     prepared = list_prepared_tasks(folder)
     if asked is None: return prepared
     if missing := [t for t in asked if t not in prepared]:
@@ -54,7 +56,7 @@ _MIN_PERSONS = 2  # persons of a class, to fit on and to be scored on
 def _usable_classes(
     table,   # of cycles: `label`, `person_id`, `scored` (bool)
 ):           # classes
-    "Which classes have enough persons on both sides."
+    "Return the classes that have enough persons on both sides."
     count = table.groupby(['label', 'scored'])['person_id'].nunique().unstack(fill_value=0).reindex(
         columns=[False, True], fill_value=0)
     return count.index[(count >= _MIN_PERSONS).all(axis=1)]
@@ -64,10 +66,10 @@ def _make_probe(
     name: str,       # of the task
     cycles,          # `Cycles` of its training split
     persons: dict,   # 'train' and 'validation' -> ids of persons
-    most: int,       # cycles of a recording that are looked at
+    most: int,       # cycles a recording that are looked at, at most
     seed: int,       # the program's seed
 ):                   # a `_Probe`, or a sentence that says why there is none
-    "Who is fitted on and who is scored."
+    "Draw the cycles of a task that are looked at: who is fitted on and who is scored."
     table = cycles.table.assign(row=np.arange(len(cycles)),
                                 scored=cycles.table['person_id'].isin(persons['validation']))
     table = table[table['scored'] | table['person_id'].isin(persons['train'])]
@@ -88,10 +90,10 @@ def _make_probe(
 
 # %% ../../nbs/training/probe.ipynb #cell12
 def _make_probes(
-    config,          # a `pahcl.core.config._PretrainConfig`
+    config,          # a `pahcl.core.config_sections._PretrainConfig`
     persons: dict,   # 'train' and 'validation' -> ids of persons
 ):                   # (list of `_Probe`, list of sentences about tasks that cannot judge)
-    "All tasks that judge a pretraining."
+    "Make the probes of all tasks that judge a pretraining."
     folder, found = Path(config.data.base_dir), []
     for name in _probe_tasks(folder, config.probe.tasks):
         cycles = Cycles.from_task(folder/name, 'train')
@@ -107,7 +109,7 @@ def _average_by_person(
     features,   # [n, C] of cycles
     group,      # [n] 0 … g-1, whom they belong to
 ):              # [g, C]
-    "Mean over the cycles of each person."
+    "Average over the cycles of each person."
     total = np.zeros((group.max()+1, features.shape[1]))
     np.add.at(total, group, features)
     return total/np.bincount(group)[:, None]
@@ -116,7 +118,7 @@ def _average_by_person(
 def probe_classifiers(
     neighbours: int,   # that vote
 ) -> dict:             # name -> scikit-learn classifier, not yet fitted
-    "A vote of neighbours and a linear classifier."
+    "Make a vote of neighbours and a linear classifier."
     return dict(knn=KNeighborsClassifier(neighbours, metric='cosine'),
                 linear=make_pipeline(StandardScaler(),
                                      LogisticRegression(max_iter=1000, class_weight='balanced')))
@@ -128,7 +130,7 @@ def fit_predict(
     asked,             # features [m, C]
     num_classes: int,
 ):  # probabilities [m, num_classes]; 0 for a class that nobody has whom it was fitted on
-    "Fit a classifier and ask it."
+    "Fit a classifier and predict with it."
     probabilities = np.zeros((len(asked), num_classes))
     probabilities[:, np.unique(label)] = model.fit(features, label).predict_proba(asked)
     return probabilities
@@ -141,7 +143,7 @@ def _probe_scores(
     num_classes: int,
     neighbours=20,     # that vote, at most half of all
 ) -> dict:             # 'knn', 'linear': macro AUROC; 'knn_f1', 'linear_f1': macro F1
-    "What a vote of neighbours and a linear classifier make of the features."
+    "Score what a vote of neighbours and a linear classifier make of the features."
     fit, out = ~scored, {}
     for name, model in probe_classifiers(max(1, min(neighbours, fit.sum()//2))).items():
         found = classification_metrics(label[scored], fit_predict(model, features[fit], label[fit],
@@ -173,13 +175,9 @@ def _score_probes(
 def _balanced_logistic_regression(
     strength: float,   # inverse of the L2 penalty
 ):                     # of scikit-learn, not fitted
-    """Logistic regression of standardised features in which every class counts alike; unknown
-    values are filled with the median.
+    """Make a logistic regression of standardised features in which every class counts alike;
+    unknown values are filled with the median.
     """
-    from sklearn.impute import SimpleImputer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
     regression = LogisticRegression(C=strength, class_weight='balanced', max_iter=2000)
     return make_pipeline(SimpleImputer(strategy='median', keep_empty_features=True),
                          StandardScaler(), regression)
@@ -189,12 +187,9 @@ def fit_probe(
     features,          # [n, features]; NaN where unknown
     labels,            # [n]
     num_classes: int,
-    # inverse of the L2 penalty of standardised features: strong, for there are few persons
-    strength=0.1,
-    # function of features -> probabilities [n, classes]; a class that was
-    # never seen has probability 0
-):
-    "A balanced regression that answers for every class of the task."
+    strength=0.1,      # inverse of the L2 penalty: a strong one, for there are few persons
+):  # function of features -> probabilities [n, classes]; 0 for a class that was never seen
+    "Fit a balanced regression that answers for every class of the task."
     labels = np.asarray(labels, int)
     seen = np.unique(labels)
     if len(seen) == 1: return lambda x: np.tile(np.eye(num_classes)[seen[0]], (len(x), 1))

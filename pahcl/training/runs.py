@@ -161,7 +161,7 @@ def find_state(self: Run, overwrite: bool) -> str:
 @patch(cls_method=True)
 def open(cls: Run,
     folder,             # of the run
-    config,             # a `pahcl.core.config._PretrainConfig` or `FinetuneConfig`
+    config,             # a `pahcl.core.config_sections._PretrainConfig` or `FinetuneConfig`
     inputs: dict,       # name -> fingerprint of what it learns from
     overwrite=False,    # start anew in a folder that holds a run
     **trackers,         # see `pahcl.training.trackers._make_trackers`
@@ -177,7 +177,7 @@ def finished(self: Run): return self.state == 'finished'
 
 @patch
 def metrics(self: Run) -> dict:
-    "What a finished run found, of `final_metrics.json`."
+    "Read what a finished run found, `final_metrics.json`."
     return read_json(self.folder/'final_metrics.json')
 
 # %% ../../nbs/training/runs.ipynb #cell28

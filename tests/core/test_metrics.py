@@ -6,16 +6,21 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pahcl.core.basics import PahclError
 from pahcl.evaluation.decisions import Decisions
-from pahcl.studies.comparison import _paired_scores
-from pahcl.core.config import _validate_config
+from pahcl.studies.paired_tests import _paired_scores
+from pahcl.core.config_checks import _validate_config
 from pahcl.evaluation.scoring import Evaluation
+from pahcl.core.aggregation import _aggregate_probabilities, _any_present_rule
+from pahcl.core.challenge_metrics import (
+    murmur_weighted_accuracy, outcome_cost, precision_sum, _sensitivity_specificity_mean)
+from pahcl.core.metric_registry import confusion_matrix
 from pahcl.core.metrics import (
-    _aggregate_probabilities, _any_present_rule, CHALLENGE_METRICS, _class_recalls,
-    classification_metrics, confusion_matrix, metric_names, METRICS, murmur_weighted_accuracy,
-    outcome_cost, precision_sum, Predictions, register_metric, _sensitivity_specificity_mean)
+    CHALLENGE_METRICS, classification_metrics, metric_names, METRICS, register_metric)
+from pahcl.core.predictions import Predictions
+from pahcl.core.standard_metrics import _class_recalls
 from pahcl.evaluation.statistics import bootstrap
 from pahcl.testing.made import _made_cycles
 from pahcl.core.ranking import auprc, auroc
+from pahcl.evaluation import report   # noqa: gives an evaluation its tables
 from pahcl.evaluation.pages import _explain_words
 from sklearn import metrics as sk
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import pahcl.data.loader as loader
+import pahcl.data.packing as packing
 from pahcl.core.basics import PahclError, write_json
-from pahcl.data.loader import (
-    Cycles, draw_epoch_rows, draw_few_shot_rows, _label_phases, _open_pack, _quantise,
-    split_into_batches)
+from pahcl.data.loader import Cycles, _label_phases
+from pahcl.data.packing import _open_pack, _quantise
+from pahcl.data.sampling import draw_epoch_rows, draw_few_shot_rows, split_into_batches
 from pahcl.data.splitting import prepare
 from pahcl.data.tasks import find_held_out_persons, SPLIT_FRACTIONS
 from pahcl.core.basics import read_table
@@ -151,8 +151,8 @@ def test_from_processed_leaves_out(kept):
 
 def test_pack_is_made_once_and_again_when_something_changes(house, monkeypatch):
     folder, made = house/'downstream'/'pascal', []
-    write = loader._write_pack
-    monkeypatch.setattr(loader, '_write_pack', lambda *a: made.append(1) or write(*a))
+    write = packing._write_pack
+    monkeypatch.setattr(packing, '_write_pack', lambda *a: made.append(1) or write(*a))
     def opened(): return Cycles.from_task(folder, 'train')
     first = opened().batch([0])['x']
     assert torch.equal(opened().batch([0])['x'], first) and len(made) == 1
@@ -177,14 +177,14 @@ def test_pack_is_made_once_and_again_when_something_changes(house, monkeypatch):
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(28, 'No space left on device')])
 def test_killed_while_packing(house, monkeypatch, error):
-    folder, quantise = house/'downstream'/'pascal', loader._quantise
+    folder, quantise = house/'downstream'/'pascal', packing._quantise
     def failing(x, valid):
         calls.append(1)
         if len(calls) > 3: raise error
         return quantise(x, valid)
     calls = []
     with monkeypatch.context() as m:
-        m.setattr(loader, '_quantise', failing)
+        m.setattr(packing, '_quantise', failing)
         with pytest.raises(type(error) if isinstance(error, OSError) else error):
             Cycles.from_task(folder, 'train')
     assert packs(folder) == []
@@ -193,7 +193,7 @@ def test_killed_while_packing(house, monkeypatch, error):
     assert len(Cycles.from_task(folder, 'train').batch([0])['x']) and len(packs(folder)) == 1
 
 def test_two_processes_at_once(house):
-    code = ('from pahcl.loader import Cycles; '
+    code = ('from pahcl.data.loader import Cycles; '
             f'print(Cycles.from_task({str(house/"downstream"/"pascal")!r}, "train").batch([0, '
             '1])["x"].double().sum().item())')
     both = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE,

@@ -11,7 +11,8 @@ from pahcl.segmentation.preprocessing import preprocess
 from pahcl.evaluation.evaluator import score_split
 from pahcl.evaluation.scoring import Evaluation
 from pahcl.evaluation.baselines import _heart_rate_features
-from pahcl.core.metrics import Predictions, _sensitivity_specificity_mean
+from pahcl.core.challenge_metrics import _sensitivity_specificity_mean
+from pahcl.core.predictions import Predictions
 from pahcl.data.simulation import simulate_dataset
 from pahcl.data.splitting import prepare
 from pahcl.data.tasks import Task

@@ -1,5 +1,5 @@
 """coverage of the 95 % intervals, by simulation: the quick look always, the long one by `pytest
---slow tests/test_coverage.py` (about ten minutes of one core)
+--slow tests/evaluation/test_coverage.py` (about ten minutes of one core)
 """
 import importlib.util
 from pathlib import Path

@@ -16,9 +16,10 @@ from pahcl.evaluate import pahcl_ensemble
 from pahcl.studies.ensemble import ensemble, _find_members
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.evaluation.evaluator import evaluate
-from pahcl.core.metrics import murmur_weighted_accuracy, Predictions
+from pahcl.core.challenge_metrics import murmur_weighted_accuracy
+from pahcl.core.predictions import Predictions
 from pahcl.testing.made import _made_cycles
-from pahcl.evaluation.scoring import Evaluation
+from pahcl.evaluation.report import Evaluation
 from pahcl.evaluate import pahcl_summarize
 from pahcl.data.tasks import Task
 
@@ -50,14 +51,14 @@ def house(tmp_path, monkeypatch):
     def load_model(path):
         if str(path) not in saved: raise PahclError(f'{path} is not a checkpoint.')
         return saved[str(path)]['answer'], saved[str(path)]
-    for name, members in [('loader', dict(Cycles=Cycles)), ('classifier', dict(
-            load_model=load_model, predict=lambda answer, cycles, batch_size=64: answer,
-            persons_seen=lambda saved: set(saved.get('training_persons', ()))))]:
-        module = types.ModuleType(f'pahcl.{name}')
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, f'pahcl.{name}', module)
+    evaluator = 'pahcl.evaluation.evaluator'
+    monkeypatch.setattr(f'{evaluator}.Cycles', Cycles)
+    for module in (evaluator, 'pahcl.studies.ensemble', 'pahcl.models.checkpoints'):
+        monkeypatch.setattr(f'{module}.load_classifier', load_model, raising=False)
+    monkeypatch.setattr(f'{evaluator}.predict_cycles',
+                        lambda answer, cycles, batch_size=64: answer)
     def no_sounds(folder): raise PahclError('the house has no sounds.')
-    monkeypatch.setattr('pahcl.evaluation.spectrum_baseline.spectrum_features', no_sounds)
+    monkeypatch.setattr('pahcl.evaluation.baselines.spectrum_features', no_sounds)
     def task(name='circor_murmur', label_map=MURMUR, **extra):
         folder = tmp_path/'downstream'/name
         folder.mkdir(parents=True)
@@ -124,12 +125,13 @@ def test_recordings_without_cycles_are_counted(house):
     # without a label there is nothing to compare with
     assert (results['missing'] == dict(subjects=[], recordings=['000_TV'])
             and results['fallback'] == 2)
-    told = pd.read_csv(
+    predicted = pd.read_csv(
         house.outputs/'run'/'evaluation_circor_murmur_test'/'predictions_recording.csv',
         dtype=dict(subject_id=str)).set_index('recording_id')
-    assert told.loc[['000_Phc', 'lost_AV'], 'units_below'].tolist() == [0, 0]
+    assert predicted.loc[['000_Phc', 'lost_AV'], 'units_below'].tolist() == [0, 0]
     # one Absent in training, and one of each
-    assert np.allclose(told.loc['lost_AV'].filter(like='probability').astype(float), [.25, .5, .25])
+    lost = predicted.loc['lost_AV'].filter(like='probability')
+    assert np.allclose(lost.astype(float), [.25, .5, .25])
     one = ensemble(house.checkpoint('again'), 'circor_murmur', house.data, draws=5)
     assert {k: one[k] for k in ('n', 'levels', 'fallback', 'missing')} == {
         k: results[k] for k in ('n', 'levels', 'fallback', 'missing')}
@@ -162,7 +164,7 @@ def test_threshold_and_rule_are_chosen_on_validation(house):
                            str(house.data), '--threshold', 'best']) == 2
 
 
-def test_a_result_under_its_floor_is_marked_everywhere(house, capsys):
+def test_a_result_below_its_baseline_is_marked_everywhere(house, capsys):
     house.task()
     path = house.checkpoint(answer=np.tile([.2, .3, .5], (len(house.table), 1)))
     assert pahcl_evaluate(['--checkpoint', str(path), '--task', 'circor_murmur', '--data_dir',
@@ -171,7 +173,7 @@ def test_a_result_under_its_floor_is_marked_everywhere(house, capsys):
     kept = json.loads((folder/'metrics.json').read_text())
     assert ('all Present' in kept['below_floor']['auroc']
             and 'all Present' in kept['below_floor']['murmur_weighted_accuracy'])
-    assert ('▼ not above its floor' in capsys.readouterr().out
+    assert ('▼ not above its baseline' in capsys.readouterr().out
             and '▼' in (folder/'report.html').read_text())
 
 
@@ -270,8 +272,8 @@ def test_rules_that_a_task_does_not_have(house, capsys):
 
 def test_a_task_without_validation_persons(house, monkeypatch):
     house.task()
-    loader = sys.modules['pahcl.data.loader'].Cycles
-    monkeypatch.setattr(loader, 'from_task', classmethod(
+    from pahcl.data.loader import Cycles
+    monkeypatch.setattr(Cycles, 'from_task', classmethod(
         lambda cls, folder, split: cls(house.table[:0] if split == 'val' else house.table)))
     results = evaluate(house.checkpoint(), 'circor_murmur', house.data, draws=5)
     assert 'rules' not in results and results['subject_rule'] == 'mean'
@@ -334,7 +336,7 @@ def test_summary_reads_itself_no_second_time(tmp_path):
 @pytest.mark.parametrize('name', ['evaluate', 'ensemble', 'summarize'])
 def test_help_is_light(name):
     "`--help` imports none of the heavy libraries."
-    code = (f'import sys; from pahcl.{name} import pahcl_{name} as main\ntry: main(["--help"])\n'
+    code = (f'import sys; from pahcl.evaluate import pahcl_{name} as main\ntry: main(["--help"])\n'
             f'except SystemExit: pass\nassert not {{"torch", "numpy", "pandas", "matplotlib"}} & '
             'set(sys.modules), "heavy"')
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

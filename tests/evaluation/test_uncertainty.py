@@ -1,4 +1,4 @@
-"Uncertainty, aggregation, calibration and floors against plain loops and scikit-learn"
+"Uncertainty, aggregation, calibration and baselines against plain loops and scikit-learn"
 import time
 
 import numpy as np
@@ -14,18 +14,19 @@ from pahcl.evaluation.calibration import (
 from pahcl.evaluation.thresholds import _choose_threshold, decide_classes
 from pahcl.evaluation.challenge_rules import _quality_weighted_mean, UNSURE
 from pahcl.evaluation.baselines import (
-    compare_with_baselines, _compute_baselines, _demographic_features)
-from pahcl.core.metrics import (
-    CHALLENGE_METRICS, classification_metrics, METRICS, positive_class, Predictions)
+    all_baseline_predictions, compare_with_baselines, _demographic_features, score_baselines)
+from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics, METRICS
+from pahcl.core.predictions import positive_class, Predictions
 from pahcl.testing.made import _made_cycles
 from pahcl.core.ranking import auprc, auroc
 import pahcl.core.resampling as resampling
 from pahcl.core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)
 from pahcl.data.tasks import Task
+from pahcl.evaluation.coverage import _count_class_persons
 from pahcl.evaluation.statistics import (
-    bootstrap_matrices, bootstrap_scores, class_intervals, _count_class_persons, matrix_scores,
-    score_intervals, _weighted_confusion_matrices)
+    bootstrap_matrices, bootstrap_scores, class_intervals, matrix_scores, score_intervals,
+    _weighted_confusion_matrices)
 from scipy import stats
 from sklearn import metrics as sk
 
@@ -235,20 +236,25 @@ def task_on_disk(folder, persons=60):
             Predictions(test, np.full((len(test), 2), .5)).at_levels())
 
 
+def score(task, levels, official=None):
+    subjects = levels['subject'].table['subject_id']
+    return score_baselines(levels, all_baseline_predictions(task, subjects), official)
+
+
 def test_the_folder_letter_is_found_out(tmp_path):
     task, levels = task_on_disk(tmp_path)
-    floors = _compute_baselines(Task(tmp_path, task), levels,
+    baselines = score(Task(tmp_path, task), levels,
                                 official=CHALLENGE_METRICS['physionet2016'])
-    assert (set(floors) == {'heart rate', 'folder letter', 'segmentation', 'log-mel statistics'}
-            and floors['folder letter']['auroc'] == floors['folder letter']['official'] == 1)
-    assert abs(floors['heart rate']['auroc']-.5) < .25
-    assert compare_with_baselines(dict(auroc=.95), floors,
+    assert (set(baselines) == {'heart rate', 'folder letter', 'segmentation', 'log-mel statistics'}
+            and baselines['folder letter']['auroc'] == baselines['folder letter']['official'] == 1)
+    assert abs(baselines['heart rate']['auroc']-.5) < .25
+    assert compare_with_baselines(dict(auroc=.95), baselines,
                                   ['auroc']) == dict(auroc=['folder letter'])
-    assert ('no column confidence, quality. Make it again' in floors['segmentation']['reason']
-            and 'task_config.json' in floors['log-mel statistics']['reason'])
-    assert 'hides the rate' in _compute_baselines(Task(tmp_path, task | dict(length_mode='phase')),
+    assert ('no column confidence, quality. Make it again' in baselines['segmentation']['reason']
+            and 'task_config.json' in baselines['log-mel statistics']['reason'])
+    assert 'hides the rate' in score(Task(tmp_path, task | dict(length_mode='phase')),
                                                   levels)['heart rate']['reason']
-    assert '--raw-dir' in _compute_baselines(Task(tmp_path, task | dict(dataset='circor')),
+    assert '--raw-dir' in score(Task(tmp_path, task | dict(dataset='circor')),
                                              levels)['demographics']['reason']
 
 
@@ -263,12 +269,12 @@ def test_demographics_are_those_of_the_table(raw):
 
 def test_rules_are_chosen_on_validation_only():
     "What is chosen does not change when the reported split's labels do."
-    val, told, murmur = (_made_cycles(1, seed=1), _made_cycles(1, seed=2),
+    val, reported, murmur = (_made_cycles(1, seed=1), _made_cycles(1, seed=2),
                          dict(Present=0, Absent=1, Unknown=2))
-    turned = told[0].assign(label=(told[0]['label']+1) % 3)
+    turned = reported[0].assign(label=(reported[0]['label']+1) % 3)
     a, b = (compare_rules(_apply_rules_to_both(Predictions(*val, murmur),
-                                               Predictions(t, told[1], murmur)),
-                          'f1_macro') for t in (told[0], turned))
+                                               Predictions(t, reported[1], murmur)),
+                          'f1_macro') for t in (reported[0], turned))
     assert (best_rule(a) == best_rule(b) and [r['validation'] for r in a]
             == [r['validation'] for r in b] and [r['value'] for r in a] != [r['value'] for r in b])
 

@@ -5,11 +5,11 @@ import numpy as np
 import pandas as pd
 import torch
 from hypothesis import given, settings, strategies as st
-from pahcl.data.loader import bag_ids, bag_table, sample_bag_cycles
+from pahcl.data.sampling import bag_ids, bag_table, sample_bag_cycles
 from pahcl.models.bags import _average_bags, GatedAttention, _softmax_within_bags, _sum_bags
 from pahcl.core.basics import generator
 from pahcl.models.classifier import Classifier, predict_probabilities
-from pahcl.core.metrics import Predictions
+from pahcl.core.predictions import Predictions
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 

@@ -7,12 +7,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import pahcl.models.encoders as module
 from pahcl.core.basics import PahclError
-from pahcl.core.config import ModelSection
-from pahcl.models.classifier import _pool_phases
-from pahcl.models.encoders import (
-    build_encoder, _CNNMamba, Encoder, ENCODERS, from_pretrained, load_weights, _resolve_settings)
-from pahcl.models.layers import (
-    _ChannelAttention, ClassifierHead, _ConvLayer, _Dropout, _DropPath, MaskedGroupNorm, Projector)
+from pahcl.core.config_sections import ModelSection
+from pahcl.models.pooling import _pool_phases
+from pahcl.models.encoder_base import Encoder, ENCODERS, load_weights
+from pahcl.models.encoders import build_encoder, _CNNMamba, from_pretrained, _resolve_settings
+from pahcl.models.convolutions import _ChannelAttention, _ConvLayer
+from pahcl.models.heads import ClassifierHead, Projector
+from pahcl.models.masked_layers import _Dropout, _DropPath, MaskedGroupNorm
 
 @pytest.fixture(autouse=True, scope='module')
 def one_thread():

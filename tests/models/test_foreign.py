@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from pahcl.core.basics import PahclError
-from pahcl.models.checkpoints import describe_loading, load_pretrained_encoder
+from pahcl.models.pretrained import describe_loading, load_pretrained_encoder
 from pahcl.models.encoders import build_encoder
 from pahcl.models.foreign_checkpoints import (
     _CarefulUnpickler, _convert_checkpoint, _InertObject, _infer_encoder_config,

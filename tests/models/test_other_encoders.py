@@ -6,11 +6,13 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from pahcl.core.basics import PahclError
 from pahcl.models.classifier import Classifier
-from pahcl.models.classifier import _pool_phases
-from pahcl.models.encoders import build_encoder, Encoder, ENCODERS, from_pretrained, load_weights
-from pahcl.models.layers import _reverse_valid
+from pahcl.models.pooling import _pool_phases
+from pahcl.models.encoder_base import Encoder, ENCODERS, load_weights
+from pahcl.models.encoders import build_encoder, from_pretrained
+from pahcl.models.sequence_layers import _reverse_valid
 from pahcl.models.encoders import _CNNLSTM, _CNNTransformer, _ResNet34, _SincNeXt
-from pahcl.models.layers import AttentiveStatisticsPooling, SincConv
+from pahcl.models.pooling import AttentiveStatisticsPooling
+from pahcl.models.sinc_filters import SincConv
 
 @pytest.fixture(autouse=True, scope='module')
 def one_thread():

@@ -1,16 +1,18 @@
 """The scan against formulas that know no loop, the fast backend against the reference, the block
 against a step-by-step recurrence
 """
-import pahcl.models.layers
 import ctypes.util, logging, math, multiprocessing, os, pickle, subprocess, sys, types
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+import pahcl.models.mamba_block as mamba_block
 import pahcl.models.selective_scan as scan
 import pahcl.models.compiled_scan as compiled
 from pahcl.core.basics import PahclError
-from pahcl.models.layers import _inverse_softplus, MambaBlock
-from pahcl.models.selective_scan import _CHUNK_STEPS, _scan_reference, selective_scan
+from pahcl.models.mamba_block import _inverse_softplus, MambaBlock
+from pahcl.models.chunked_scan import _CHUNK_STEPS
+from pahcl.models.scan_reference import _scan_reference
+from pahcl.models.selective_scan import selective_scan
 
 @pytest.fixture(autouse=True, scope='module')
 def one_thread():
@@ -203,9 +205,9 @@ def test_mamba_ssm_without_kernels_is_not_used(monkeypatch):
     scan.have_mamba_ssm.cache_clear()
     assert not scan.have_mamba_ssm() and scan._choose_backend(
         types.SimpleNamespace(is_cuda=True, dtype=torch.float32)) == 'torch'
-    assert (pahcl.models.layers.slow_scan_warnings(pahcl.models.layers.MambaBlock(8), 'cuda')
-            == [pahcl.models.layers._NO_KERNELS_WARNING]
-            and pahcl.models.layers.slow_scan_warnings(torch.nn.Linear(1, 1), 'cuda') == [])
+    assert (mamba_block.slow_scan_warnings(mamba_block.MambaBlock(8), 'cuda')
+            == [mamba_block._NO_KERNELS_WARNING]
+            and mamba_block.slow_scan_warnings(torch.nn.Linear(1, 1), 'cuda') == [])
     scan.have_mamba_ssm.cache_clear()
 
 def test_what_mamba_ssm_is_given(monkeypatch):

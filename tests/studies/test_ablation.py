@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, strategies as st
 
 from pahcl.evaluate import pahcl_ablation
-from pahcl.studies.ablation import _read_ablation, _training_jobs
+from pahcl.studies.ablation_plan import _read_ablation, _training_jobs
 from pahcl.core.basics import PahclError
 from pahcl.studies.ablation_table import _holm_correction
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 
 from pahcl.evaluation.statistics import delong_test, _placement_values
-from pahcl.studies.comparison import bootstrap_experiment, _draw_run_weights
-from pahcl.studies.ensemble import _fit_member_weights, _mutual_information
+from pahcl.studies.paired_tests import bootstrap_experiment, _draw_run_weights
+from pahcl.studies.disagreement import _mutual_information
+from pahcl.studies.ensemble import _fit_member_weights
 from pahcl.core.ranking import auroc, weighted_auroc
 from pahcl.core.resampling import resampling_weights
 from pahcl.evaluate import pahcl_summarize

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from pahcl.core.basics import read_json
 from pahcl.evaluation.thresholds import decide_classes
-from pahcl.studies.cross_validation import _assign_device_splits, cross_validate, _plan_folds
+from pahcl.studies.cross_validation import cross_validate
+from pahcl.studies.fold_plans import _assign_device_splits, _plan_folds
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.training.finetuning import finetune
 from pahcl.core.metrics import classification_metrics

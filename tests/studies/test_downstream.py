@@ -14,7 +14,8 @@ import pytest
 from pahcl.core.basics import PahclError
 from pahcl.studies.downstream import _build_pipeline, run_downstream
 from pahcl.core.jobs import run_jobs
-from pahcl.core.pipeline import hash_files, PipelineSettings
+from pahcl.core.pipeline import PipelineSettings
+from pahcl.core.stages import hash_files
 
 FAST = dict(epochs=1, num_workers=1, pretrained='none', encoder_type='cnn_mamba_small',
             config='small_finetune')

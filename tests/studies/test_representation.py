@@ -13,8 +13,8 @@ from pahcl.models.classifier import Classifier
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.data.loader import Cycles
 from pahcl.evaluate import pahcl_represent
-from pahcl.studies.representation import _cycle_heart_rates
-from pahcl.studies.robustness import _list_conditions, _PerturbedCycles
+from pahcl.studies.feature_map import _cycle_heart_rates
+from pahcl.studies.perturbations import _list_conditions, _PerturbedCycles
 from pahcl.studies.saliency import _class_margin, _explain_cycles, _integrated_gradients
 
 

@@ -8,9 +8,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 from pahcl.core.basics import PahclError
+from pahcl.training.collapse import _collapse_signs, _effective_rank, _uniformity
 from pahcl.training.contrast import (
-    _collapse_signs, _effective_rank, _gather_rows, _gather_with_gradient, _info_nce, _make_rows,
-    _mean_counted, MomentumQueue, nt_xent, queue_loss, _uniformity, update_moving_average)
+    _gather_rows, _gather_with_gradient, _info_nce, _make_rows, _mean_counted, nt_xent)
+from pahcl.training.momentum import MomentumQueue, queue_loss, update_moving_average
 
 def features(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

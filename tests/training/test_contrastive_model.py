@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import pahcl.training.contrastive_model as C
-from pahcl.core.config import _ContrastSection, _TrainingSection
+from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.training.contrastive_model import ContrastiveModel
+import pahcl.models.pooling as pooling
 from pahcl.models.encoders import build_encoder
 from pahcl.training.runs import Run
-from pahcl.training.trainer import _group_batches, _parameter_groups, _split_batch, Trainer
+from pahcl.training.batches import _group_batches, _split_batch
+from pahcl.training.schedule import _parameter_groups
+from pahcl.training.trainer import Trainer
 
 N, T, K = 13, 400, 4
 
@@ -128,7 +131,7 @@ def test_two_passes_and_no_more_and_a_level_that_is_off_costs_nothing(contrast, 
         monkeypatch.setattr(owner, name, wrapped)
     for name, module in model.named_children():
         counted(module, 'sequence' if name.startswith('encoder') else 'forward', name)
-    counted(C, 'phase_pool', 'phase_pool')
+    counted(pooling, '_pool_phases', 'phase_pool')
     counted(C, 'queue_loss' if contrast.get('moco') else 'nt_xent', 'loss')
     model(made_batch())[0].backward()
     levels = [l for l in ('cycle', 'substructure') if contrast.get(f'lambda_{l}', 1)]

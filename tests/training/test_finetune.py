@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 from pahcl.core.basics import PahclError, read_json
-from pahcl.models.checkpoints import resolve_checkpoint
+from pahcl.models.pretrained import resolve_checkpoint
 from pahcl.models.encoders import build_encoder
 from pahcl.finetune import pahcl_finetune
-from pahcl.training.finetuning import _cycle_losses, finetune
+from pahcl.training.finetuning import finetune
+from pahcl.training.objective import _cycle_losses
 from pahcl.pretrain import pahcl_pretrain
 from pahcl.models.checkpoints import load_checkpoint, save_checkpoint
 
@@ -317,8 +318,7 @@ def test_the_log_says_what_learns_and_what_chose_the_epoch(work, tmp_path, monke
     """A frozen encoder does not count as learning; few shots from an epoch that labels chose are a
     warning.
     """
-    import pahcl.models.selective_scan
-    monkeypatch.setattr(pahcl.models.selective_scan, 'find_library',
+    monkeypatch.setattr('pahcl.models.mamba_block._find_library',
                         lambda: (None, 'WARNING: no compiled selective scan (a test)'))
     saved = load_checkpoint(resolve_checkpoint('packaged'))
     for name, facts, told in (('labels', dict(chosen_by='labels of pascal'), True),
@@ -342,9 +342,9 @@ def test_linear_evaluation_asks_the_encoder_once(work, monkeypatch):
     """The second probe, with another learning rate, finds all features in the cache; a damaged
     cache is made again.
     """
-    import pahcl.models.classifier as classifier
-    calls, encode = [], classifier.encode_cycles
-    monkeypatch.setattr(classifier, 'encode_cycles',
+    from pahcl.models.classifier import encode_cycles as encode
+    calls = []
+    monkeypatch.setattr('pahcl.training.finetuning_data.encode_cycles',
                         lambda *a, **k: calls.append(len(a[1])) or encode(*a, **k))
     shutil.copytree(work/'downstream'/'pascal', work/'cached'/'pascal',
                     ignore=shutil.ignore_patterns('.features'))
@@ -367,12 +367,12 @@ def test_a_head_on_the_means_of_the_states(work, linear_eval, aggregation):
     """The model that was saved says of the test cycles what the run measured, from the states' own
     means, and its cached features are not those of cycles.
     """
-    from pahcl.core.basics import read_json
+    from pahcl.data.tasks import Task
     from pahcl.models.checkpoints import load_classifier
     from pahcl.models.classifier import predict_cycles
     from pahcl.core.config import load_config
     from pahcl.studies.cross_validation import _drop_unset_keys
-    from pahcl.training.finetuning import _score_test_cycles
+    from pahcl.training.objective import _score_test_cycles
     from pahcl.data.loader import Cycles
     shutil.copytree(work/'downstream'/'pascal', work/f'states_{aggregation}'/'pascal',
                     ignore=shutil.ignore_patterns('.features'))
@@ -387,7 +387,7 @@ def test_a_head_on_the_means_of_the_states(work, linear_eval, aggregation):
     test = Cycles.from_task(work/f'states_{aggregation}'/'pascal', 'test')
     said = predict_cycles(model, test)
     assert metrics['levels']['subject']['auroc'] == pytest.approx(_score_test_cycles(
-        test.table, said, read_json(work/'downstream'/'pascal'/'task_config.json'),
+        test.table, said, Task.open(work/'downstream', 'pascal'),
         load_config('finetune', _drop_unset_keys(saved['config'])))['levels']['subject']['auroc'])
 
 
@@ -403,7 +403,7 @@ def test_the_linear_head_does_the_features_justice(work, monkeypatch):
     def spoilt(encoder, *a, **k):
         features = encode(encoder, *a, **k)
         return (features*np.logspace(-3, 3, features.shape[1])+10).astype('float32')
-    monkeypatch.setattr(classifier, 'encode_cycles', spoilt)
+    monkeypatch.setattr('pahcl.training.finetuning_data.encode_cycles', spoilt)
     shutil.copytree(work/'downstream'/'physionet2016', work/'spoilt'/'physionet2016',
                     ignore=shutil.ignore_patterns('.features'))
     options = {'training.cycles_per_recording': None, 'training.weight_decay': 0.,
@@ -455,7 +455,7 @@ def test_out_of_memory(work, tmp_path, monkeypatch, capsys, error, linear):
     and the folder says why it ended.
     """
     def full(self, *a, **k): raise error
-    monkeypatch.setattr('pahcl.models.encoders.Encoder.forward', full)
+    monkeypatch.setattr('pahcl.models.encoder_base.Encoder.forward', full)
     shutil.copytree(work/'downstream'/'pascal', tmp_path/'data'/'pascal',
                     ignore=shutil.ignore_patterns('.features'))
     refused(capsys, '--task', 'pascal', '--pretrained', 'packaged',

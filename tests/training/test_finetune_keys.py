@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 from pahcl.core.basics import fingerprint, PahclError
-from pahcl.core.config import _FinetuneConfig, _known_keys, _LEGACY_KEYS
+from pahcl.core.config_checks import _LEGACY_KEYS
+from pahcl.core.config_sections import _FinetuneConfig, _known_keys
 from pahcl.training.finetuning import finetune
 from pahcl.data.splitting import prepare
 from pahcl.testing.made import _make_processed_folder, _make_recordings

@@ -13,7 +13,8 @@ import pahcl.training.pretraining as P
 import pahcl.training.runs
 import pahcl.training.trainer
 from pahcl.core.basics import PahclError
-from pahcl.core.config import _ContrastSection, load_config, _TrainingSection
+from pahcl.core.config import load_config
+from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.models.encoders import build_encoder
 from pahcl.data.loader import Cycles
@@ -86,7 +87,7 @@ def test_script_moco_and_every_flag(root, tmp_path):
     assert script(root, *flags[:-3], '--output-dir', str(tmp_path)) == 1
     assert script(root, *flags[:-3], '--output-dir', str(tmp_path), '--overwrite') == 0
     assert not load_checkpoint(tmp_path/'m'/'best_model.pt')['include_heldout_subjects']
-    from pahcl.models.checkpoints import load_pretrained_encoder
+    from pahcl.models.pretrained import load_pretrained_encoder
     encoder, _, found = load_pretrained_encoder(tmp_path/'m'/'best_model.pt')
     assert found['moco'] and encoder.config['encoder_type'] == 'cnn'
 
@@ -425,8 +426,7 @@ def test_accumulated_batches_are_no_negatives_and_the_log_says_so(root, tmp_path
     assert keys[1] == keys[3] and max(keys[1]) == 32
 
 def test_a_scan_that_was_not_compiled_is_in_the_first_lines(root, tmp_path, monkeypatch):
-    import pahcl.models.selective_scan
-    monkeypatch.setattr(pahcl.models.selective_scan, 'find_library',
+    monkeypatch.setattr('pahcl.models.mamba_block._find_library',
                         lambda: (None, 'WARNING: no compiled selective scan (a test)'))
     for name, told in (('cnn_mamba_small', True), ('cnn', False)):
         model = dict(encoder_type=name, cnn_channels=[8, 8], cnn_kernel_sizes=[9, 5],

@@ -26,7 +26,7 @@ import json, os, resource, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import pahcl.training.probe, pahcl.training.trainer
-from pahcl.contrastive_model import ContrastiveModel
+from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.pretrain import pahcl_pretrain
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)

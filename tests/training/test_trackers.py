@@ -111,7 +111,7 @@ def test_a_fine_tuning_with_both(tmp_path, offline):
 ALONE = """
 import sys, time
 from accelerate import PartialState
-from pahcl.trackers import Trackers
+from pahcl.training.trackers import Trackers
 PartialState()
 trackers = Trackers(sys.argv[1], dict(seed=1), wandb=True)
 time.sleep(4)

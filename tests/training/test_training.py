@@ -17,20 +17,22 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 import pahcl.training.runs as runs
-from pahcl.core.config import _ContrastSection, _TrainingSection
+from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.models.encoders import build_encoder
 from pahcl.models.checkpoints import load_checkpoint
 from pahcl.training.runs import _choose_precision, _first_difference, Run, _supports_bfloat16
-from pahcl.training.trainer import (
-    _group_batches, _has_weight_decay, _learning_rate, _parameter_groups, _split_batch, Trainer)
+from pahcl.training.batches import _group_batches, _split_batch
+from pahcl.training.schedule import _has_weight_decay, _learning_rate, _parameter_groups
+from pahcl.training.trainer import Trainer
 
 LINE = textwrap.dedent('''
     import sys, time, torch
-    from pahcl.basics import generator
-    from pahcl.config import TrainingSection
-    from pahcl.runs import Run
-    from pahcl.training import Trainer, parameter_groups
+    from pahcl.core.basics import generator
+    from pahcl.core.config import _TrainingSection
+    from pahcl.training.runs import Run
+    from pahcl.training.schedule import _parameter_groups
+    from pahcl.training.trainer import Trainer
     folder, pause, stop_at = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
     x = torch.from_numpy(generator(0, 'x').normal(size=(101, 3)))
     y = x@torch.tensor([[1.], [-2.], [.5]], dtype=torch.float64)
@@ -45,8 +47,8 @@ LINE = textwrap.dedent('''
             return error.mean(), dict(error=error[:, 0])
     class Recipe:
         batch_rows, score_name, objective = 16, 'score', Line()
-        groups = parameter_groups(dict(line=objective), 1e-4)
-        settings = TrainingSection(num_epochs=6, batch_size=16, accumulation_steps=2, \
+        groups = _parameter_groups(dict(line=objective), 1e-4)
+        settings = _TrainingSection(num_epochs=6, batch_size=16, accumulation_steps=2, \
 learning_rate=.05, warmup_epochs=1, num_workers=0, early_stopping_patience=0, save_steps=2)
         def epoch_rows(self, epoch): return generator(1, 'rows', epoch).permutation(101)
         def make_batch(self, rows, epoch): return dict(x=x[rows], y=y[rows])

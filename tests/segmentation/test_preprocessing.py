@@ -1,15 +1,14 @@
 """Cycles on disk: what is stored is the recording's own sound, nothing vanishes, nothing stale
 survives, killed runs go on, any worker count gives the same bytes
 """
-import pahcl.segmentation.cutting
 import json, os, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile
-import pahcl.segmentation.preprocessing as cycles
 from pahcl.core.basics import get_logger, PahclError
 from pahcl.cycles import pahcl_preprocess
 from pahcl.data.tasks import BEAT_BOUNDARIES
 from pahcl.segmentation.beats import _fallback_beats, find_whole_beats, _reject_beats
+from pahcl.segmentation import cutting
 from pahcl.segmentation.cutting import _CYCLES_CSV_COLUMNS
 from pahcl.segmentation.preprocessing import _find_file_problem, preprocess
 from pahcl.data.recordings import load_recordings, read_annotation
@@ -107,20 +106,19 @@ def test_any_worker_count_gives_the_same_bytes(made, tmp_path):
             and len(one) > 30)
 
 def test_a_killed_run_goes_on(raw, tmp_path, monkeypatch):
-    whole, broken, write = (tmp_path/'whole', tmp_path/'broken',
-                            pahcl.segmentation.cutting._write_beats)
+    whole, broken, write = tmp_path/'whole', tmp_path/'broken', cutting._write_beats
     preprocess(raw, whole, num_workers=1)
     calls = []
     def dying(folder, *a):
         write(folder, *a)
         calls.append(folder)
         if len(calls) == 5: raise KeyboardInterrupt
-    monkeypatch.setattr(cycles, '_write_beats', dying)
+    monkeypatch.setattr(cutting, '_write_beats', dying)
     with pytest.raises(KeyboardInterrupt): preprocess(raw, broken, num_workers=1)
     assert (not (broken/'recordings.csv').exists()
             and len(list(broken.glob('*/rec_*/cycles.csv'))) == 4)
     (broken/'subject_x'/'.rec_x.12345678.tmp').mkdir(parents=True)   # what a kill -9 leaves
-    monkeypatch.setattr(cycles, '_write_beats', lambda *a: (calls.append(a), write(*a)))
+    monkeypatch.setattr(cutting, '_write_beats', lambda *a: (calls.append(a), write(*a)))
     preprocess(raw, broken, num_workers=1)
     assert len(calls) == 5+len(load_recordings(raw))-4 and content(broken) == content(whole)
     assert not list(broken.rglob('*.tmp')) and not (broken/'subject_x').exists()

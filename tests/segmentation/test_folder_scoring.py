@@ -9,8 +9,9 @@ from scipy.optimize import linear_sum_assignment
 from pahcl.core.basics import get_logger, PahclError
 from pahcl.data.recordings import read_annotation
 from pahcl.cycles import pahcl_score_states
-from pahcl.segmentation.scoring import (
-    f1_interval, _find_annotation_files, _group_recordings, _score_folders, score_folders_in_groups)
+from pahcl.segmentation.folder_scoring import (
+    _find_annotation_files, _group_recordings, _score_folders, score_folders_in_groups)
+from pahcl.segmentation.scoring import f1_interval
 from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.simulation import simulate_dataset
 from pahcl.segmentation.segmenter import segment, write_states
@@ -122,11 +123,11 @@ def test_console_script(folders, tmp_path, capsys):
     text, written = capsys.readouterr().out, json.loads((tmp_path/'s.json').read_text())
     assert 'Murmur Present' in text and f'{written["all"]["f1_60"]:.4f}'.rstrip('0') in text
     assert len(pd.read_csv(tmp_path/'s.csv')) == written['all']['recordings']
-    for bad, told in (([str(tmp_path/'none'), str(true)], 'none'),
-                      ([str(pred), str(Path(labels).parent/'training_data'), '--groups',
-                        str(labels), '--columns', 'Colour'], 'Colour'),
-                      ([str(pred), str(_empty(tmp_path))], 'no states')):
-        assert pahcl_score_states(bad) == 1 and told in capsys.readouterr().err
+    for bad, message in (([str(tmp_path/'none'), str(true)], 'none'),
+                         ([str(pred), str(Path(labels).parent/'training_data'), '--groups',
+                           str(labels), '--columns', 'Colour'], 'Colour'),
+                         ([str(pred), str(_empty(tmp_path))], 'no states')):
+        assert pahcl_score_states(bad) == 1 and message in capsys.readouterr().err
 
 def test_the_interval_is_over_persons_that_a_table_names(folders, tmp_path, capsys):
     "of a recording's name nothing follows: five clips of one raw recording have five names"
@@ -142,10 +143,10 @@ def test_the_interval_is_over_persons_that_a_table_names(folders, tmp_path, caps
     assert raw.persons['all'] == 9   # the simulated children; the first is there under two ids
     # the table of patients alone does not know that
     assert score_folders_in_groups(pred, true, labels)[0].persons['all'] == 10
-    for more, told in (([], 'persons are not known'),
-                       (['--persons', str(tmp_path/'one.csv')], 'over 1 persons')):
+    for more, message in (([], 'persons are not known'),
+                          (['--persons', str(tmp_path/'one.csv')], 'over 1 persons')):
         assert (pahcl_score_states([str(pred), str(true), *more]) == 0
-                and told in capsys.readouterr().out)
+                and message in capsys.readouterr().out)
 
 def _empty(folder):
     (folder/'empty').mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Floors that listen without a network: a made murmur and an unsure segmenter are found, as
+"""Baselines without a network: a made murmur and an unsure segmenter are found, as
 scikit-learn finds them by hand
 """
 import numpy as np
@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from pahcl.core.basics import read_json
 from pahcl.evaluation.baselines import (
-    all_baseline_predictions, _compute_baselines, _PENALTY_STRENGTHS, _segmentation_features,
+    all_baseline_predictions, _PENALTY_STRENGTHS, score_baselines, _segmentation_features,
     _subject_labels)
-from pahcl.core.metrics import Predictions
+from pahcl.core.predictions import Predictions
 from pahcl.evaluation.spectrum_baseline import spectrum_features
 from pahcl.data.splitting import prepare
 from pahcl.data.tasks import _PREPARE_AGAIN, Task
@@ -34,7 +34,8 @@ def murmur_in_systole(folder, length_mode):
 @pytest.fixture(scope='module', params=['pad', 'phase'])
 def task(request, tmp_path_factory):
     "Murmurs are tones in systole; of Unknown the segmenter was less sure."
-    root, recordings = tmp_path_factory.mktemp('floors'), _make_recordings(('circor',), persons=48)
+    root = tmp_path_factory.mktemp('baselines')
+    recordings = _make_recordings(('circor',), persons=48)
     _make_processed_folder(root/'processed', recordings, cycles=2, length_mode=request.param)
     for row in recordings.itertuples():
         place = root/'processed'/row.folder
@@ -53,14 +54,19 @@ def levels(task):
     return Predictions(test, np.full((len(test), 3), 1/3)).at_levels()
 
 
-def test_each_floor_finds_what_it_can_know(task, levels):
-    floors = _compute_baselines(Task.open(task.parent, task.name), levels)
-    assert list(floors) == ['heart rate', 'demographics', 'segmentation', 'log-mel statistics']
-    area = {name: f['per_class']['auroc'] for name, f in floors.items() if 'reason' not in f}
+def score(task, levels):
+    subjects = levels['subject'].table['subject_id']
+    return score_baselines(levels, all_baseline_predictions(task, subjects))
+
+
+def test_each_baseline_finds_what_it_can_know(task, levels):
+    baselines = score(Task.open(task.parent, task.name), levels)
+    assert list(baselines) == ['heart rate', 'demographics', 'segmentation', 'log-mel statistics']
+    area = {name: s['per_class']['auroc'] for name, s in baselines.items() if 'reason' not in s}
     assert area['log-mel statistics'][0] == 1 and area['segmentation'][2] == 1
     assert abs(area['segmentation'][0]-.5) < .4 and abs(area['heart rate'][0]-.5) < .4
-    assert (floors['log-mel statistics']['without'] == 0
-            and floors['log-mel statistics']['strength'] in _PENALTY_STRENGTHS)
+    assert (baselines['log-mel statistics']['without'] == 0
+            and baselines['log-mel statistics']['strength'] in _PENALTY_STRENGTHS)
 
 
 def test_by_hand(task, levels):
@@ -76,10 +82,11 @@ def test_by_hand(task, levels):
               for c in _PENALTY_STRENGTHS}
     areas = {c: np.mean([roc_auc_score(val == k, m.predict_proba(ready(val.index))[:, k])
                          for k in range(3)]) for c, m in models.items()}
-    said = all_baseline_predictions(Task.open(task.parent, task.name), ids)['log-mel statistics']
-    assert areas[said['strength']] == max(areas.values())
-    assert said['probabilities'] == pytest.approx(
-        models[said['strength']].predict_proba(ready(ids)), abs=1e-6)
+    opened = Task.open(task.parent, task.name)
+    predicted = all_baseline_predictions(opened, ids)['log-mel statistics']
+    assert areas[predicted['strength']] == max(areas.values())
+    assert predicted['probabilities'] == pytest.approx(
+        models[predicted['strength']].predict_proba(ready(ids)), abs=1e-6)
 
 
 def test_a_task_of_an_older_version_says_what_is_missing(task, levels, tmp_path):
@@ -88,13 +95,13 @@ def test_a_task_of_an_older_version_says_what_is_missing(task, levels, tmp_path)
                           for name in ('cycles', 'recordings'))
     cycles.drop(columns=['confidence', 'quality']).to_csv(tmp_path/'cycles.csv', index=False)
     recordings.to_csv(tmp_path/'recordings.csv', index=False)
-    floors = _compute_baselines(Task(tmp_path, config), levels)
-    assert (floors['segmentation']['reason'].endswith(_PREPARE_AGAIN.rstrip('.'))
-            and 'confidence, quality' in floors['segmentation']['reason'])
-    assert ('auroc' in floors['heart rate']
-            and 'task_config.json' in floors['log-mel statistics']['reason'])
+    baselines = score(Task(tmp_path, config), levels)
+    assert (baselines['segmentation']['reason'].endswith(_PREPARE_AGAIN.rstrip('.'))
+            and 'confidence, quality' in baselines['segmentation']['reason'])
+    assert ('auroc' in baselines['heart rate']
+            and 'task_config.json' in baselines['log-mel statistics']['reason'])
     cycles.to_csv(tmp_path/'cycles.csv', index=False)
-    assert 'auroc' in _compute_baselines(Task(tmp_path, config), levels)['segmentation']
+    assert 'auroc' in score(Task(tmp_path, config), levels)['segmentation']
 
 
 def test_traits_are_those_of_the_tables(task):
