@@ -161,8 +161,9 @@ def homomorphic_envelope(
 # %% ../../nbs/data/signal.ipynb #17820123
 @lru_cache(maxsize=16)
 def _dft_matrices(window, sample_rate, bands):
-    """Return cos, sin [2, window, lines] of a Hann-windowed DFT, and which line belongs to which band
-    [lines, bands]
+    """Return the matrices of a Hann-windowed DFT.
+
+    Its cos and sin [2, window, lines], and which line belongs to which band [lines, bands].
     """
     # twice as many lines as needed: narrow bands hold several
     frequency = np.fft.rfftfreq(2*window, 1/sample_rate)
