@@ -1,7 +1,7 @@
 "An augmentation from outside is one class, and no list of the package is touched"
 from unittest import mock
 import pytest, torch
-import pahcl.core.config as config
+import pahcl.core.config_sections as config
 import pahcl.data.augmentation as views
 from pahcl.core.basics import PahclError
 from pahcl.core.config import load_config, _to_yaml
