@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['pahcl_download', 'pahcl_simulate']
 
-# %% ../nbs/00_data_download.ipynb #cell2
+# %% ../nbs/00_data_download.ipynb #e0bacf8a
 import lazy_loader as lazy
 from pathlib import Path
 
 from .core.scripts import console_script
 
-# %% ../nbs/00_data_download.ipynb #cell16
+# %% ../nbs/00_data_download.ipynb #ed3c8cf2
 # what a user calls lives in the rooms; the command line is parsed before any of them is read
 __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'data.fetching': ['download'],
@@ -20,7 +20,7 @@ __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'data.heart_sounds': ['simulate_recording'],
 })
 
-# %% ../nbs/00_data_download.ipynb #cell19
+# %% ../nbs/00_data_download.ipynb #c9f3a3f0
 @console_script
 def pahcl_download(
     dataset: str = 'all',            # circor, physionet2016, pascal or all
@@ -34,7 +34,7 @@ def pahcl_download(
     for name, count in download(dataset, output_dir, workers=workers).items():
         print(f'{name}: {count} files in {Path(output_dir)/name}, all as published')
 
-# %% ../nbs/00_data_download.ipynb #cell24
+# %% ../nbs/00_data_download.ipynb #19c142d5
 @console_script
 def pahcl_simulate(
     output_dir: str = 'data/raw',   # folder to write into, in the real data sets' raw layouts

@@ -5,23 +5,15 @@
 # %% auto #0
 __all__ = ['pahcl_prepare']
 
-# %% ../nbs/02_downstream_splits.ipynb #cell2
+# %% ../nbs/02_downstream_splits.ipynb #e43d7436
 import lazy_loader as lazy
 from .core.scripts import console_script
 
-# %% ../nbs/02_downstream_splits.ipynb #cell14
-# what a user calls lives in the rooms; the command line is parsed before any of them is read
-__getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
-    'data.splitting': ['prepare'],
-    'data.tasks': ['Task'],
-    'data.loader': ['Cycles'],
-})
-
-# %% ../nbs/02_downstream_splits.ipynb #cell19
+# %% ../nbs/02_downstream_splits.ipynb #c1a708a4
 def _plot_split(
     config: dict,  # of a task
 ):                 # the figure
-    "Persons and cycles of each class in each split."
+    "Draw persons and cycles of each class in each split."
     from pahcl.data.tasks import SPLIT_FRACTIONS
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(6, 2), layout='constrained')
@@ -38,18 +30,26 @@ def _plot_split(
     fig.suptitle(config['task_name'], fontsize=9)
     return fig
 
-# %% ../nbs/02_downstream_splits.ipynb #cell23
+# %% ../nbs/02_downstream_splits.ipynb #3fa1f7f4
+# what a user calls lives in the rooms; the command line is parsed before any of them is read
+__getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
+    'data.splitting': ['prepare'],
+    'data.tasks': ['Task'],
+    'data.loader': ['Cycles'],
+})
+
+# %% ../nbs/02_downstream_splits.ipynb #51dd2d31
 def _format_split_counts(
     config: dict,  # of a task
 ) -> list:         # a line a split
-    "A task's counts for a terminal."
+    "Format a task's counts for a terminal, a line a split."
     from pahcl.data.tasks import SPLIT_FRACTIONS
     show = lambda c: f'{c["persons"]} persons, {c["recordings"]} recordings, {c["cycles"]} cycles'
     return [f'{config["task_name"]} {s}: '
             +'; '.join(f'{name} {show(c)}' for name, c in config['counts'][s].items())
             for s in SPLIT_FRACTIONS]
 
-# %% ../nbs/02_downstream_splits.ipynb #cell24
+# %% ../nbs/02_downstream_splits.ipynb #99264418
 @console_script
 def pahcl_prepare(
     dataset: str = 'all',                  # circor, physionet2016, pascal or all

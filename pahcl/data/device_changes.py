@@ -5,54 +5,55 @@
 # %% auto #0
 __all__ = ['AugmentedRecording', 'augment_recording']
 
-# %% ../../nbs/data/device_changes.ipynb #cell2
+# %% ../../nbs/data/device_changes.ipynb #777cfb1d
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
 
 from .heart_sounds import add_sound_at, stethoscope_click
-from .signal import coloured_noise, _mix_at_level, resample, speech_noise
+from .noise import coloured_noise, _mix_at_level, speech_noise
+from .signal import resample
 
-# %% ../../nbs/data/device_changes.ipynb #cell7
+# %% ../../nbs/data/device_changes.ipynb #1180379f
 def _edge_response(
     frequency,       # [n] Hz
     edge,            # Hz, where a first-order filter has half the power
     order=1,         # so many of them in a row
     kind='high',     # `high` or `low` pass
 ) -> np.ndarray:     # [n] complex gain
-    "A band's edge, of the simplest analogue filters."
+    "Compute the response of a band's edge, of the simplest analogue filters."
     x = 1j*np.asarray(frequency)/edge
     return (x/(1+x) if kind == 'high' else 1/(1+x))**order
 
-# %% ../../nbs/data/device_changes.ipynb #cell10
+# %% ../../nbs/data/device_changes.ipynb #4aaaf8ba
 def _resonance_response(
     frequency,       # [n] Hz
     centre,          # Hz
     sharpness,       # centre over the width at half power
     gain_db,         # at the centre
 ) -> np.ndarray:     # [n] complex gain, 1 far from the centre
-    "A chest piece, tube or membrane that rings."
+    "Compute the response of a chest piece, tube or membrane that rings."
     f = np.maximum(frequency, 1e-3)
     return 1+(10**(gain_db/20)-1)/(1+1j*sharpness*(f/centre-centre/f))
 
-# %% ../../nbs/data/device_changes.ipynb #cell13
+# %% ../../nbs/data/device_changes.ipynb #136b3440
 def _equaliser_response(
     frequency,                                 # [n] Hz
     gains_db,                                  # one a knot
     knots=(15, 30, 60, 120, 240, 480, 1000),   # Hz
 ) -> np.ndarray:  # [n] gain; straight lines over log frequency in between
-    "An uneven response, or a thicker chest."
+    "Compute an uneven response, as of a thicker chest."
     return 10**(np.interp(np.log(np.maximum(frequency, 1e-3)), np.log(knots), gains_db)/20)
 
-# %% ../../nbs/data/device_changes.ipynb #cell16
+# %% ../../nbs/data/device_changes.ipynb #63b974e3
 def _log_uniform(rng, low, high): return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 def _draw_response(
     frequency,       # [n] Hz
     rng,             # a generator
 ) -> np.ndarray:     # [n] complex gain
-    "A device."
+    "Draw the response of a device."
     gain = np.ones(len(frequency), complex)
     for low, high, kind in ((10, 90, 'high'), (80, 700, 'low')):
         if rng.random() < 0.6:
@@ -64,21 +65,21 @@ def _draw_response(
         gain = gain*_resonance_response(frequency, centre, sharpness, rng.uniform(3, 18))
     return gain
 
-# %% ../../nbs/data/device_changes.ipynb #cell18
+# %% ../../nbs/data/device_changes.ipynb #8ffacd68
 def _apply_random_device(
     signal,          # [T]
     sample_rate,     # Hz
     rng,             # a generator
     draw=_draw_response,
 ) -> np.ndarray:     # [T]
-    "A sound through a device that is drawn."
+    "Send a sound through a device that is drawn."
     # half a second for what rings on
     length = scipy.fft.next_fast_len(len(signal)+sample_rate//2, real=True)
     frequency = scipy.fft.rfftfreq(length, 1/sample_rate)
     spectrum = scipy.fft.rfft(signal, length)*draw(frequency, rng)
     return scipy.fft.irfft(spectrum, length)[:len(signal)]
 
-# %% ../../nbs/data/device_changes.ipynb #cell21
+# %% ../../nbs/data/device_changes.ipynb #ecb6b8d6
 def _random_slow_gain(
     length,          # samples
     sample_rate,     # Hz
@@ -86,14 +87,14 @@ def _random_slow_gain(
     seconds,         # between two gains that know nothing of each other
     db,              # their standard deviation
 ) -> np.ndarray:     # [length]
-    "Contact that comes and goes."
+    "Draw the gain of a contact that comes and goes."
     knots = int(length/sample_rate/seconds)+3
     time, gains_db = np.arange(length)/sample_rate/seconds, rng.normal(0, db, knots)
     return 10**(np.interp(time, np.arange(knots), gains_db)/20)
 
-# %% ../../nbs/data/device_changes.ipynb #cell24
+# %% ../../nbs/data/device_changes.ipynb #6424b3b9
 def _friction_noise(length, sample_rate, rng):
-    "bursts of friction, of 50 ms to 1.5 s"
+    "Simulate bursts of friction, of 50 ms to 1.5 s."
     out = 0.05*coloured_noise(length, sample_rate, rng, rng.uniform(0, 2))
     for start in rng.integers(0, length, rng.poisson(0.3*length/sample_rate)+1):
         size = max(16, int(rng.uniform(0.05, 1.5)*sample_rate))
@@ -101,7 +102,7 @@ def _friction_noise(length, sample_rate, rng):
         add_sound_at(out, int(start), noise*np.hanning(size)*rng.lognormal(0, 0.7))
     return out
 
-# %% ../../nbs/data/device_changes.ipynb #cell26
+# %% ../../nbs/data/device_changes.ipynb #36e3097c
 _ROOM_NOISE_KINDS = ('steady', 'gusts', 'speech', 'friction', 'breath')
 
 def _simulate_room_noise(
@@ -110,7 +111,7 @@ def _simulate_room_noise(
     sample_rate,     # Hz
     rng,             # a generator
 ) -> np.ndarray:     # [length], of any loudness
-    "What is heard beside the heart, of any colour between white and brown."
+    "Simulate what sounds beside the heart, of any colour between white and brown."
     if kind == 'friction': return _friction_noise(length, sample_rate, rng)
     noise = coloured_noise(length, sample_rate, rng, rng.uniform(0, 2))
     if kind == 'gusts':
@@ -121,33 +122,33 @@ def _simulate_room_noise(
         return noise*(1+np.sin(phase))**2
     return noise
 
-# %% ../../nbs/data/device_changes.ipynb #cell29
+# %% ../../nbs/data/device_changes.ipynb #415f6757
 def _add_room_noise(
     signal,          # [T]
     sample_rate,     # Hz
     rng,             # a generator
     below_db,        # how far the noise lies below the signal, both root mean square, dB
 ) -> np.ndarray:     # [T]
-    "A room, of a kind that is drawn."
+    "Add the noise of a room, of a kind that is drawn."
     noise = _simulate_room_noise(_ROOM_NOISE_KINDS[rng.integers(len(_ROOM_NOISE_KINDS))],
                                  len(signal), sample_rate, rng)
     return _mix_at_level(signal, noise, -below_db)
 
-# %% ../../nbs/data/device_changes.ipynb #cell31
+# %% ../../nbs/data/device_changes.ipynb #308160ca
 def _add_clicks(signal, sample_rate, rng):
-    "touches of the stethoscope, two every three seconds"
+    "Add touches of the stethoscope, two every three seconds."
     out = signal.copy()
     for start in rng.integers(0, len(out), rng.poisson(0.7*len(out)/sample_rate)):
         add_sound_at(out, int(start), 12*signal.std()*stethoscope_click(sample_rate, rng))
     return out
 
-# %% ../../nbs/data/device_changes.ipynb #cell34
+# %% ../../nbs/data/device_changes.ipynb #ee98237f
 def _simulate_other_device(
     signal,          # [T]
     sample_rate,     # Hz
     rng,             # a generator
 ) -> np.ndarray:     # [T] float32, of any loudness; no state has moved
-    "The same heart, recorded otherwise."
+    "Record the same heart otherwise."
     x = np.asarray(signal, float)/max(np.std(signal), 1e-9)
     if rng.random() < 0.4: x = x*_random_slow_gain(len(x), sample_rate, rng, rng.uniform(1, 6), 4)
     first = rng.random() < 0.5
@@ -160,7 +161,7 @@ def _simulate_other_device(
     if not first: x = _apply_random_device(x, sample_rate, rng)
     return x.astype(np.float32)
 
-# %% ../../nbs/data/device_changes.ipynb #cell37
+# %% ../../nbs/data/device_changes.ipynb #d489d120
 @dataclass(frozen=True, eq=False)
 class AugmentedRecording:
     "A heart sound as another device would have recorded it, faster or slower."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['warp_cycles', 'draw_coloured_noise', 'add_noise_at_snr', 'modulate_loudness', 'mask_time']
 
-# %% ../../nbs/data/distortions.ipynb #cell2
+# %% ../../nbs/data/distortions.ipynb #a5f451b9
 import math
 
 import numpy as np
@@ -16,7 +16,7 @@ from numba import njit
 from .phases import gap_mask, valid_lengths, valid_mask
 from .random_numbers import _bits_to_uniform
 
-# %% ../../nbs/data/distortions.ipynb #cell8
+# %% ../../nbs/data/distortions.ipynb #450733b2
 def warp_cycles(
     x,        # [B, T] cycles
     phases,   # [B, T] uint8
@@ -30,6 +30,7 @@ def warp_cycles(
         return _warp_rows(x, phases, shift, stretch)
     return _warp_tensors(x, phases, shift, stretch)
 
+# %% ../../nbs/data/distortions.ipynb #953ad3e4
 def _warp_tensors(x, phases, shift, stretch):
     "`warp_cycles` as tensor operations, on any device."
     T, n = x.shape[-1], valid_lengths(phases)[:, None].float()
@@ -49,7 +50,7 @@ def _warp_tensors(x, phases, shift, stretch):
     inside = valid_mask(m[:, 0], T)
     return y.mul_(inside), labels.mul_(inside.to(torch.uint8))
 
-# %% ../../nbs/data/distortions.ipynb #cell10
+# %% ../../nbs/data/distortions.ipynb #17aeae72
 @njit(nogil=True, cache=True, error_model='numpy')
 def _warp_rows_at(x, phases, shift, stretch, y, labels):
     T, zero, half, one = x.shape[1], np.float32(0), np.float32(0.5), np.float32(1)
@@ -78,6 +79,7 @@ def _warp_rows_at(x, phases, shift, stretch, y, labels):
             labels[b, t] = phases[b, nearest]
         y[b, last:], labels[b, last:] = zero, 0
 
+# %% ../../nbs/data/distortions.ipynb #e0e0a5b8
 def _warp_rows(x, phases, shift, stretch):
     "`warp_cycles` as a compiled loop, on the CPU."
     y, labels = torch.empty(x.shape), torch.empty(x.shape, dtype=torch.uint8)
@@ -85,7 +87,7 @@ def _warp_rows(x, phases, shift, stretch):
                   labels.numpy())
     return y, labels
 
-# %% ../../nbs/data/distortions.ipynb #cell17
+# %% ../../nbs/data/distortions.ipynb #06aea0e4
 def draw_coloured_noise(
     words_of,                # function: counters [F] int64 -> random words [B, F] int64
     T: int,                  # samples
@@ -94,9 +96,9 @@ def draw_coloured_noise(
     # Hz; frequencies that hold noise (the pass-band of `pahcl.data.signal.bandpass`)
     band=(25.0, 400.0),
 ):                           # [B, T] float32
-    "Gaussian noise of each sample's own colour, limited to the pass-band; its level is arbitrary."
-    low, high = max(1, math.ceil(band[0]*T/sample_rate)), min(T//2,
-                                                              math.floor(band[1]*T/sample_rate))
+    "Draw Gaussian noise of each sample's own colour, in the pass-band; its level is arbitrary."
+    low = max(1, math.ceil(band[0]*T/sample_rate))
+    high = min(T//2, math.floor(band[1]*T/sample_rate))
     bins = torch.arange(low, high+1, device=colour.device)
     words = words_of(bins)
     size = (-2*torch.log1p(-_bits_to_uniform(words))).sqrt()*torch.exp(
@@ -106,7 +108,7 @@ def draw_coloured_noise(
     spectrum[:, low:high+1, 0], spectrum[:, low:high+1, 1] = size*angle.cos(), size*angle.sin()
     return torch.fft.irfft(torch.view_as_complex(spectrum), n=T)
 
-# %% ../../nbs/data/distortions.ipynb #cell20
+# %% ../../nbs/data/distortions.ipynb #c1576c0a
 def add_noise_at_snr(
     x,       # [B, T], zeros after the valid length
     length,  # [B] valid lengths
@@ -118,7 +120,7 @@ def add_noise_at_snr(
     sound, floor = torch.linalg.vecdot(x, x), torch.linalg.vecdot(noise, noise).clamp(min=1e-12)
     return noise.mul_((sound/floor*torch.exp(-snr_db*math.log(10)/10)).sqrt()[:, None]).add_(x)
 
-# %% ../../nbs/data/distortions.ipynb #cell23
+# %% ../../nbs/data/distortions.ipynb #346fe61d
 def modulate_loudness(
     x,            # [B, T]
     sample_rate,  # Hz
@@ -126,40 +128,42 @@ def modulate_loudness(
     angle,        # [B] where in the breath the cycle begins, radians
     depth,        # [B] 0 … 1: the loudness swings between 1 - depth and 1 + depth
 ):                # [B, T]
-    "Slow modulation of the loudness."
+    "Modulate the loudness slowly."
     t = torch.arange(x.shape[-1], device=x.device)/sample_rate
     breath = (2*math.pi*rate_hz[:, None]*t).add_(angle[:, None]).sin_()
     return breath.mul_(depth[:, None]).add_(1).mul_(x)
 
-# %% ../../nbs/data/distortions.ipynb #cell26
+# %% ../../nbs/data/distortions.ipynb #4d0c0b44
 def _band_gain(
     frequency,  # [F] Hz
     low,        # [B] Hz, half of the amplitude passes here
     high,       # [B] Hz, likewise
 ):              # [B, F] between 0 and 1
-    "Gain of a second-order Butterworth band filter applied forwards and backwards."
+    "Compute the gain of a second-order Butterworth band filter applied forwards and backwards."
     fourth = lambda f: f.square().square()
     f, low, high = fourth(frequency), fourth(low)[:, None], fourth(high)[:, None]
     return (f*high).div_((f+low).mul_(f+high))  # 1/(1 + (f/high)⁴) · f⁴/(f⁴ + low⁴)
 
+# %% ../../nbs/data/distortions.ipynb #ff9f3205
 def _notch_gain(
     frequency,  # [F] Hz, from 0 in equal steps
     start,      # [B] Hz
     width,      # [B] Hz; 0 masks nothing
 ):              # [B, F] 0 within [start, start + width), 1 elsewhere
-    "A band of frequencies set to zero."
+    "Compute the gain that sets a band of frequencies to zero."
     return gap_mask(start/frequency[1], (start+width)/frequency[1], len(frequency))
 
+# %% ../../nbs/data/distortions.ipynb #6f821c00
 def _apply_gain(
     x,       # [B, T]
     gain,    # [B, T//2+1]
     length,  # [B] valid lengths; what a filter smears behind them is set to zero
 ):           # [B, T]
-    "Filter in the frequency domain."
+    "Filter in the frequency domain, and silence the padding again."
     return torch.fft.irfft(torch.fft.rfft(x).mul_(gain),
                            n=x.shape[-1]).mul_(valid_mask(length, x.shape[-1]))
 
-# %% ../../nbs/data/distortions.ipynb #cell33
+# %% ../../nbs/data/distortions.ipynb #1569d9d8
 def mask_time(
     x,      # [B, T]
     start,  # [B] samples

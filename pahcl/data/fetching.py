@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['download']
 
-# %% ../../nbs/data/fetching.ipynb #cell2
+# %% ../../nbs/data/fetching.ipynb #04abca87
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
+import pooch
+import requests
+
 from ..core.basics import atomic_path, get_logger, PahclError, progress
 from .datasets import DATASETS, select_datasets
 from .recordings import load_recordings
 
-# %% ../../nbs/data/fetching.ipynb #cell7
+# %% ../../nbs/data/fetching.ipynb #cc6b00d1
 def _parse_sums(
     text,            # lines of 64 hexadecimal digits, white space, a relative name
     wanted='.*',     # regular expression that a name must match whole
@@ -37,10 +40,9 @@ def _parse_sums(
         if re.fullmatch(wanted, str(path)): sums[str(path)] = match[1]
     return sums
 
-# %% ../../nbs/data/fetching.ipynb #cell10
+# %% ../../nbs/data/fetching.ipynb #1754d35c
 def _download_error(error, url):
-    "a network's or server's error as a sentence"
-    import requests
+    "Say a network's or server's error as a sentence."
     again = 'The same command goes on where it stopped.'
     if isinstance(error, requests.HTTPError):
         return PahclError(f'{error.response.url} answered {error.response.status_code}. {again}')
@@ -50,30 +52,29 @@ def _download_error(error, url):
     return PahclError(f'A file from {url} does not match its published SHA-256 sum ({error}). '
                       f'{again}')
 
-# %% ../../nbs/data/fetching.ipynb #cell11
+# %% ../../nbs/data/fetching.ipynb #82a7641e
 def _fetch_sums(
     url,           # the folder that holds SHA256SUMS.txt, ending in /
     folder,  # where a copy is kept, so that a complete data set is recognised without a network
     wanted='.*',   # regular expression of the files that count
     timeout=30,    # seconds without an answer
 ) -> dict:         # name → SHA-256 sum
-    """The publisher's list of sums, from the folder if it is there; a list that makes no sense is
-    not kept.
+    """Get the publisher's list of sums, from the folder if it is there.
+
+    A list that makes no sense is not kept.
     """
-    import pooch
-    import requests
-    kept = Path(folder)/'SHA256SUMS.txt'
-    if kept.exists(): return _parse_sums(kept.read_text(encoding='utf-8'), wanted)
-    with atomic_path(kept) as temporary:
-        try: pooch.HTTPDownloader(timeout=timeout)(url+kept.name, str(temporary), None)
+    local = Path(folder)/'SHA256SUMS.txt'
+    if local.exists(): return _parse_sums(local.read_text(encoding='utf-8'), wanted)
+    with atomic_path(local) as temporary:
+        try: pooch.HTTPDownloader(timeout=timeout)(url+local.name, str(temporary), None)
         except requests.RequestException as e: raise _download_error(e, url) from e
         sums = _parse_sums(temporary.read_text(encoding='utf-8', errors='replace'), wanted)
         if not sums:
-            raise PahclError(f'{url}{kept.name} lists none of the files that are needed. '
+            raise PahclError(f'{url}{local.name} lists none of the files that are needed. '
                              'Check the address.')
     return sums
 
-# %% ../../nbs/data/fetching.ipynb #cell12
+# %% ../../nbs/data/fetching.ipynb #73089336
 def _fetch_files(
     sums,            # name → SHA-256 sum
     url,             # the folder they are relative to, ending in /
@@ -82,11 +83,7 @@ def _fetch_files(
     timeout=30,      # seconds without an answer
     workers=8,       # files at once: thousands of small files wait for the server, not for the line
 ):
-    """Bring every file that is not there with the right sum; the first that cannot be had is a
-    `PahclError`.
-    """
-    import pooch
-    import requests
+    "Fetch every file that is not there with the right sum; one that cannot be had is an error."
     pooch.get_logger().setLevel('WARNING')
     # pooch's workers would race for it
     for parent in {(Path(folder)/name).parent for name in sums}:
@@ -102,12 +99,12 @@ def _fetch_files(
     except (requests.RequestException, ValueError) as e: raise _download_error(e, url) from e
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/data/fetching.ipynb #cell14
+# %% ../../nbs/data/fetching.ipynb #7bb59234
 def _describe_manual_download(
     name: str,    # a data set that no program can fetch
     raw_dir,      # the folder of all raw data
 ) -> str:         # what to do, or what was found
-    "How a data set gets to its place by hand."
+    "Describe how a data set gets to its place by hand."
     source, folder = DATASETS[name].source, Path(raw_dir)/name
     if not DATASETS[name].read(folder):
         how = (source.by_hand
@@ -120,7 +117,7 @@ def _describe_manual_download(
     lost = f'; {" and ".join(missing)} not there' if missing else ''
     return f'{name}: {len(table)} recordings in {folder} ({counts})'+lost
 
-# %% ../../nbs/data/fetching.ipynb #cell15
+# %% ../../nbs/data/fetching.ipynb #9ea8be7b
 def download(
     dataset='all',           # `circor`, `physionet2016`, `pascal`, `all`, or a list
     output_dir='data/raw',   # the folder of all raw data; a data set goes into a folder of its name

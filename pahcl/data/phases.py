@@ -5,46 +5,47 @@
 # %% auto #0
 __all__ = ['valid_lengths', 'phase_masks', 'valid_mask', 'gap_mask', 'normalise_valid']
 
-# %% ../../nbs/data/phases.ipynb #cell2
+# %% ../../nbs/data/phases.ipynb #1710016e
 import torch
 
-# %% ../../nbs/data/phases.ipynb #cell9
+# %% ../../nbs/data/phases.ipynb #221055ff
 def valid_lengths(
     phases,  # [B, T] uint8, 0 padding
 ):           # [B] int64: samples up to and including the last labelled one
-    "How many samples of each cycle are not padding."
+    "Count the samples of each cycle that are not padding."
     # numbers, not truth values: on a CPU PyTorch computes with those several times as fast
     labelled = phases.clamp(max=1).float()
     return labelled.mul_(torch.arange(1, phases.shape[-1]+1, device=phases.device)).amax(-1).long()
 
-# %% ../../nbs/data/phases.ipynb #cell10
+# %% ../../nbs/data/phases.ipynb #b99419c8
 def phase_masks(
     phases,  # [B, T] uint8, 0 padding, 1 … K
     K=4,     # number of sub-structures: S1, systole, S2, diastole
 ):           # [B, K, T] bool
-    "One mask a sub-structure."
+    "Return one mask a sub-structure."
     return phases[:, None, :] == torch.arange(1, K+1, dtype=phases.dtype,
                                               device=phases.device)[None, :, None]
 
-# %% ../../nbs/data/phases.ipynb #cell13
+# %% ../../nbs/data/phases.ipynb #1d199ba8
 def valid_mask(
     length,  # [B] valid lengths
     T: int,  # samples
 ):           # [B, T] float32
-    "1 on the first `length` samples, 0 after them."
+    "Return 1 on the first `length` samples, 0 after them."
     return (length[:, None].float()-torch.arange(T, device=length.device)).clamp_(0, 1)
 
+# %% ../../nbs/data/phases.ipynb #405a9d0f
 def gap_mask(
     start,   # [B] real number: the first position that belongs to the gap, rounded up
     end,     # [B] likewise, the first one behind it
     T: int,  # positions
 ):           # [B, T] float32
-    "0 where start ≤ position < end, 1 elsewhere."
+    "Return 0 where start ≤ position < end, 1 elsewhere."
     t = torch.arange(T, device=start.device)
     return torch.maximum((start.ceil()[:, None]-t).clamp_(0, 1),
                          (t-(end.ceil()-1)[:, None]).clamp_(0, 1))
 
-# %% ../../nbs/data/phases.ipynb #cell16
+# %% ../../nbs/data/phases.ipynb #11f75ff6
 def normalise_valid(
     x,       # [B, T]
     length,  # [B] valid lengths

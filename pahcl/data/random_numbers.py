@@ -5,53 +5,54 @@
 # %% auto #0
 __all__ = ['sample_keys']
 
-# %% ../../nbs/data/random_numbers.ipynb #cell2
+# %% ../../nbs/data/random_numbers.ipynb #4a650df8
 import torch
 
-# %% ../../nbs/data/random_numbers.ipynb #cell5
+# %% ../../nbs/data/random_numbers.ipynb #3065333e
 # 0x9E3779B97F4A7C15, 2^64 divided by the golden ratio, as a signed integer
 _GOLDEN_RATIO_64 = -7046029254386353131
 
 def _mix_bits(
     z,  # int64 tensor
 ):      # int64 tensor of the same shape: every bit depends on every bit of `z`
-    "The finaliser of splitmix64."
+    "Mix the bits of each word: the finaliser of splitmix64."
     z = ((z >> 30) & 0x3FFFFFFFF).bitwise_xor_(z).mul_(-4658895280553007687)  # 0xBF58476D1CE4E5B9
     z = ((z >> 27) & 0x1FFFFFFFFF).bitwise_xor_(z).mul_(-7723592293110705685)  # 0x94D049BB133111EB
     return ((z >> 31) & 0x1FFFFFFFF).bitwise_xor_(z)
 
-# %% ../../nbs/data/random_numbers.ipynb #cell8
+# %% ../../nbs/data/random_numbers.ipynb #bba69a97
 def _hash_words(
     *words,  # integers or int64 tensors that broadcast against each other; the order matters
 ):           # int64 tensor
-    "One 64-bit hash of several integers."
+    "Hash several integers to one of 64 bits."
     h = torch.zeros((), dtype=torch.int64)
     for w in words:
         h = _mix_bits((h.to(w.device) if isinstance(w, torch.Tensor) else h) + _GOLDEN_RATIO_64 ^ w)
     return h
 
-# %% ../../nbs/data/random_numbers.ipynb #cell10
+# %% ../../nbs/data/random_numbers.ipynb #ae678783
 def sample_keys(
     index,     # [B] int64: which cycle
     epoch=0,   # which pass over the data
     view=0,    # which view of the pair
 ):             # [B] int64
-    "The identity of each view, from which all its random numbers come."
+    "Compute the identity of each view, from which all its random numbers come."
     return _hash_words(epoch, view, index)
 
-# %% ../../nbs/data/random_numbers.ipynb #cell12
+# %% ../../nbs/data/random_numbers.ipynb #efad30cf
 def _draw_uniforms(
     seed: int,  # the program's seed
     keys,       # [B] int64
     count: int, # how many numbers a sample
 ):              # [B, count] float32 in [0, 1), 24 random bits each
-    "Uniform random numbers, each a function of (seed, key, column)."
+    "Draw uniform random numbers, each a function of (seed, key, column)."
     return _bits_to_uniform(_hash_words(seed, keys[:, None],
                                         torch.arange(count, device=keys.device)))
 
+# %% ../../nbs/data/random_numbers.ipynb #9d6a9513
 def _bits_to_uniform(
     words,      # int64 random words
     shift=40,   # which 24 bits to take: 40 the upper ones, 16 the next
 ):              # float32 in [0, 1)
-    "24 bits of each word as a number: all that a float32 holds, so that 1 never comes out."
+    "Return 24 bits of each word as a number: all that a float32 holds, so that 1 never comes out."
     return ((words >> shift) & 0xFFFFFF).to(torch.float32)*2**-24

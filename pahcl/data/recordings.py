@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['load_recordings', 'read_annotation']
 
-# %% ../../nbs/data/recordings.ipynb #cell2
+# %% ../../nbs/data/recordings.ipynb #62e3cbd5
 from pathlib import Path
+
+import pandas as pd
+import scipy.io
+import soundfile
 
 from ..core.basics import get_logger, PahclError, require_path
 from .datasets import (
     DATASETS, get_class_columns, get_recording_columns, read_rows, select_datasets)
 
-# %% ../../nbs/data/recordings.ipynb #cell4
+# %% ../../nbs/data/recordings.ipynb #fab91da3
 def _read_audio_header(path, unreadable=False):
-    """(sample rate in Hz, seconds) of an audio file, from its header; NaN for a file that cannot be
-    read, where that is allowed
+    """Read (sample rate in Hz, seconds) from the header of an audio file.
+
+    NaN for a file that cannot be read, where `unreadable` allows that.
     """
-    import soundfile
     try: info = soundfile.info(str(path))
     except (soundfile.LibsndfileError, RuntimeError) as e:
         if unreadable: return float('nan'), float('nan')
@@ -25,9 +29,9 @@ def _read_audio_header(path, unreadable=False):
             f'{path} cannot be read as audio ({e}). Download it again, or remove it.') from e
     return info.samplerate, info.frames/info.samplerate
 
-# %% ../../nbs/data/recordings.ipynb #cell5
+# %% ../../nbs/data/recordings.ipynb #26e0e236
 def _nothing_found_error(raw_dir, names):
-    "the error that says what was expected and what was seen"
+    "Make the error that says what was expected and what was seen."
     def seen(folder):
         if not folder.is_dir(): return f'{folder}/ does not exist'
         entries = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir())
@@ -39,63 +43,26 @@ def _nothing_found_error(raw_dir, names):
                       f'Seen: {"; ".join(map(seen, folders))}. '
                       f'Run pahcl_download, or give the folder that holds {" or ".join(names)}.')
 
-# %% ../../nbs/data/recordings.ipynb #cell6
-def load_recordings(
-    raw_dir,          # the folder of all raw data, e.g. `data/raw`
-    dataset='all',    # `circor`, `physionet2016`, `pascal`, `all` (those that are there), or a list
-    # keep files that cannot be read, with NaN for sample rate and seconds, rather than stop
-    unreadable=False,
-    keep_withdrawn=False, # keep recordings that the publisher withdrew
-    # DataFrame, a row a recording, with the columns `get_recording_columns`; missing values are NA;
-    # sorted by data set, subject, recording
-):
-    """Every recording of the raw data, whatever its layout; no labels at all, or a file that cannot
-    be read, is a `PahclError`.
-    """
-    import pandas as pd
-    names, rows = select_datasets(dataset), []
-    for name in names:
-        folder = Path(raw_dir)/name
-        found = DATASETS[name].read(folder)
-        if not found and (dataset != 'all' or folder.is_dir() and any(folder.iterdir())):
-            raise _nothing_found_error(raw_dir, [name])
-        gone = _list_withdrawn(folder, DATASETS[name].source.withdrawn)
-        rows += [dict(row, dataset=name, withdrawn=row['recording_id'] in gone) for row in found]
-    if not rows: raise _nothing_found_error(raw_dir, names)
-    table = pd.DataFrame(rows, columns=get_recording_columns()).sort_values(
-        ['dataset', 'subject_id', 'recording_id'], kind='stable', ignore_index=True)
-    if not keep_withdrawn: table = _drop_withdrawn(table)
-    table['sample_rate'], table['seconds'] = zip(
-        *(_read_audio_header(p, unreadable) for p in table.path))
-    _log_unlabelled(table)
-    _warn_unknown_persons(table)
-    table['person_id'] = table.person_id.fillna(table.subject_id)
-    text = [c for c in table if c not in ('sample_rate', 'seconds', 'withdrawn')]
-    table[text] = table[text].astype(object).map(
-        lambda v: None if v is None or v is pd.NA or v != v or v == '' else str(v)).astype('string')
-    table['source'] = table.source.fillna('')
-    table['folder'] = 'subject_'+table.subject_id+'/'+_unique_folders(table)
-    return table
-
-# %% ../../nbs/data/recordings.ipynb #cell7
+# %% ../../nbs/data/recordings.ipynb #8fe7b23a
 def _list_withdrawn(folder, pattern):
-    "the recordings that the publisher's lists name"
+    "List the recordings that the publisher's lists name."
     lists = folder.glob(pattern) if pattern else []
     return {record for path in lists for _, (record,) in read_rows(path, 1)}
 
+# %% ../../nbs/data/recordings.ipynb #6b0c400d
 def _drop_withdrawn(table):
-    "the recordings that the publisher has not withdrawn; how many were is said"
+    "Drop the recordings that the publisher has withdrawn; log how many."
     for name, count in table[table.withdrawn].groupby('dataset').size().items():
         get_logger().info(f'{name}: {count} recordings are left out, as the publisher withdrew '
-                          'them; ' 'pahcl_preprocess --keep-withdrawn keeps them')
+                          'them; pahcl_preprocess --keep-withdrawn keeps them')
     if table.withdrawn.all():
         raise PahclError('all recordings are withdrawn by their publisher. '
                          'Give --keep-withdrawn to use them all the same.')
     return table[~table.withdrawn].reset_index(drop=True)
 
-# %% ../../nbs/data/recordings.ipynb #cell8
+# %% ../../nbs/data/recordings.ipynb #e43bb36b
 def _warn_unknown_persons(table):
-    "warn of recordings whose person should be known and is not, by folder"
+    "Warn of recordings whose person should be known and is not, by folder."
     unknown = table[table.person_id.isna()].groupby(['dataset', 'source']).size()
     for name, counts in unknown.groupby('dataset'):
         where = ', '.join(f'{n} of {source}' for (_, source), n in counts.items())
@@ -105,24 +72,69 @@ def _warn_unknown_persons(table):
             'is not there or does not say. Each counts as a person, and one person may '
             'be on both sides of a split. Run pahcl_download to fetch it')
 
-# %% ../../nbs/data/recordings.ipynb #cell9
+# %% ../../nbs/data/recordings.ipynb #dadfa2f8
 def _log_unlabelled(table):
-    "log how many recordings have no label at all, by data set"
-    bare = table[[*get_class_columns(),
+    "Log how many recordings have no label at all, by data set."
+    unlabelled = table[[*get_class_columns(),
                   'raw_label']].map(lambda v: v is None or v != v or v == '').all(axis=1)
-    for name, count in bare.groupby(table.dataset).sum().items():
+    for name, count in unlabelled.groupby(table.dataset).sum().items():
         if count: get_logger().info(f'{name}: {count} recordings are there that no table labels')
 
-# %% ../../nbs/data/recordings.ipynb #cell10
+# %% ../../nbs/data/recordings.ipynb #03c226cf
 def _unique_folders(table):
-    "folder names, numbered where two recordings of a subject would share one"
+    "Return folder names, numbered where two recordings of a subject would share one."
     same = table.groupby(['subject_id', 'folder'])
     number = (same.cumcount()+1).astype('string')
     return table.folder.where(same.folder.transform('size') == 1, table.folder+'_'+number)
 
-# %% ../../nbs/data/recordings.ipynb #cell17
+# %% ../../nbs/data/recordings.ipynb #593f982a
+def _to_strings(table):
+    "Turn all columns but numbers into strings; what is missing or empty is NA."
+    columns = [c for c in table if c not in ('sample_rate', 'seconds', 'withdrawn')]
+    missing = lambda v: v is None or v is pd.NA or v != v or v == ''
+    values = table[columns].astype(object).map(lambda v: None if missing(v) else str(v))
+    return table.assign(**{c: values[c].astype('string') for c in columns})
+
+# %% ../../nbs/data/recordings.ipynb #9cceb1c2
+def load_recordings(
+    raw_dir,          # the folder of all raw data, e.g. `data/raw`
+    dataset='all',    # `circor`, `physionet2016`, `pascal`, `all` (those that are there), or a list
+    # keep files that cannot be read, with NaN for sample rate and seconds, rather than stop
+    unreadable=False,
+    keep_withdrawn=False, # keep recordings that the publisher withdrew
+    # DataFrame, a row a recording, with the columns `get_recording_columns`; missing values are NA;
+    # sorted by data set, subject, recording
+):
+    """Load every recording of the raw data into one table, whatever its layout.
+
+    No labels at all, or a file that cannot be read, is a `PahclError`.
+    """
+    names, rows = select_datasets(dataset), []
+    for name in names:
+        folder = Path(raw_dir)/name
+        rows_of_set = DATASETS[name].read(folder)
+        if not rows_of_set and (dataset != 'all' or folder.is_dir() and any(folder.iterdir())):
+            raise _nothing_found_error(raw_dir, [name])
+        withdrawn = _list_withdrawn(folder, DATASETS[name].source.withdrawn)
+        rows += [dict(row, dataset=name, withdrawn=row['recording_id'] in withdrawn)
+                 for row in rows_of_set]
+    if not rows: raise _nothing_found_error(raw_dir, names)
+    table = pd.DataFrame(rows, columns=get_recording_columns()).sort_values(
+        ['dataset', 'subject_id', 'recording_id'], kind='stable', ignore_index=True)
+    if not keep_withdrawn: table = _drop_withdrawn(table)
+    table['sample_rate'], table['seconds'] = zip(
+        *(_read_audio_header(p, unreadable) for p in table.path))
+    _log_unlabelled(table)
+    _warn_unknown_persons(table)
+    table['person_id'] = table.person_id.fillna(table.subject_id)
+    table = _to_strings(table)
+    table['source'] = table.source.fillna('')
+    table['folder'] = 'subject_'+table.subject_id+'/'+_unique_folders(table)
+    return table
+
+# %% ../../nbs/data/recordings.ipynb #a489f145
 def _read_tsv_states(path):
-    "rows (start s, end s, state) of a CirCor annotation"
+    "Read rows (start s, end s, state) of a CirCor annotation."
     try:
         return [(float(a), float(b), int(float(s))) for a, b, s in (
             line.split() for line in Path(path).read_text().splitlines() if line.strip())]
@@ -130,10 +142,9 @@ def _read_tsv_states(path):
         raise PahclError(f'{path} is no annotation: its lines must be start, end and state ({e}). '
                          'Download it again.') from e
 
-# %% ../../nbs/data/recordings.ipynb #cell18
+# %% ../../nbs/data/recordings.ipynb #eab30da1
 def _read_mat_states(path, seconds):
-    "rows (start s, end s, state) of a 2016 annotation"
-    import scipy.io
+    "Read rows (start s, end s, state) of a 2016 annotation."
     def item(cell):
         while getattr(cell, 'dtype', None) is not None and cell.ndim: cell = cell.ravel()[0]
         return cell
@@ -146,7 +157,7 @@ def _read_mat_states(path, seconds):
     return [(start, end, {'S1': 1, 'systole': 2, 'S2': 3, 'diastole': 4}.get(name, 0))
             for (start, name), end in zip(rows, ends)]
 
-# %% ../../nbs/data/recordings.ipynb #cell19
+# %% ../../nbs/data/recordings.ipynb #b0bf9e56
 def read_annotation(
     path,            # a CirCor `.tsv` or a 2016 `_StateAns.mat`
     # length of the recording: where the last state of a `.mat` ends (without it that state is left
@@ -155,8 +166,7 @@ def read_annotation(
     # DataFrame `start_s, end_s, state` (1 S1, 2 systole, 3 S2, 4 diastole, 0 not annotated),
     # sorted; what no row covers is not annotated
 ):
-    "An annotation of heart states; a file that is none is a `PahclError`."
-    import pandas as pd
+    "Read an annotation of heart states; a file that is none is a `PahclError`."
     path = require_path(path, 'annotation')
     rows = sorted(_read_mat_states(path, seconds) if path.suffix == '.mat'
                   else _read_tsv_states(path))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import map_coordinates
 
-from ..data.signal import clipped_fraction
+from ..data.quality import clipped_fraction
 from ..data.tasks import BEAT_BOUNDARIES
 from .parameters import load_parameters
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.basics import generator
-from ..data.signal import coloured_noise, speech_noise
+from ..data.noise import coloured_noise, speech_noise
 from .emission import _frame_features
 from .parameters import FRAME_RATE
 from .scoring import _states_at

@@ -20,7 +20,8 @@ import pandas as pd
 
 from ..core.basics import PahclError, read_json, write_json
 from ..data.recordings import read_annotation
-from ..data.signal import bandpass, quality_index, read_recording, resample
+from ..data.quality import quality_index
+from ..data.signal import bandpass, read_recording, resample
 from ..data.tasks import BEAT_BOUNDARIES
 from .beats import (
     cut_beat, _fallback_beats, find_whole_beats, MINIMUM_CONFIDENCE, _reject_beats)

@@ -1,4 +1,5 @@
 "An augmentation from outside is one class, and no list of the package is touched"
+from unittest import mock
 import pytest, torch
 import pahcl.core.config_sections as config
 import pahcl.data.augmentation as views
@@ -12,9 +13,9 @@ from pahcl.data.random_numbers import sample_keys
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
     "What a test registers is gone after it."
-    monkeypatch.setattr(views, 'AUGMENTATIONS', dict(views.AUGMENTATIONS))
     monkeypatch.setattr(config, '_REGISTERED_KEYS',
                         {k: dict(v) for k, v in config._REGISTERED_KEYS.items()})
+    with mock.patch.dict(views.AUGMENTATIONS): yield
 
 def add_click(name='click'):
     @register_augmentation(name, click_height=3.0)

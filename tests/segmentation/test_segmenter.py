@@ -4,7 +4,7 @@ from dataclasses import replace
 from hypothesis import given, settings, strategies as st
 from pahcl.core.basics import PahclError
 from pahcl.data.heart_sounds import simulate_recording
-from pahcl.data.signal import speech_noise
+from pahcl.data.noise import speech_noise
 from pahcl.segmentation.confidence import (
     _confidence_and_truth, _confidence_reliability, _match_beats)
 from pahcl.segmentation.emission import _convolve_dilated, _frame_features

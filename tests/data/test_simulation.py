@@ -11,8 +11,8 @@ from pahcl.core.basics import generator, PahclError
 from pahcl.data.recordings import load_recordings
 from pahcl.data.heart_sounds import (
     Murmur, _MURMUR_GRADES, _MURMUR_PITCHES, _MURMUR_SHAPES, _MURMUR_SYNONYMS, _MURMUR_TIMINGS,
-    _simulate_heart, _simulate_state_durations)
-from pahcl.data.heart_sounds import simulate_recording
+    _simulate_heart, simulate_recording)
+from pahcl.data.rhythm import _simulate_state_durations
 from pahcl.data.simulation import _read_simulation_settings, simulate_dataset
 from pahcl.download import pahcl_simulate
 

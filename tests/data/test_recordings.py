@@ -1,161 +1,26 @@
-"""Downloads that verify and resume; one table from every layout; annotations; the real data's
-published numbers where PAHCL_RAW_DIR names them
+"""One table from every layout; annotations; the real data's published numbers where PAHCL_RAW_DIR
+names them
 """
-import functools
-import hashlib
-import http.server
 import logging
 import os
+import re
 import shutil
-import threading
-from dataclasses import replace
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.io
-import scipy.sparse
 import soundfile
 from hypothesis import given, settings, strategies as st
-from scipy.sparse.csgraph import connected_components
 
 from pahcl.core.basics import get_logger, PahclError
-from pahcl.data.datasets import (
-    _APPENDIX_COLUMNS, DATASETS, get_recording_columns, _group_sittings, _identify_person_2016,
-    _link_persons, _parse_pascal_name)
-from pahcl.data.fetching import download, _parse_sums
+from pahcl.data.datasets import DATASETS, get_recording_columns
+from pahcl.data.physionet2016 import _APPENDIX_COLUMNS, _identify_person_2016
 from pahcl.data.recordings import load_recordings, read_annotation
-from pahcl.download import pahcl_download
 from pahcl.data.simulation import simulate_dataset
 
 RAW = os.environ.get('PAHCL_RAW_DIR')
-
-
-# --- names and identities ---
-
-@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=25,
-                unique_by=lambda p: p[0]))
-@settings(deadline=None)
-def test_persons_are_connected_components(pairs):
-    "against scipy's connected components; 0 stands for no second id"
-    ids, others = [str(a) for a, _ in pairs], [str(b) if b else '' for _, b in pairs]
-    graph = scipy.sparse.coo_matrix(
-        (np.ones(len(pairs)), ([a for a, _ in pairs], [b or a for a, b in pairs])), (31, 31))
-    group = connected_components(graph, directed=False)[1]
-    for i, person in _link_persons(ids, others).items():
-        assert int(person) == np.flatnonzero(group == group[int(i)]).min()
-
-
-@given(st.text(max_size=60))
-def test_no_name_leads_out_of_the_folder(name):
-    try: sums = _parse_sums(f'{"0"*64}  {name}')
-    except PahclError: return
-    assert all('..' not in Path(n).parts and not Path(n).is_absolute() for n in sums)
-
-
-@pytest.mark.parametrize('name, expected', [
-    ('murmur_noisymurmur_162_1307101835989_B_1.wav', ('murmur', '162', '1307101835989', 'B_1')),
-    ('__201101220549.wav', ('', '', '201101220549', '')),
-    ('set_b/Btraining_murmur_Btraining_noisymurmur_162_1307101835989_B_1.wav',
-     ('murmur', '162', '1307101835989', 'B_1')),
-    ('Aunlabelledtest__201012172012.wav', ('', '', '201012172012', '')),
-    ('extrastole__127_1306764300147_C2.wav', ('extrastole', '127', '1306764300147', 'C2')),
-    ('Btraining_extrastole_127_1306764300147_C2.wav', ('extrastole', '127', '1306764300147', 'C2')),
-    ('odd.wav', ('', '', 'odd', ''))])
-def test_pascal_names(name, expected): assert tuple(_parse_pascal_name(name).values()) == expected
-
-
-# --- download ---
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_): pass
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        # promises more than it sends, as a broken line does
-        if self.path.endswith(self.server.cut) and self.server.cut:
-            self.send_response(200)
-            self.send_header('Content-Length', '1000000')
-            self.end_headers()
-            self.wfile.write(b'RIFF')
-        else: super().do_GET()
-
-
-@pytest.fixture
-def published(tmp_path):
-    "a small CirCor on a server; `server.asked` lists what was asked for"
-    folder = tmp_path/'published'
-    for name in ('training_data/1_AV.wav', 'training_data/1_AV.tsv', 'training_data/2 MV.wav',
-                 'training_data.csv', 'RECORDS'):
-        (folder/name).parent.mkdir(parents=True, exist_ok=True)
-        (folder/name).write_bytes(name.encode()*50)
-    (folder/'SHA256SUMS.txt').write_text(
-        ''.join(f'{hashlib.sha256(p.read_bytes()).hexdigest()} {p.relative_to(folder)}\n'
-                for p in folder.rglob('*') if p.is_file()))
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0),
-                                             functools.partial(Handler, directory=folder))
-    server.asked, server.cut, server.url = [], '', f'http://127.0.0.1:{server.server_port}/'
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server, folder
-    server.shutdown()
-    server.server_close()
-
-
-def test_only_what_is_wanted_comes_and_only_once(published, tmp_path):
-    server, folder = published
-    assert download('circor', tmp_path/'raw', base_url=server.url) == {'circor': 4}
-    assert (not (tmp_path/'raw/circor/RECORDS').exists()
-            and (tmp_path/'raw/circor/training_data/2 MV.wav').read_bytes()
-            == (folder/'training_data/2 MV.wav').read_bytes())
-    server.asked.clear()
-    server.shutdown()   # a complete data set needs no network
-    assert (download('circor', tmp_path/'raw', base_url=server.url) == {'circor': 4}
-            and not server.asked)
-
-
-def test_a_cut_file_is_never_taken_for_a_whole_one(published, tmp_path):
-    server, folder = published
-    server.cut = '1_AV.wav'
-    with pytest.raises(PahclError, match='The same command goes on where it stopped'):
-        download('circor', tmp_path/'raw', base_url=server.url, retries=0, workers=1)
-    assert not (tmp_path/'raw/circor/training_data/1_AV.wav').exists()
-    server.cut = ''
-    server.asked.clear()
-    download('circor', tmp_path/'raw', base_url=server.url)
-    assert (tmp_path/'raw/circor/training_data/1_AV.wav').read_bytes() == (
-        folder/'training_data/1_AV.wav').read_bytes()
-    assert '/SHA256SUMS.txt' not in server.asked
-
-
-def test_a_list_that_makes_no_sense_is_not_kept(published, tmp_path):
-    server, folder = published
-    good = (folder/'SHA256SUMS.txt').read_text()
-    for bad, says in (('<html>maintenance</html>', 'line 1 is no checksum'),
-                      (f'{"0"*64} ../../evil', 'outside the folder'),
-                      (f'{"0"*64} nothing_needed', 'lists none of the files')):
-        (folder/'SHA256SUMS.txt').write_text(bad)
-        with pytest.raises(PahclError, match=says):
-            download('circor', tmp_path/'raw', base_url=server.url)
-    (folder/'SHA256SUMS.txt').write_text(good)
-    assert download('circor', tmp_path/'raw', base_url=server.url) == {'circor': 4}
-
-
-def test_simulated_data_are_not_mixed_with_real_ones(tmp_path):
-    simulate_dataset(tmp_path, 'circor', subjects=9, seconds=0.6)
-    with pytest.raises(PahclError, match='holds simulated recordings'): download('circor', tmp_path)
-
-
-def test_script_without_a_network_is_one_sentence(tmp_path, capsys, monkeypatch):
-    circor = DATASETS['circor']
-    monkeypatch.setitem(DATASETS, 'circor',
-                        replace(circor, source=replace(circor.source, url='http://127.0.0.1:9/')))
-    assert pahcl_download(['--dataset', 'circor', '--output-dir', str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert 'could not be reached' in error and error.count('\n') == 1 and 'Traceback' not in error
-    assert pahcl_download(['--dataset', 'pascal', '--output_dir', str(tmp_path)]) == 0
-    assert 'heartchallenge' in capsys.readouterr().out
 
 
 # --- the table ---
@@ -248,7 +113,6 @@ def test_2016_signal_quality_and_what_contradicts_it(raw, logged):
 
 
 def test_2016_signal_quality_is_fetched():
-    import re
     for name in ('training-a/REFERENCE-SQI.csv',
                  'annotations/updated/training-f/REFERENCE_withSQI.csv',
                  'annotations/Online Appendix_training set.csv',
@@ -359,18 +223,6 @@ def test_a_second_id_saved_as_a_float_is_the_same_person(tmp_path):
     table.to_csv(folder/'training_data.csv', index=False)
     assert load_recordings(tmp_path, 'circor').set_index(
         'subject_id').person_id.loc[[first, second]].nunique() == 1
-
-
-@given(st.lists(st.integers(0, 3000), max_size=30))
-@settings(deadline=None)
-def test_sittings_are_chains_of_at_most_15_minutes(minutes):
-    "the same by cutting the sorted times where more than 15 minutes lie between"
-    stamp = lambda m: (datetime(2011, 2, 27, 22)+timedelta(minutes=m)).strftime('%Y%m%d%H%M')
-    expected = {}
-    for m in sorted(set(minutes)):
-        expected[stamp(m)] = stamp(m) if not expected or m-before > 15 else expected[stamp(before)]
-        before = m
-    assert _group_sittings([stamp(m) for m in minutes]) == expected
 
 
 def test_set_a_files_of_one_sitting_are_one_person(raw):

@@ -4,10 +4,12 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pahcl.core.config_sections import AugmentationSection
 from pahcl.core.basics import PahclError
-from pahcl.data.augmentation import Augmenter, _DRAW_COLUMNS, _feature_change
+from pahcl.data.augmentation import Augmenter
+from pahcl.data.augmentation_steps import _DRAW_COLUMNS
 from pahcl.data.distortions import warp_cycles, _warp_rows, _warp_tensors
 from pahcl.data.phases import gap_mask, valid_lengths, valid_mask
 from pahcl.data.random_numbers import _draw_uniforms, _hash_words, sample_keys
+from pahcl.studies.augmentation_effects import _feature_change
 
 OFF = dict(time_shift=0.0, time_stretch=0.0, polarity_probability=0.0, noise_probability=0.0,
            respiration_probability=0.0,
@@ -167,7 +169,7 @@ ALONE = dict(time_shift={}, time_stretch={},
              **{k: {k: 1.0} for k in OFF if k.endswith('probability')})
 
 @pytest.fixture(scope='module')
-def heard(work):
+def cycles_of_persons(work):
     from pahcl.data.loader import Cycles
     cycles = Cycles.from_processed(work/'processed')
     rows = np.random.default_rng(0).permutation(len(cycles))[:60]
@@ -175,12 +177,12 @@ def heard(work):
     return b['x'], b['phases'], torch.tensor(pd.factorize(cycles.table['person_id'].iloc[rows])[0])
 
 @pytest.mark.parametrize('name', ['cnn', 'cnn_mamba_small', 'resnet34_1d'])
-def test_every_default_step_changes_features(heard, name):
+def test_every_default_step_changes_features(cycles_of_persons, name):
     from pahcl.models.encoders import build_encoder
     torch.manual_seed(1)
     encoder = build_encoder(name).eval()
     change = lambda keys: _feature_change(
-        encoder, Augmenter(AugmentationSection(**{**OFF, **keys})), *heard, 5000)
+        encoder, Augmenter(AugmentationSection(**{**OFF, **keys})), *cycles_of_persons, 5000)
     defaults = AugmentationSection().model_dump()
     found = {step: change({step: defaults[step]} | on) for step, on in ALONE.items()}
     assert ALONE.keys() == OFF.keys() and min(found.values()) > LEAST, found

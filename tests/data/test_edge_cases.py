@@ -1,9 +1,9 @@
-"""Hard cases: every one is what it says, exactly annotated and reproducible, and the segmenter has
+"""Edge cases: every one is what it says, exactly annotated and reproducible, and the segmenter has
 a floor on each
 """
 import numpy as np, pytest
-from pahcl.data.heart_sounds import _EDGE_CASES, _simulate_edge_case
-from pahcl.data.signal import _mix_at_level, speech_noise
+from pahcl.data.edge_cases import _EDGE_CASES, _simulate_edge_case
+from pahcl.data.noise import _mix_at_level, speech_noise
 from pahcl.segmentation.scoring import pool_scores, score_states
 from pahcl.segmentation.segmenter import segment
 
