@@ -225,7 +225,7 @@ def test_what_cannot_be_cross_validated_is_said(trained, monkeypatch, capsys):
         assert run('--cross-validate', *flags) == 2 and why in capsys.readouterr().err
     assert (run('--cross-validate', '3', '--subject-rule', 'any_present') == 1
             and 'any_present' in capsys.readouterr().err)
-    monkeypatch.setattr('pahcl.studies.cross_validation._assign_fold_splits',
+    monkeypatch.setattr('pahcl.studies.fold_plans._assign_fold_splits',
                         lambda *args: {'fold 0': {'2016-a-C1': 'val', '2016-a-C4': 'test'}})
     assert (run('--cross-validate', '3', '--subject-rule', 'learned') == 1
             and 'the validation persons of fold 0 are all of class' in capsys.readouterr().err)
