@@ -11,3 +11,14 @@ from .label_files import read_labels, read_rows
 from .registry import (
     Dataset, DATASETS, get_class_columns, get_recording_columns, identify_devices,
     register_dataset, select_datasets, select_tasks, Source, TaskDefinition, TASKS)
+
+# %% ../../nbs/data/datasets.ipynb #d0order1
+def _move_to_front(
+    names,   # of registered data sets
+):
+    "List these data sets and their tasks before all others, in this order."
+    order = [*names, *(n for n in DATASETS if n not in names)]
+    for name in order: DATASETS[name] = DATASETS.pop(name)
+    for task in [t for name in order for t in DATASETS[name].tasks]: TASKS[task] = TASKS.pop(task)
+
+_move_to_front(['circor', 'physionet2016', 'pascal'])

@@ -1,4 +1,6 @@
 "Who is who in the three data sets, and what a file's name says"
+import subprocess
+import sys
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -46,3 +48,15 @@ def test_sittings_are_chains_of_at_most_15_minutes(minutes):
         expected[stamp(m)] = stamp(m) if not expected or m-before > 15 else expected[stamp(before)]
         before = m
     assert _group_sittings([stamp(m) for m in minutes]) == expected
+
+
+def test_the_order_does_not_depend_on_who_is_imported_first():
+    program = """
+from pahcl.data.registry import register_dataset
+register_dataset('clinic', clinic_loud=dict(column='', label_map={}, primary_metric=''))(len)
+from pahcl.data import pascal, datasets
+print(*datasets.DATASETS, *datasets.TASKS)"""
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
+                          check=True)
+    assert done.stdout.split() == ['circor', 'physionet2016', 'pascal', 'clinic', 'circor_murmur',
+                                   'circor_outcome', 'physionet2016', 'pascal', 'clinic_loud']
