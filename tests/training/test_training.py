@@ -29,7 +29,7 @@ from pahcl.training.trainer import Trainer
 LINE = textwrap.dedent('''
     import sys, time, torch
     from pahcl.core.basics import generator
-    from pahcl.core.config import _TrainingSection
+    from pahcl.core.config_sections import _TrainingSection
     from pahcl.training.runs import Run
     from pahcl.training.schedule import _parameter_groups
     from pahcl.training.trainer import Trainer
