@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import (
     first_few, get_logger, PahclError, progress, read_json, read_table, require_path)
+from ..core.metrics import CHALLENGE_METRICS
+from ..core.predictions import class_names, positive_class
 
 # %% ../../nbs/data/tasks.ipynb #cell6
 # of a cycle, in the recording
@@ -28,7 +32,6 @@ def read_processed(
     processed_dir,  # output of pahcl_preprocess
 ):  # (its recordings.csv, a row a recording, `cycles_kept` as int; the settings it was made with)
     "The recordings of a processed folder and its settings."
-    import pandas as pd
     remedy = 'Run pahcl_preprocess first.'
     require_path(processed_dir, 'processed folder', remedy)
     needed = ['dataset', 'subject_id', 'person_id', 'recording_id', 'location', 'murmur', 'outcome',
@@ -56,7 +59,6 @@ def _compute_sample_boundaries(
     # stored cycle, never descending
 ):
     "States in samples of the stored cycle."
-    import numpy as np
     onset, offset, valid = (cycles[[c]].to_numpy(float)
                             for c in ('onset_s', 'offset_s', 'valid_length'))
     rate = (settings['target_length']/(offset-onset) if settings['length_mode'] == 'phase'
@@ -98,7 +100,6 @@ def read_kept_cycles(
     # `duration_s`, the whole cycle
 ):
     "All cycles that were kept, in the order of the recordings."
-    import pandas as pd
     rows, owner = [], []
     for i, (folder, kept) in enumerate(zip(progress(recordings['folder'], 'read cycles'),
                                            recordings['cycles_kept'])):
@@ -149,19 +150,18 @@ class Task:
 @patch(as_prop=True)
 def class_names(self: Task) -> list:
     "Return the names of the classes in the order of their numbers."
-    return sorted(self.label_map, key=self.label_map.get)
+    return class_names(self.label_map)
 
 @patch(as_prop=True)
 def positive_class(self: Task) -> int:
     "Return the number of the class that is looked for: Present, else the second one."
-    return self.label_map.get('Present', 1)
+    return positive_class(self.label_map)
 
 @patch(as_prop=True)
 def official_metric(self: Task):
     """Return the score of the task's challenge, an entry of `pahcl.core.metrics.CHALLENGE_METRICS`,
     or None.
     """
-    from pahcl.core.metrics import CHALLENGE_METRICS
     return CHALLENGE_METRICS.get(self.name)
 
 # %% ../../nbs/data/tasks.ipynb #cell24
@@ -219,7 +219,6 @@ def without_cycles(self: Task,
 @patch(as_prop=True)
 def class_priors(self: Task):   # float [classes], they sum to 1
     "Return how frequent each class is in training, with one recording more of each."
-    import numpy as np
     own = self.recordings.query('split == "train"')['label'].dropna().astype(int)
     counts = np.bincount(own, minlength=self.num_classes)+1.
     return counts/counts.sum()

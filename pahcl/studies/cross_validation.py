@@ -19,6 +19,8 @@ from ..evaluation.decisions import Decisions
 from ..evaluation.evaluator import note_bag_levels, open_model, open_split, predict_validation
 from ..evaluation.subject_rules import check_rules, VALIDATION_RULES
 from ..evaluation.thresholds import check_threshold
+from ..models.checkpoints import load_classifier, persons_trained_on
+from ..models.pretrained import read_pretrained, resolve_checkpoint
 from .fold_plans import (
     _check_validation, _note_tested_persons, _parse_folds, _person_labels, _plan_folds)
 from .fold_scores import _fold_sections, _note_undefined_scores, score_folds
@@ -29,8 +31,6 @@ def _pretraining_persons(
     saved: dict,   # a fine-tuned checkpoint's content
 ):                 # (set of persons, a sentence or '')
     "Return who took part in the pretraining that a checkpoint was fine-tuned from."
-    from pahcl.models.checkpoints import persons_trained_on
-    from pahcl.models.pretrained import read_pretrained, resolve_checkpoint
     source = ((saved.get('config') or {}).get('pretrain') or {}).get('checkpoint_path')
     if source is None:
         raise PahclError('the checkpoint does not say what it was fine-tuned from, '
@@ -111,7 +111,6 @@ def _open_checkpoint_and_task(
     checkpoint, task: str, data_dir,   # see `cross_validate`
 ):                                     # (the checkpoint's content, the `Task`)
     "Open what is to be repeated, and its task; a checkpoint of another task is refused."
-    from pahcl.models.checkpoints import load_classifier
     saved = load_classifier(require_path(checkpoint, 'checkpoint',
                                          'Train one with pahcl_finetune.'))[1]
     if saved['task'] != task:

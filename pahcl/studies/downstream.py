@@ -18,6 +18,7 @@ from ..data.fetching import download
 from ..data.simulation import simulate_dataset
 from ..data.splitting import prepare
 from ..evaluation.evaluator import evaluate
+from ..models.pretrained import resolve_checkpoint
 from ..segmentation.preprocessing import preprocess
 from .summary import summarize
 from ..training.finetuning import finetune
@@ -121,7 +122,6 @@ def _hash_checkpoint(
 ):                     # a list of its hash; None for a random start
     "Return what the checkpoint is that fine-tuning starts from, wherever it lies."
     if pretrained == 'none': return None
-    from pahcl.models.pretrained import resolve_checkpoint
     path = require_path(resolve_checkpoint(pretrained), 'checkpoint',
                         'Give another with --pretrained.')
     return list(hash_files([path], '.').values())

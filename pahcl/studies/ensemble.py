@@ -198,13 +198,14 @@ def _common_folder(
 def _describe_ensemble(
     evaluation,     # `pahcl.evaluation.scoring.Evaluation`, with the members
     paths: list,    # of their checkpoints
-    model,          # the first member, of `pahcl.evaluation.evaluator.open_model`
+    saved: dict,    # content of the first one's checkpoint
+    task: Task,     # that was predicted
     split: str,     # that was scored
     notes: list,    # sentences, of `_collect_ensemble_notes`
 ):                  # the same evaluation with all that stands in metrics.json
     "Add from which checkpoints the ensemble was made, and what must be known of it; log the notes."
-    about = dict(checkpoints=[str(p) for p in paths], trained_on=model.saved['task'], split=split,
-                 matched=model.matched)
+    about = dict(checkpoints=[str(p) for p in paths], trained_on=saved['task'], split=split,
+                 matched=task.describe_match(saved['label_map'], saved['task']))
     results = about | evaluation.results | dict(notes=[*notes, *evaluation.decisions.notes])
     evaluation = replace(evaluation, results=results)
     for note in evaluation.notes: get_logger().info(note)
@@ -231,8 +232,7 @@ def ensemble(
     # predict with each member, score their mean
     weights = (_fit_validation_weights(members, task, data_dir, batch_size, **rules)
                if weighted else None)
-    models = [open_model(p, prepared) for p in members]
-    predictions = [model.predict(cycles, batch_size) for model in models]
+    predictions = [open_model(p, prepared).predict(cycles, batch_size) for p in members]
     together = Predictions.mean(predictions, **rules, weights=weights)
     scored = score_split(together, prepared, split, **rules, draws=draws, seed=seed,
                          raw_dir=raw_dir)
@@ -240,7 +240,8 @@ def ensemble(
     scored = _add_members(scored, predictions, list(members), answers, **rules, weights=weights)
     # say how it was made
     notes = _collect_ensemble_notes(list(members.values()), cycles.table, prepared, subject_rule)
-    scored = _describe_ensemble(scored, list(members), models[0], split, notes)
+    first = next(iter(members.values()))
+    scored = _describe_ensemble(scored, list(members), first, prepared, split, notes)
     # write
     folder = (Path(output_dir) if output_dir
               else _common_folder(list(members))/f'ensemble_{task}_{split}')

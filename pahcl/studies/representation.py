@@ -16,7 +16,9 @@ from ..core.predictions import Predictions
 from ..data.tasks import find_met_persons
 from ..evaluation.evaluator import open_split
 from ..evaluation.pages import format_with_interval, write_page
+from ..models.checkpoints import persons_trained_on
 from ..models.classifier import encode_cycles
+from ..models.pretrained import load_pretrained_encoder, resolve_checkpoint
 from .anomaly import _CycleFeatures, _detect_anomalies
 from .feature_map import (
     _compute_tsne, _encode_map_cycles, _MAP_CAPTION, _map_figure, _map_figures, _sample_cycles)
@@ -49,7 +51,6 @@ def _representation_notes(
     names=(),                   # of the classes
 ) -> list:                      # sentences
     "Say what was learnt from whom, and whether the encoder knows these people."
-    from pahcl.models.checkpoints import persons_trained_on
     seen = sorted(find_met_persons(persons_trained_on(saved) or set(), test))
     who = f'the encoder has learnt from {len(seen)} of these persons: {first_few(seen, 5, " …")}'
     missing = _missing_classes_note(test['label'], names) if names else ''
@@ -141,7 +142,6 @@ def represent(
     """Map, probe and look for anomalies; explain the classifier of a fine-tuned checkpoint by
     saliency.
     """
-    from pahcl.models.pretrained import load_pretrained_encoder, resolve_checkpoint
     encoder, saved, _ = load_pretrained_encoder(checkpoint)
     splits, prepared = _split_features(encoder, task, data_dir,
                                        list(dict.fromkeys(('train', split))), cycles_per_recording,

@@ -251,7 +251,8 @@ def test_a_task_with_one_device_is_refused(monkeypatch, tmp_path, capsys):
                         label_map=dict(Present=0, Absent=1, Unknown=2))))
     (tmp_path/'model.pt').touch()
     saved = dict(task='circor_murmur', config=dict(pretrain=dict(checkpoint_path='none')))
-    monkeypatch.setattr('pahcl.models.checkpoints.load_classifier', lambda path: (None, saved))
+    monkeypatch.setattr('pahcl.studies.cross_validation.load_classifier',
+                        lambda path: (None, saved))
     assert pahcl_evaluate(['--checkpoint', str(tmp_path/'model.pt'), '--task', 'circor_murmur',
                            '--data-dir', str(tmp_path), '--cross-validate', 'device']) == 2
     told = capsys.readouterr().err
