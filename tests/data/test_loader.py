@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 import pahcl.data.packing as packing
 from pahcl.core.basics import PahclError, write_json
 from pahcl.data.loader import Cycles, _label_phases
-from pahcl.data.packing import _open_pack, _quantise
+from pahcl.data.packing import _quantise
 from pahcl.data.sampling import draw_epoch_rows, draw_few_shot_rows, split_into_batches
 from pahcl.data.splitting import prepare
 from pahcl.data.tasks import find_held_out_persons, SPLIT_FRACTIONS

@@ -1,7 +1,6 @@
 """One table from every layout; annotations; the real data's published numbers where PAHCL_RAW_DIR
 names them
 """
-import logging
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ import scipy.io
 import soundfile
 from hypothesis import given, settings, strategies as st
 
-from pahcl.core.basics import get_logger, PahclError
+from pahcl.core.basics import PahclError
 from pahcl.data.datasets import DATASETS, get_recording_columns
 from pahcl.data.physionet2016 import _APPENDIX_COLUMNS, _identify_person_2016
 from pahcl.data.recordings import load_recordings, read_annotation
@@ -236,17 +235,6 @@ def test_set_a_files_of_one_sitting_are_one_person(raw):
         'pascal-a201108222221': 3, 'pascal-a201108222252': 1, 'pascal-a201104021355': 2}
     assert (table.subject_id['normal__201108222236'] == 'pascal-a201108222236'
             and table.subject_id.nunique() == 5)
-
-
-@pytest.fixture
-def logged():
-    "what the package logs"
-    class Keep(logging.Handler):
-        def emit(self, record): messages.append(record.getMessage())
-    messages, keep = [], Keep()
-    get_logger().addHandler(keep)
-    yield messages
-    get_logger().removeHandler(keep)
 
 
 def test_2016_missing_and_unlabelled(raw, logged):

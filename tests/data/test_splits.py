@@ -3,7 +3,6 @@ console script
 """
 import itertools
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from hypothesis import example, given, settings, strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 import pahcl.data.task_folders as task_folders
-from pahcl.core.basics import generator, get_logger, PahclError, read_json
+from pahcl.core.basics import PahclError, read_json
 from pahcl.data.datasets import TASKS
 from pahcl.data.splitting import prepare, _split_dataset
 from pahcl.data.stratification import (
@@ -27,7 +26,7 @@ from pahcl.data.tasks import (
     check_leaks, compute_class_weights, find_held_out_persons, SPLIT_FRACTIONS)
 from pahcl.splits import pahcl_prepare
 from pahcl.core.basics import read_table
-from pahcl.data.tasks import read_kept_cycles, read_processed, Task
+from pahcl.data.tasks import read_processed, Task
 from pahcl.testing.made import _make_processed_folder, _make_recordings
 
 settings.register_profile('loaded machine', deadline=None)
@@ -139,16 +138,6 @@ def house(tmp_path):
         def table(self, task, split): return read_table(self.out/task/f'{split}.csv')
     return House()
 
-@pytest.fixture
-def said():
-    "The lines of the log."
-    class Handler(logging.Handler):
-        def emit(self, record): lines.append(record.getMessage())
-    lines, handler = [], Handler()
-    get_logger().addHandler(handler)
-    yield lines
-    get_logger().removeHandler(handler)
-
 def files_of(folder):
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns)
             for p in sorted(Path(folder).rglob('*')) if p.is_file()}
@@ -198,7 +187,7 @@ def test_folder(house):
     assert configs['circor_murmur']['split_persons'] == configs['circor_outcome']['split_persons']
     assert not (house.out/'.preparing').exists()
 
-def test_of_several_labels_the_rarest_in_training_counts(house, said):
+def test_of_several_labels_the_rarest_in_training_counts(house, logged):
     """a person with recordings of every class, in whatever split; Cycles, levels, bags and floors
     agree
     """
@@ -214,7 +203,8 @@ def test_of_several_labels_the_rarest_in_training_counts(house, said):
     more = more.assign(recording_id=more['recording_id']+'_2', folder=more['folder']+'_2')
     house.make(pd.concat([table, more], ignore_index=True))
     config = house.prepare('pascal')['pascal']
-    assert 'pascal: 8 of 30 subjects have recordings of several classes; the rarest counts' in said
+    assert ('pascal: 8 of 30 subjects have recordings of several classes; the rarest counts'
+            in logged)
     folder, third = house.out/'pascal', set(more['subject_id'])
     number = config['label_map']
     known = read_table(folder/'recordings.csv')
@@ -273,12 +263,12 @@ def test_rerun_replaces_and_copy(house):
         assert ((house.out/'pascal'/p).stat().st_nlink == 1 and (house.out/'pascal'/p).read_bytes()
                 == (house.processed/p.split('/', 1)[1]).read_bytes())
 
-def test_copies_where_links_fail_said_once(house, monkeypatch, said):
+def test_copies_where_links_fail_said_once(house, monkeypatch, logged):
     house.make()
     def no_link(*_): raise OSError(18, 'Invalid cross-device link')
     monkeypatch.setattr(os, 'link', no_link)
     house.prepare('pascal')
-    assert sum('40 files were copied' in line for line in said) == 1
+    assert sum('40 files were copied' in line for line in logged) == 1
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(28, 'No space left on device')])
 def test_killed_in_the_middle_leaves_the_old_task(house, monkeypatch, error):
@@ -337,7 +327,7 @@ def raw_says(monkeypatch, table):
     monkeypatch.setattr('pahcl.data.splitting.load_recordings',
                         lambda raw_dir, dataset='all', keep_withdrawn=False: table)
 
-def test_raw_folder_is_asked(house, monkeypatch, said):
+def test_raw_folder_is_asked(house, monkeypatch, logged):
     table = _make_recordings(persons=20)
     house.raw.mkdir()
     raw_says(monkeypatch, table)
@@ -345,7 +335,7 @@ def test_raw_folder_is_asked(house, monkeypatch, said):
         house.prepare()
     house.make(table.drop(index=[0]))
     house.prepare()
-    assert '1 recordings of the raw folder were not preprocessed: 1000_AV' in '\n'.join(said)
+    assert '1 recordings of the raw folder were not preprocessed: 1000_AV' in '\n'.join(logged)
     for column, value in [('murmur', 'Absent'), ('person_id', '1000')]:
         raw_says(monkeypatch, table.assign(
             **{column: table[column].where(table['subject_id'] != '1002', value)}))
@@ -353,14 +343,14 @@ def test_raw_folder_is_asked(house, monkeypatch, said):
                                              'says now, e.g. 1002_AV'):
             house.prepare()
 
-def test_withdrawn_recordings_are_compared_but_not_missed(house, monkeypatch, said):
+def test_withdrawn_recordings_are_compared_but_not_missed(house, monkeypatch, logged):
     table = _make_recordings(['physionet2016'], persons=20).assign(withdrawn=False)
     house.raw.mkdir()
     table.loc[0, 'withdrawn'] = True
     raw_says(monkeypatch, table)
     house.make(table.drop(index=[0]))
     house.prepare()
-    assert 'not preprocessed' not in '\n'.join(said)
+    assert 'not preprocessed' not in '\n'.join(logged)
     pd.concat([read_processed(house.processed)[0], table.iloc[:1].assign(cycles_kept=0)]).to_csv(
         house.processed/'recordings.csv', index=False)
     raw_says(monkeypatch,
@@ -369,29 +359,29 @@ def test_withdrawn_recordings_are_compared_but_not_missed(house, monkeypatch, sa
                                          'says now, e.g. a0001'):
         house.prepare()
 
-def test_data_set_not_there(house, said):
+def test_data_set_not_there(house, logged):
     house.make(_make_recordings(['circor'], persons=20))
     assert list(house.prepare()) == ['circor_murmur', 'circor_outcome']
-    assert ('skipped physionet2016, pascal' in '\n'.join(said)
-            and 'pretraining may use 14 of 20 persons (70%)' in '\n'.join(said))
+    assert ('skipped physionet2016, pascal' in '\n'.join(logged)
+            and 'pretraining may use 14 of 20 persons (70%)' in '\n'.join(logged))
     with pytest.raises(PahclError, match='no labels found for pascal in .*Run pahcl_preprocess '
                                          '--dataset pascal'):
         house.prepare('pascal')
     with pytest.raises(PahclError, match="dataset 'circor_murmur' is not known"):
         house.prepare('circor_murmur')
 
-def test_labels(house, said):
+def test_labels(house, logged):
     table = _make_recordings(['pascal'], persons=20)
     table['label'] = [None]*5+['normal']*13+['murmur']*2
     house.make(table)
     config = house.prepare('pascal')['pascal']
     assert (sum(map(len, config['split_subjects'].values())) == 15
-            and '5 recordings without a label' in '\n'.join(said))
-    assert ('2 persons have the class murmur; it is not in val' in '\n'.join(said)
+            and '5 recordings without a label' in '\n'.join(logged))
+    assert ('2 persons have the class murmur; it is not in val' in '\n'.join(logged)
             and '0 persons have the class extrasystole; it is not in train and val and test'
-            in '\n'.join(said))
+            in '\n'.join(logged))
     assert (config['class_weights'][2] == 0
-            and 'no training cycle is labelled extrasystole' in '\n'.join(said))
+            and 'no training cycle is labelled extrasystole' in '\n'.join(logged))
     csv = house.processed/'recordings.csv'
     csv.write_text(csv.read_text().replace('murmur,', 'Murmur,').replace(
         'outcome,Murmur', 'outcome,murmur').replace('location,Murmur', 'location,murmur'))

@@ -18,7 +18,6 @@ from pahcl.evaluation.baselines import (
 from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics, METRICS
 from pahcl.core.predictions import positive_class, Predictions
 from pahcl.testing.made import _made_cycles
-from pahcl.core.ranking import auprc, auroc
 import pahcl.core.resampling as resampling
 from pahcl.core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)

@@ -15,13 +15,7 @@ from pahcl.models.convolutions import _ChannelAttention, _ConvLayer
 from pahcl.models.heads import ClassifierHead, Projector
 from pahcl.models.masked_layers import _Dropout, _DropPath, MaskedGroupNorm
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "These arrays are tiny: a second thread only waits."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 TINY = dict(cnn_channels=[4, 8], cnn_kernel_sizes=[7, 5], cnn_strides=[4, 2], mamba_d_model=8,
             mamba_n_layers=2, mamba_d_state=4, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=2,

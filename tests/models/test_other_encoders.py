@@ -14,13 +14,7 @@ from pahcl.models.encoders import _CNNLSTM, _CNNTransformer, _ResNet34, _SincNeX
 from pahcl.models.pooling import AttentiveStatisticsPooling
 from pahcl.models.sinc_filters import SincConv
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "These arrays are small: a second thread only waits."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 SMALL = dict(
     cnn_transformer=dict(cnn_channels=[4, 8], cnn_kernel_sizes=[7, 5], cnn_strides=[4, 2],

@@ -14,13 +14,7 @@ from pahcl.models.chunked_scan import _CHUNK_STEPS
 from pahcl.models.scan_reference import _scan_reference
 from pahcl.models.selective_scan import selective_scan
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "These arrays are tiny: a second thread only waits."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 needs_c = pytest.mark.skipif(not compiled._have_compiled(),
                              reason='pahcl was installed without a C compiler')

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
-from pahcl.core.basics import get_logger, PahclError
+from pahcl.core.basics import PahclError
 from pahcl.data.recordings import read_annotation
 from pahcl.cycles import pahcl_score_states
 from pahcl.segmentation.folder_scoring import (
@@ -16,12 +16,7 @@ from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.simulation import simulate_dataset
 from pahcl.segmentation.segmenter import segment, write_states
 
-@pytest.fixture(autouse=True, scope='module')
-def quiet():
-    level = get_logger().level
-    get_logger().setLevel('ERROR')
-    yield
-    get_logger().setLevel(level)
+pytestmark = pytest.mark.usefixtures('quiet')
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):

@@ -4,10 +4,10 @@ survives, killed runs go on, any worker count gives the same bytes
 import json, os, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile
-from pahcl.core.basics import get_logger, PahclError
+from pahcl.core.basics import PahclError
 from pahcl.cycles import pahcl_preprocess
 from pahcl.data.tasks import BEAT_BOUNDARIES
-from pahcl.segmentation.beats import _fallback_beats, find_whole_beats, _reject_beats
+from pahcl.segmentation.beats import find_whole_beats
 from pahcl.segmentation import cutting
 from pahcl.segmentation.cutting import _CYCLES_CSV_COLUMNS
 from pahcl.segmentation.preprocessing import _find_file_problem, preprocess
@@ -17,12 +17,7 @@ from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.simulation import simulate_dataset
 from pahcl.segmentation.segmenter import segment
 
-@pytest.fixture(autouse=True, scope='module')
-def quiet():
-    level = get_logger().level
-    get_logger().setLevel('ERROR')
-    yield
-    get_logger().setLevel(level)
+pytestmark = pytest.mark.usefixtures('quiet')
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):

@@ -3,7 +3,6 @@ stopped, and has no number for what was not trained
 """
 import json
 import shutil
-from pathlib import Path
 
 import pandas as pd
 import pytest

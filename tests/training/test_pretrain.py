@@ -15,8 +15,6 @@ import pahcl.training.trainer
 from pahcl.core.basics import PahclError
 from pahcl.core.config import load_config
 from pahcl.core.config_sections import _ContrastSection, _TrainingSection
-from pahcl.training.contrastive_model import ContrastiveModel
-from pahcl.models.encoders import build_encoder
 from pahcl.data.loader import Cycles
 from pahcl.data.tasks import find_held_out_persons
 from pahcl.models.checkpoints import load_checkpoint
