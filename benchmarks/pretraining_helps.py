@@ -27,8 +27,8 @@ from pahcl.studies.paired_tests import _draw_run_weights
 from pahcl.core.config import load_config
 from pahcl.evaluation.evaluator import open_model, open_split
 from pahcl.training.finetuning import finetune
-from pahcl.training.finetuning_data import _drop_inaudible_recordings, load_task_cycles
-from pahcl.training.finetuning_setup import build_starting_model
+from pahcl.training.finetuning_data import _drop_inaudible_recordings, _load_task_cycles
+from pahcl.training.finetuning_setup import _build_starting_model
 from pahcl.data.sampling import draw_few_shot_rows, sample_rows_per_group
 from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics
 from pahcl.core.predictions import Predictions
@@ -84,10 +84,10 @@ def frozen(task, data_dir, start, seed, pooling='cycle'):
     config = load_config('finetune', None,
                          overrides=dict(task=task, data_dir=data_dir, pretrained=start, seed=seed,
                                         encoder_type=COMMON['encoder_type']))
-    data, prepared = load_task_cycles(config)
+    data, prepared = _load_task_cycles(config)
     data['train'], _ = _drop_inaudible_recordings(config, data['train'])
     heldout = map_ids_to_persons(data['val'].table, data['test'].table)
-    encoder = build_starting_model(config, prepared.num_classes, heldout).model.encoder
+    encoder = _build_starting_model(config, prepared.num_classes, heldout).model.encoder
     return {s: (data[s].table, encode_cycles(encoder, data[s], pooling=pooling))
             for s in ('train', 'test')}, prepared.num_classes
 

@@ -9,8 +9,8 @@ import torch
 from pahcl.core.config_sections import AugmentationSection
 from pahcl.data.augmentation import Augmenter
 from pahcl.data.distortions import (
-    add_noise_at_snr, _apply_gain, _band_gain, draw_coloured_noise, mask_time, modulate_loudness,
-    _notch_gain, warp_cycles, _warp_tensors)
+    _add_noise_at_snr, _apply_gain, _band_gain, _draw_coloured_noise, _mask_time,
+    _modulate_loudness, _notch_gain, _warp_cycles, _warp_tensors)
 from pahcl.data.phases import normalise_valid, valid_lengths
 from pahcl.data.random_numbers import _hash_words, sample_keys
 
@@ -41,18 +41,18 @@ def main(quick=False):
     draw, f = views.draws(0, keys), torch.fft.rfftfreq(T, 1/RATE)
     ones, gain, epoch = torch.ones(B), torch.ones(B, T//2+1), iter(range(10**9))
     words_of = lambda bins: _hash_words(0, keys[:, None], bins)
-    noise = draw_coloured_noise(words_of, T, RATE, ones)
+    noise = _draw_coloured_noise(words_of, T, RATE, ones)
     rows = dict(draws=lambda: views.draws(0, keys), valid_length=lambda: valid_lengths(phases),
-                warp=lambda: warp_cycles(x, phases, draw['time_shift'], draw['time_stretch']),
+                warp=lambda: _warp_cycles(x, phases, draw['time_shift'], draw['time_stretch']),
                 warp_as_tensors=lambda: _warp_tensors(x, phases, draw['time_shift'],
                                                       draw['time_stretch']),
-                respire=lambda: modulate_loudness(x, RATE, ones, ones, ones),
-                coloured_noise=lambda: draw_coloured_noise(words_of, T, RATE, ones),
-                add_noise=lambda: add_noise_at_snr(x, length, noise, 20*ones),
+                respire=lambda: _modulate_loudness(x, RATE, ones, ones, ones),
+                coloured_noise=lambda: _draw_coloured_noise(words_of, T, RATE, ones),
+                add_noise=lambda: _add_noise_at_snr(x, length, noise, 20*ones),
                 band_gain=lambda: _band_gain(f, 20*ones, 400*ones),
                 notch_gain=lambda: _notch_gain(f, 100*ones, 40*ones),
                 apply_gain=lambda: _apply_gain(x, gain, length),
-                time_mask=lambda: mask_time(x, 100*ones, 300*ones),
+                time_mask=lambda: _mask_time(x, 100*ones, 300*ones),
                 standardise=lambda: normalise_valid(x, length))
     repeats = 20 if quick else 200
     print(f'one thread, CPU time, {B} views of {T} samples a call; '

@@ -18,7 +18,7 @@ from pkgutil import resolve_name
 from queue import Queue
 from typing import Callable
 
-from .basics import get_logger, PahclError, report_error, UsageError
+from .basics import get_logger, PahclError, _report_error, UsageError
 from .scripts import load_extensions
 
 # %% ../../nbs/core/jobs.ipynb #cell7
@@ -107,7 +107,7 @@ def _run_child(
     try:
         load_extensions()
         resolve_name(function)(**json.loads(arguments))
-    except (PahclError, KeyboardInterrupt) as e: sys.exit(report_error('pahcl_job', e))
+    except (PahclError, KeyboardInterrupt) as e: sys.exit(_report_error('pahcl_job', e))
 
 def _child_program(
     function: str,   # see `_function_name`

@@ -12,7 +12,7 @@ import os
 import sys
 from functools import wraps
 
-from .basics import PahclError, report_error, UsageError
+from .basics import PahclError, _report_error, UsageError
 
 # %% ../../nbs/core/scripts.ipynb #c005
 def _accept_both_spellings(
@@ -67,10 +67,10 @@ def console_script(
         try:
             load_extensions()
             function(**arguments)
-        except (PahclError, KeyboardInterrupt) as e: return report_error(function.__name__, e)
+        except (PahclError, KeyboardInterrupt) as e: return _report_error(function.__name__, e)
         except OSError as e:
             if e.filename is None and e.errno is None: raise
-            return report_error(function.__name__, PahclError(
+            return _report_error(function.__name__, PahclError(
                 f'{e.strerror}: {e.filename or "(no file named)"}. Check that the path is right, '
                 'readable or writable, and that the disk is not full.'))
         return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .metric_registry import confusion_matrix, _nan_to_none, register_metric
-from .ranking import auprc, auroc, _divide, weighted_auprc, weighted_auroc
+from .ranking import auprc, auroc, _divide, _weighted_auprc, weighted_auroc
 
 # %% ../../nbs/core/standard_metrics.ipynb #c005
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ register_metric('auroc', 'ranking',
 register_metric('auprc', 'ranking',
                 'average precision over all thresholds: a blind answer gets the share of the ill',
                 roles=('primary', 'interval', 'compare', 'tracked'),
-                weighted=weighted_auprc, place=5)(auprc)
+                weighted=_weighted_auprc, place=5)(auprc)
 register_metric('uar', 'class means', 'unweighted average recall: with two classes the mean of '
                 'sensitivity and specificity', place=9,
                 roles=('primary', 'interval', 'compare', 'paired'))(_class_recalls);

@@ -17,8 +17,8 @@ from pydantic import Field
 from ..core.basics import PahclError
 from ..core.config_sections import AugmentationSection, register_keys
 from .distortions import (
-    add_noise_at_snr, _apply_gain, _band_gain, draw_coloured_noise, mask_time, modulate_loudness,
-    _notch_gain, warp_cycles)
+    _add_noise_at_snr, _apply_gain, _band_gain, _draw_coloured_noise, _mask_time,
+    _modulate_loudness, _notch_gain, _warp_cycles)
 from .phases import valid_lengths
 from .random_numbers import _hash_words
 
@@ -174,7 +174,7 @@ class _Warp(Augmentation):
 
     def __call__(self, batch):
         d = batch.draw
-        batch.move(*warp_cycles(batch.x, batch.phases, d['time_shift'], d['time_stretch']))
+        batch.move(*_warp_cycles(batch.x, batch.phases, d['time_shift'], d['time_stretch']))
 
 # %% ../../nbs/data/augmentation_steps.ipynb #0682215a
 _RESPIRATION_HZ = (0.2, 0.67)  # 12 to 40 breaths a minute, adults to small children
@@ -200,7 +200,7 @@ class _Respiration(Augmentation):
     def apply(self, x, drawn):
         rate, depth = drawn['respiration_rate'], drawn['respiration_depth']
         angle = 2*math.pi*drawn['respiration_angle']
-        return modulate_loudness(x, drawn.batch.sample_rate, rate, angle, depth)
+        return _modulate_loudness(x, drawn.batch.sample_rate, rate, angle, depth)
 
 # %% ../../nbs/data/augmentation_steps.ipynb #73d67e58
 def _read_limits(
@@ -229,8 +229,8 @@ class _Noise(Augmentation):
 
     def apply(self, x, drawn):
         T, sample_rate = x.shape[-1], drawn.batch.sample_rate
-        noise = draw_coloured_noise(drawn.words, T, sample_rate, drawn['noise_colour'], self.band)
-        return add_noise_at_snr(x, drawn.length, noise, drawn['noise_snr_db'])
+        noise = _draw_coloured_noise(drawn.words, T, sample_rate, drawn['noise_colour'], self.band)
+        return _add_noise_at_snr(x, drawn.length, noise, drawn['noise_snr_db'])
 
 # %% ../../nbs/data/augmentation_steps.ipynb #095d7434
 class FrequencyAugmentation(Augmentation):
@@ -309,7 +309,7 @@ class _TimeMask(Augmentation):
     def apply(self, x, drawn):
         length = drawn.length
         width = drawn['time_mask_width']*self.config.time_mask_fraction*length
-        return mask_time(x, drawn['time_mask_start']*(length-width), width)
+        return _mask_time(x, drawn['time_mask_start']*(length-width), width)
 
 # %% ../../nbs/data/augmentation_steps.ipynb #b7471f95
 @register_augmentation('polarity')

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/data/datasets.ipynb #dea0887e
 from . import circor, physionet2016, pascal
-from .label_files import read_labels, read_rows
+from .label_files import read_labels, _read_rows
 from .registry import (
     Dataset, DATASETS, get_class_columns, get_recording_columns, identify_devices,
     register_dataset, select_datasets, select_tasks, Source, TaskDefinition, TASKS)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.fft
 
-from .heart_sounds import add_sound_at, stethoscope_click
+from .heart_sounds import _add_sound_at, _stethoscope_click
 from .noise import coloured_noise, _mix_at_level, speech_noise
 from .signal import resample
 
@@ -99,7 +99,7 @@ def _friction_noise(length, sample_rate, rng):
     for start in rng.integers(0, length, rng.poisson(0.3*length/sample_rate)+1):
         size = max(16, int(rng.uniform(0.05, 1.5)*sample_rate))
         noise = coloured_noise(size, sample_rate, rng, rng.uniform(0, 2))
-        add_sound_at(out, int(start), noise*np.hanning(size)*rng.lognormal(0, 0.7))
+        _add_sound_at(out, int(start), noise*np.hanning(size)*rng.lognormal(0, 0.7))
     return out
 
 # %% ../../nbs/data/device_changes.ipynb #36e3097c
@@ -139,7 +139,7 @@ def _add_clicks(signal, sample_rate, rng):
     "Add touches of the stethoscope, two every three seconds."
     out = signal.copy()
     for start in rng.integers(0, len(out), rng.poisson(0.7*len(out)/sample_rate)):
-        add_sound_at(out, int(start), 12*signal.std()*stethoscope_click(sample_rate, rng))
+        _add_sound_at(out, int(start), 12*signal.std()*_stethoscope_click(sample_rate, rng))
     return out
 
 # %% ../../nbs/data/device_changes.ipynb #ee98237f

@@ -10,7 +10,7 @@ import re
 
 from ..core.basics import get_logger
 from .label_files import (
-    _check_choice, _list_wavs, _parse_number, read_labels, read_rows, _warn_missing)
+    _check_choice, _list_wavs, _parse_number, read_labels, _read_rows, _warn_missing)
 from .registry import register_dataset, Source
 
 # %% ../../nbs/data/physionet2016.ipynb #ff84b983
@@ -18,7 +18,7 @@ def _read_references(paths):
     "Read record → normal or abnormal from REFERENCE.csv files; later ones win."
     labels = {}
     for path in paths:
-        for number, (record, value) in read_rows(path, 2):
+        for number, (record, value) in _read_rows(path, 2):
             _check_choice(value, ('-1', '1'), f'{path} line {number}, the label of {record!r},')
             labels[record] = 'abnormal' if value == '1' else 'normal'
     return labels
@@ -45,7 +45,7 @@ def _read_qualities(folder, labels, records):
     """
     quality, unknown, otherwise, twice = {}, [], [], []
     for path in _list_quality_files(folder):
-        for number, (record, label, good) in read_rows(path, 3):
+        for number, (record, label, good) in _read_rows(path, 3):
             where = f'{path} line {number} ({record})'
             value = {'1': 'good', '0': 'poor'}.get(good)
             _check_choice(label, ('-1', '1', '0'),

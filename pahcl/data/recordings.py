@@ -14,7 +14,7 @@ import soundfile
 
 from ..core.basics import get_logger, PahclError, require_path
 from .datasets import (
-    DATASETS, get_class_columns, get_recording_columns, read_rows, select_datasets)
+    DATASETS, get_class_columns, get_recording_columns, _read_rows, select_datasets)
 
 # %% ../../nbs/data/recordings.ipynb #fab91da3
 def _read_audio_header(path, unreadable=False):
@@ -47,7 +47,7 @@ def _nothing_found_error(raw_dir, names):
 def _list_withdrawn(folder, pattern):
     "List the recordings that the publisher's lists name."
     lists = folder.glob(pattern) if pattern else []
-    return {record for path in lists for _, (record,) in read_rows(path, 1)}
+    return {record for path in lists for _, (record,) in _read_rows(path, 1)}
 
 # %% ../../nbs/data/recordings.ipynb #6b0c400d
 def _drop_withdrawn(table):

@@ -26,7 +26,7 @@ from .challenge_rules import (
 from .coverage import _count_class_persons, _coverage_notes
 from .decisions import Decisions
 from .statistics import (
-    bootstrap_matrices, class_intervals, matrix_scores, probability_scores, score_intervals)
+    _bootstrap_matrices, _class_intervals, _matrix_scores, _probability_scores, _score_intervals)
 
 # %% ../../nbs/evaluation/scoring.ipynb #cell8
 def _note_small_classes(
@@ -52,17 +52,17 @@ def _score_level(
     scores = classification_metrics(y, probabilities, k, decided=decided)
     extras = _binary_scores(y, decided, positive_class(predictions.label_map))
     # of every draw
-    matrices = bootstrap_matrices(y, decided, index, weights, k)
-    drawn = matrix_scores(matrices) | probability_scores(y, probabilities, index, weights)
+    matrices = _bootstrap_matrices(y, decided, index, weights, k)
+    drawn = _matrix_scores(matrices) | _probability_scores(y, probabilities, index, weights)
     if official:
         judged, quality = _challenge_decisions(rows, official)
         scores |= dict(official=official.of_decisions(y, judged), quality=quality)
-        counts = bootstrap_matrices(y, judged, index, weights, k) if quality else matrices
+        counts = _bootstrap_matrices(y, judged, index, weights, k) if quality else matrices
         drawn['official'] = official.of_matrices(counts)
-    intervals, no_interval = score_intervals(drawn, scores, persons)
+    intervals, no_interval = _score_intervals(drawn, scores, persons)
     return scores | extras | dict(reasons=scores['reasons'] | extras['reasons'],
                                   intervals=intervals, no_interval=no_interval,
-                                  per_class_intervals=class_intervals(matrices, persons))
+                                  per_class_intervals=_class_intervals(matrices, persons))
 
 # %% ../../nbs/evaluation/scoring.ipynb #cell14
 def _score_constant_answers(
@@ -144,7 +144,7 @@ class Evaluation:
     task = property(lambda self: self.results['task'])
     label_map = property(lambda self: self.results['label_map'])
     class_names = property(lambda self: class_names(self.label_map))
-    scores = property(lambda self: self.results['levels'])  # level -> scores with `score_intervals`
+    scores = property(lambda self: self.results['levels'])  # level -> scores with intervals
     official = property(lambda self: self.results['official'])   # of `_challenge_result`, or None
 
     def __repr__(self):

@@ -13,7 +13,7 @@ from .beats import REJECTION_REASONS
 
 # %% ../../nbs/segmentation/beat_counts.ipynb #cell9
 def _count_beats(
-    summaries,   # of `process_recording`
+    summaries,   # of `_process_recording`
 ) -> dict:       # `recordings, fallback, no_heartbeat, found, kept, made_up, rejected` (reason →
                  # count), `kept_share` of those found; means over recordings of `quality` and
                  # `confidence`
@@ -32,7 +32,7 @@ def _count_beats(
 # %% ../../nbs/segmentation/beat_counts.ipynb #cell11
 def _count_beats_by_class(
     table,          # from `load_recordings`, a row for each summary
-    summaries,      # of `process_recording`
+    summaries,      # of `_process_recording`
 ) -> dict:          # `total`, `datasets`, `classes` (e.g. `circor murmur` → Present → counts)
     "Count beats by data set and class."
     rows = table.astype(object).where(table.notna(), None).to_dict('records')

@@ -21,7 +21,7 @@ from ..data.recordings import load_recordings
 from ..data.signal import count_missing_bytes, read_recording
 from .beat_counts import _count_beats_by_class, _NO_HEARTBEAT_FOUND
 from .beats import MINIMUM_CONFIDENCE
-from .cutting import PreprocessingSettings, process_recording, read_cut_record
+from .cutting import PreprocessingSettings, _process_recording, _read_cut_record
 from .parameters import load_parameters
 from .plots import plot_processed_recording, _spread_evenly
 
@@ -79,7 +79,7 @@ def _connect_to_dask(
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell15
 def _process_in_parallel(
-    jobs,           # tuples of `process_recording`'s arguments
+    jobs,           # tuples of `_process_recording`'s arguments
     num_workers,    # processes
     scheduler,      # address of a Dask scheduler; None: processes of this machine
 ):                  # generator of its results, in order
@@ -92,7 +92,7 @@ def _process_in_parallel(
     if client: options = dict(backend='dask')
     try:
         with joblib.parallel_config(**options):
-            calls = (joblib.delayed(process_recording)(*job) for job in jobs)
+            calls = (joblib.delayed(_process_recording)(*job) for job in jobs)
             results = joblib.Parallel(return_as='generator')(calls)
             yield from progress(results, 'cutting', len(jobs))
     finally:
@@ -138,7 +138,7 @@ def _load_previously_cut(
     key_of,         # from `_make_key_function`
 ) -> pd.DataFrame:  # rows of `load_recordings`; None when there are none
     "List recordings of other data sets in the folder that were cut with the same settings."
-    found = {read_cut_record(p.parent).get('dataset')
+    found = {_read_cut_record(p.parent).get('dataset')
              for p in Path(output_dir).glob('subject_*/*/.done.json')}
     tables = []
     for name in (n for n in DATASETS if n in found and n not in names):
@@ -147,7 +147,7 @@ def _load_previously_cut(
         except PahclError: continue                                     # its raw data are gone
         table = table[table.seconds.notna()].astype(dict(sample_rate=int))
         rows = table.to_dict('records')
-        tables.append(table[[read_cut_record(Path(output_dir)/r['folder']).get('key') == key_of(r)
+        tables.append(table[[_read_cut_record(Path(output_dir)/r['folder']).get('key') == key_of(r)
                              for r in rows]])
     return pd.concat(tables) if tables else None
 
@@ -156,7 +156,7 @@ def _write_results(
     raw_dir,        # folder of all raw data
     results,        # paths of recordings.csv and processing_stats.json
     table,          # from `load_recordings`
-    summaries,      # of `process_recording`, of each row
+    summaries,      # of `_process_recording`, of each row
     settings,       # `PreprocessingSettings`
     broken,         # from `_check_recordings`
 ) -> dict:          # what `processing_stats.json` holds
@@ -227,7 +227,7 @@ def _process_all(raw_dir, output_dir, table, broken, settings, names, num_worker
     if stale:
         get_logger().info(f'{output_dir}: {stale} folders of recordings that are not in this '
                           'selection, or of other settings, were removed')
-    again = sum(read_cut_record(output_dir/f).get('key') == k for f, k in keys.items())
+    again = sum(_read_cut_record(output_dir/f).get('key') == k for f, k in keys.items())
     if again: get_logger().info(f'{output_dir}: {again} of {len(keys)} recordings are done already')
     # workers may stand in another folder
     def away(r): return r | {c: r[c] and os.path.abspath(r[c]) for c in ('path', 'annotation_path')}

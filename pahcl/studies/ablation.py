@@ -16,7 +16,7 @@ from ..data.splitting import prepare
 from ..segmentation.preprocessing import preprocess
 from .ablation_plan import (
     _Ablation, _read_ablation, _training_jobs, _TrainingJob, _variant_folders)
-from .ablation_table import ablation_table, write_ablation
+from .ablation_table import ablation_table, _write_ablation
 from .downstream import _evaluate_stage
 from ..training.finetuning import finetune
 from ..training.pretraining import pretrain
@@ -108,7 +108,7 @@ def run_ablation(
         _preprocess_variant(a, mode, _variant_folders(a, variant, folder))
     failed = _run_trainings(trainings, jobs)
     table = ablation_table(a, folder, draws, seed)
-    print(write_ablation(a, folder, table).to_string(index=False))
+    print(_write_ablation(a, folder, table).to_string(index=False))
     if not failed: return table
     reasons = '; '.join(f'{n}: {why}' for n, why in failed.items())
     raise PahclError(f'{len(failed)} of {len(trainings)} trainings failed: {reasons}')

@@ -23,7 +23,7 @@ from ..models.checkpoints import load_classifier, persons_trained_on
 from ..models.pretrained import read_pretrained, resolve_checkpoint
 from .fold_plans import (
     _check_validation, _note_tested_persons, _parse_folds, _person_labels, _plan_folds)
-from .fold_scores import _fold_sections, _note_undefined_scores, score_folds
+from .fold_scores import _fold_sections, _note_undefined_scores, _score_folds
 from ..training.finetuning import finetune
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell8
@@ -121,7 +121,7 @@ def _open_checkpoint_and_task(
 # %% ../../nbs/studies/cross_validation.ipynb #cell20
 def _collect_fold_notes(
     decisions: dict,   # name of the fold -> `Decisions`
-    results: dict,     # of `pahcl.studies.fold_scores.score_folds`
+    results: dict,     # of `pahcl.studies.fold_scores._score_folds`
 ) -> list:             # sentences
     "Say who was not heard in which fold, and what is undefined where."
     notes = [f'{name}: {note}' for name, fold in decisions.items() for note in fold.notes]
@@ -177,7 +177,7 @@ def cross_validate(
     # train, predict and decide, fold by fold
     decisions = {name: _run_fold(saved, Path(data_dir)/task, out, name, split_of, raw_dir=raw_dir,
                                  **rules) for name, split_of in planned.items()}
-    scored = score_folds(decisions, prepared.dataset, folds == 'device', draws=draws, seed=seed,
+    scored = _score_folds(decisions, prepared.dataset, folds == 'device', draws=draws, seed=seed,
                          **rules)
     # say how it was made, and write
     about = dict(checkpoint=str(checkpoint), trained_on=task, encoder_type=saved['encoder_type'],

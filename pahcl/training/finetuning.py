@@ -26,8 +26,8 @@ from ..models.mamba_block import slow_scan_warnings
 from .batches import _explain_out_of_memory, _predict_distributed
 from pahcl.training.finetuning_data import (
     BagSampler, _compute_features_cached, CycleSampler, _drop_inaudible_recordings,
-    load_task_cycles)
-from .finetuning_setup import build_starting_model, _pretrained_fingerprint
+    _load_task_cycles)
+from .finetuning_setup import _build_starting_model, _pretrained_fingerprint
 from .objective import (
     _ClassificationObjective, _score_cycles, _score_test_cycles, _score_training_cycles,
     _select_validation_scores)
@@ -299,10 +299,10 @@ def finetune(
     data, checkpoint and folder do not fit each other.
     """
     config = _load_finetune_config(config, overrides)
-    data, task = load_task_cycles(config)
+    data, task = _load_task_cycles(config)
     data['train'], messages = _drop_inaudible_recordings(config, data['train'])
     heldout = map_ids_to_persons(data['val'].table, data['test'].table)
-    start = build_starting_model(config, task.num_classes, heldout)
+    start = _build_starting_model(config, task.num_classes, heldout)
     inputs = {name: c.fingerprint() for name, c in data.items()}
     inputs |= dict(pretrained=_pretrained_fingerprint(config.pretrain.checkpoint_path))
     name, folder = config.task.name, Path(output_dir)/f'{config.task.name}_{config.experiment.name}'

@@ -6,7 +6,7 @@ from pahcl.core.config_sections import AugmentationSection
 from pahcl.core.basics import PahclError
 from pahcl.data.augmentation import Augmenter
 from pahcl.data.augmentation_steps import _DRAW_COLUMNS
-from pahcl.data.distortions import warp_cycles, _warp_rows, _warp_tensors
+from pahcl.data.distortions import _warp_cycles, _warp_rows, _warp_tensors
 from pahcl.data.phases import gap_mask, valid_lengths, valid_mask
 from pahcl.data.random_numbers import _draw_uniforms, _hash_words, sample_keys
 from pahcl.studies.augmentation_effects import _feature_change
@@ -77,7 +77,7 @@ def test_views_do_not_depend_on_the_batch(order, size, seed, T, off):
 def test_labels_follow_the_sound(shift, stretch, n):
     T, t = 40, torch.arange(40)
     phases = ((t*4//max(n, 1)+1)*(t < n)).to(torch.uint8)[None]
-    x, labels = warp_cycles(phases.float(), phases, torch.tensor([shift]), torch.tensor([stretch]))
+    x, labels = _warp_cycles(phases.float(), phases, torch.tensor([shift]), torch.tensor([stretch]))
     m = int(valid_lengths(labels))
     assert (m == min(T, max(round(n*(1+float(torch.tensor(stretch)))), 1) if n else 0)
             or abs(n*(1+stretch) % 1-0.5) < 1e-4)
@@ -98,7 +98,7 @@ def test_compiled_warp_equals_the_tensor_operations(seed, T, gaps):
     shift[::3], stretch[::2] = 0, 0
     (a, p), (b, q) = _warp_rows(x, phases, shift, stretch), _warp_tensors(x, phases, shift, stretch)
     assert torch.equal(p, q) and (a-b).abs().max() <= 1e-6
-    assert (warp_cycles(x.double(), phases, shift, stretch)[0]-a).abs().max() < 1e-5
+    assert (_warp_cycles(x.double(), phases, shift, stretch)[0]-a).abs().max() < 1e-5
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(-3, 12), st.floats(-3, 12), st.integers(0, 9))

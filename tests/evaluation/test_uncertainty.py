@@ -24,7 +24,7 @@ from pahcl.core.resampling import (
 from pahcl.data.tasks import Task
 from pahcl.evaluation.coverage import _count_class_persons
 from pahcl.evaluation.statistics import (
-    bootstrap_matrices, bootstrap_scores, class_intervals, matrix_scores, score_intervals,
+    _bootstrap_matrices, bootstrap_scores, _class_intervals, _matrix_scores, _score_intervals,
     _weighted_confusion_matrices)
 from scipy import stats
 from sklearn import metrics as sk
@@ -51,7 +51,7 @@ def test_every_row_of_weights_is_scored_literally(case):
             and (weights[1+persons:].sum(1) == persons).all())
     matrices = _weighted_confusion_matrices(y, p.argmax(1), index, weights, k)
     ranked = bootstrap_scores(y, p, p.argmax(1), index, weights)
-    fast = matrix_scores(matrices) | {name: ranked[name] for name in ('auroc', 'auprc')}
+    fast = _matrix_scores(matrices) | {name: ranked[name] for name in ('auroc', 'auprc')}
     for d, w in enumerate(weights):
         rows = np.repeat(np.arange(len(y)), w[index].astype(int))
         if not len(rows): continue
@@ -67,14 +67,14 @@ def test_shares_of_a_class_lie_in_their_intervals(case):
     person, y, p, k = case
     index, persons = number_persons(person)
     weights, decided = resampling_weights(persons, draws=200), p.argmax(1)
-    found, scores = (class_intervals(bootstrap_matrices(y, decided, index, weights, k), persons),
+    found, scores = (_class_intervals(_bootstrap_matrices(y, decided, index, weights, k), persons),
                      classification_metrics(y, p, k))
     for name, pairs in found.items():
         for (low, high), share in zip(pairs, scores['per_class'][name]):
             assert (low is None or share is None
                     or -1e-6 <= low <= share+1e-6 and share-1e-6 <= high <= 1+1e-6)
     if k == 2 and persons > 1 and scores['recall'] is not None:
-        ours, _ = score_intervals(bootstrap_scores(y, p, decided, index, weights), scores, persons)
+        ours, _ = _score_intervals(bootstrap_scores(y, p, decided, index, weights), scores, persons)
         assert found['recall'][1] == ours['recall']
 
 
@@ -88,7 +88,7 @@ def test_intervals_hold_the_score_and_stay_in_its_range(case, seed):
               | dict(official=METRICS[official].of_decisions(y, p.argmax(1))))
     values = bootstrap_scores(y, p, p.argmax(1), index,
                               resampling_weights(persons, 100, seed), official)
-    found, why = score_intervals(values, scores, persons)
+    found, why = _score_intervals(values, scores, persons)
     for name, (low, high) in found.items():
         if low is None: assert why[name]
         else:
@@ -155,7 +155,7 @@ def test_fifty_thousand_cycles_within_a_few_seconds():
         index, persons = number_persons(rows['person_id'])
         drawn = bootstrap_scores(rows['label'].to_numpy(), values, values.argmax(1), index,
                                  resampling_weights(persons))
-        score_intervals(drawn, dict.fromkeys(drawn, .5), persons)
+        _score_intervals(drawn, dict.fromkeys(drawn, .5), persons)
     assert len(table) > 50_000 and time.process_time()-began < 10
 
 

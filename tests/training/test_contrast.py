@@ -2,6 +2,7 @@
 processes against one, collapse monitors
 """
 import math
+import os
 import warnings
 import pytest, torch
 import torch.distributed as dist
@@ -230,7 +231,9 @@ def process(rank, cuts, store, answers):
     (y.sum()*(rank+1)).backward()
     assert (x.grad == 3).all()   # 1 from process 0 and 2 from process 1
     assert nt_xent(mine[0], mine[1], mine[2], across=False).isfinite()
-    dist.destroy_process_group()
+    # gloo's threads may abort while the interpreter goes down: leave without taking it down
+    dist.barrier()
+    os._exit(0)
 
 def test_two_processes_equal_one(tmp_path):
     cuts = [(8, 4), (9, 5), (5, 1)]                             # equal shares and unequal ones
