@@ -15,6 +15,7 @@ import soundfile
 from ..core.basics import get_logger, PahclError, require_path
 from .datasets import (
     DATASETS, get_class_columns, get_recording_columns, _read_rows, select_datasets)
+from .own_recordings import _list_audio, register_own_datasets
 
 # %% ../../nbs/data/recordings.ipynb #fab91da3
 def _read_audio_header(path, unreadable=False):
@@ -26,10 +27,24 @@ def _read_audio_header(path, unreadable=False):
     except (soundfile.LibsndfileError, RuntimeError) as e:
         if unreadable: return float('nan'), float('nan')
         raise PahclError(
-            f'{path} cannot be read as audio ({e}). Download it again, or remove it.') from e
+            f'{path} cannot be read as audio ({e}). Download it again, convert it to wav, or '
+            'remove it.') from e
     return info.samplerate, info.frames/info.samplerate
 
 # %% ../../nbs/data/recordings.ipynb #26e0e236
+def _describe_own_audio(raw_dir):
+    "Say how recordings that are there become a data set; '' where there are none."
+    if (raw_dir/'recordings.csv').is_file():
+        return (f' {raw_dir}/recordings.csv is that of one data set: give --raw-dir '
+                f'{raw_dir.parent} --dataset {raw_dir.name}.')
+    if not (found := _list_audio(raw_dir)): return ''
+    place = found[0].parent
+    name = place.name if place != raw_dir else 'NAME'
+    return (f' There are {len(found)} recordings, e.g. {found[0]}. To use your own, write '
+            f'{raw_dir}/{name}/recordings.csv with the columns file, subject and one for each '
+            f'label, and give --dataset {name}; or let pahcl_preprocess --audio-dir {place} '
+            '--labels FILE.csv write it from a table of labels.')
+
 def _nothing_found_error(raw_dir, names):
     "Make the error that says what was expected and what was seen."
     def seen(folder):
@@ -37,11 +52,13 @@ def _nothing_found_error(raw_dir, names):
         entries = sorted(p.name+'/'*p.is_dir() for p in folder.iterdir())
         return (f'{folder}/ holds {", ".join(entries[:6]) or "nothing"}'
                 f'{f" and {len(entries)-6} more" if len(entries) > 6 else ""}')
-    folders = [Path(raw_dir), *(f for n in names if (f := Path(raw_dir)/n).is_dir())]
+    raw_dir = Path(raw_dir)
+    folders = [raw_dir, *(f for n in names if (f := raw_dir/n).is_dir())]
     expected = '; or '.join(DATASETS[n].source.layout or n for n in names)
     return PahclError(f'no labels found for {", ".join(names)} in {raw_dir}. Expected: {expected}. '
                       f'Seen: {"; ".join(map(seen, folders))}. '
-                      f'Run pahcl_download, or give the folder that holds {" or ".join(names)}.')
+                      f'Run pahcl_download, or give the folder that holds {" or ".join(names)}.'
+                      +_describe_own_audio(raw_dir))
 
 # %% ../../nbs/data/recordings.ipynb #8fe7b23a
 def _list_withdrawn(folder, pattern):
@@ -98,17 +115,20 @@ def _to_strings(table):
 # %% ../../nbs/data/recordings.ipynb #9cceb1c2
 def load_recordings(
     raw_dir,          # the folder of all raw data, e.g. `data/raw`
-    dataset='all',    # `circor`, `physionet2016`, `pascal`, `all` (those that are there), or a list
+    # name of a public data set or of a folder with a recordings.csv, `all` (those that are there),
+    # or a list
+    dataset='all',
     # keep files that cannot be read, with NaN for sample rate and seconds, rather than stop
     unreadable=False,
     keep_withdrawn=False, # keep recordings that the publisher withdrew
-    # DataFrame, a row a recording, with the columns `get_recording_columns`; missing values are NA;
-    # sorted by data set, subject, recording
+    # DataFrame, a row a recording, with the columns `get_recording_columns` and those that an own
+    # data set has more; missing values are NA; sorted by data set, subject, recording
 ):
     """Load every recording of the raw data into one table, whatever its layout.
 
     No labels at all, or a file that cannot be read, is a `PahclError`.
     """
+    register_own_datasets(raw_dir, dataset)
     names, rows = select_datasets(dataset), []
     for name in names:
         folder = Path(raw_dir)/name
@@ -119,7 +139,9 @@ def load_recordings(
         rows += [dict(row, dataset=name, withdrawn=row['recording_id'] in withdrawn)
                  for row in rows_of_set]
     if not rows: raise _nothing_found_error(raw_dir, names)
-    table = pd.DataFrame(rows, columns=get_recording_columns()).sort_values(
+    more = {c: 0 for row in rows for c in row}   # of own data sets, or other readers
+    columns = list(dict.fromkeys([*get_recording_columns(), *more]))
+    table = pd.DataFrame(rows, columns=columns).sort_values(
         ['dataset', 'subject_id', 'recording_id'], kind='stable', ignore_index=True)
     if not keep_withdrawn: table = _drop_withdrawn(table)
     table['sample_rate'], table['seconds'] = zip(

@@ -37,6 +37,9 @@ class TaskDefinition:
     column: str           # of the table of recordings, in which the class stands
     label_map: dict       # class -> number, from 0
     primary_metric: str   # by which epochs and rules are chosen, e.g. `auroc`
+    # name of a challenge's metric, see `pahcl.core.metrics.CHALLENGE_METRICS`; None: none, or that
+    # which is registered for the task's name
+    official_score: str = None
 
 # %% ../../nbs/data/registry.ipynb #d2f12e24
 @patch
@@ -72,7 +75,7 @@ def register_dataset(
     name: str,
     source=None,    # a `Source`; None: there is nothing to download
     devices=None,   # function (table of cycles or recordings) -> name of the device of each row
-    **tasks,        # name=dict(column, label_map, primary_metric)
+    **tasks,        # name=dict(column, label_map, primary_metric, maybe official_score)
 ):                  # decorator of the reader
     """Make a data set and its tasks known to every command.
 
@@ -100,7 +103,10 @@ def select_datasets(
              else list(dataset))
     unknown = [n for n in names if n not in DATASETS]
     if unknown or not names:
-        raise PahclError(f'dataset is {dataset!r}; choose {", ".join(DATASETS)} or all.')
+        raise PahclError(f'dataset is {dataset!r}; choose {", ".join(DATASETS)} or all. A data set '
+                         'of your own is a folder of that name in the raw folder with a '
+                         'recordings.csv; pahcl_preprocess --audio-dir DIR --labels FILE.csv '
+                         'makes one.')
     return [n for n in DATASETS if n in names]
 
 # %% ../../nbs/data/registry.ipynb #86226ed1
@@ -108,10 +114,8 @@ def select_tasks(
     dataset='all',   # a name, or `'all'`
 ) -> dict:           # name -> `TaskDefinition`
     "Select the tasks of a data set."
-    known = [*DATASETS, 'all']
-    if dataset not in known:
-        raise PahclError(f'dataset {dataset!r} is not known. Choose one of {", ".join(known)}.')
-    return {name: t for name, t in TASKS.items() if dataset in (t.dataset, 'all')}
+    names = select_datasets(dataset)
+    return {name: t for name, t in TASKS.items() if t.dataset in names}
 
 # %% ../../nbs/data/registry.ipynb #7ebc9fe0
 def get_class_columns() -> list:
@@ -123,13 +127,15 @@ def get_recording_columns() -> list:
     "Name the columns of the table of recordings; those of classes are of the registered tasks."
     return ['dataset', 'subject_id', 'person_id', 'recording_id', 'location', 'path', 'sample_rate',
             'seconds', *get_class_columns(), 'annotation_path', 'folder', 'source', 'raw_label',
-            'murmur_locations', 'signal_quality', 'withdrawn']
+            'murmur_locations', 'signal_quality', 'withdrawn', 'split']
 
 # %% ../../nbs/data/registry.ipynb #e251fe21
 def identify_devices(
     table,           # of cycles or recordings: `recording_id, subject_id`
     dataset: str,    # a name
 ):                   # name of the device of each row, or None where there is one only
-    "Name the device that recorded each row."
+    "Name the device that recorded each row; a table may say it in a column `device` or `site`."
     devices = DATASETS[dataset].devices if dataset in DATASETS else None
-    return devices and devices(table)
+    if devices: return devices(table)
+    told = [c for c in ('device', 'site') if c in table and table[c].notna().any()]
+    return table[told[0]].fillna('not known').astype(str).to_numpy() if told else None
