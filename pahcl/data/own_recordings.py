@@ -291,7 +291,8 @@ def register_own_datasets(
     file, row and column.
     """
     place = Path(raw_dir).absolute()
-    _forget_own_datasets([n for n, p in _OWN_PLACES.items() if p != place])
+    _forget_own_datasets([n for n, p in _OWN_PLACES.items()
+                          if p != place or not (p/n/'recordings.csv').is_file()])
     for folder in _find_own_folders(raw_dir, dataset):
         _check_name(folder)
         own = _read_own_dataset(folder)
