@@ -153,6 +153,11 @@ def pahcl_downstream(
     skip_broken: bool = False,     # leave broken recordings out rather than stop
     keep_withdrawn: bool = False,  # cut recordings that the publisher withdrew, too
     seed: int = None,              # of splits and trainings (default: 42)
+    # a csv of ids and splits, published1 to published3 (CirCor) or seed; see pahcl_prepare
+    splits: str = None,
+    split_column: str = None,      # column of the csv that holds the splits (default: split)
+    # keep persons whose ids are in two splits; every score made from it says so
+    leaky_splits: bool = False,
     tensorboard: bool = False,     # log to TensorBoard
     wandb: bool = False,           # log to Weights & Biases
     wandb_project: str = None,     # W&B project (default: PA-HCL)

@@ -59,11 +59,19 @@ def pahcl_prepare(
     output_dir: str = 'data/downstream',   # where the tasks' folders are written
     seed: int = 42,                        # changes the split
     copy: bool = False,                    # copy files rather than hard-link them
+    # who is in which split: a csv (subject_id, person_id or recording_id; split), published1,
+    # published2, published3 (CirCor) or seed; default: the column split of the recordings where
+    # all have one, else the seed
+    splits: str = None,
+    split_column: str = 'split',           # column of the csv that holds the splits
+    # keep persons whose ids are in two splits; every score made from it says so
+    leaky_splits: bool = False,
     verbose: bool = False,  # also print persons, recordings and cycles of each class in each split
 ):
     "Split each data set by person into training, validation and test, and write a folder a task."
     from pahcl.data.splitting import prepare
-    configs = prepare(dataset, raw_dir, processed_dir, output_dir, seed, copy)
+    configs = prepare(dataset, raw_dir, processed_dir, output_dir, seed, copy, splits,
+                      split_column, leaky_splits)
     if verbose:
         print('\n'.join(line for config in configs.values()
                         for line in _format_split_counts(config)))

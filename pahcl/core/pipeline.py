@@ -37,6 +37,9 @@ class PipelineSettings:
     skip_broken: bool = False
     keep_withdrawn: bool = False
     seed: int = 42
+    splits: str = None            # None: by the seed, or as the recordings say
+    split_column: str = 'split'
+    leaky_splits: bool = False
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = 'PA-HCL'

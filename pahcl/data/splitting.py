@@ -9,8 +9,10 @@ __all__ = ['describe_persons', 'prepare']
 from pathlib import Path
 
 from ..core.aggregation import pick_rarest_labels
-from ..core.basics import first_few, get_logger, lock_folder, PahclError, replace_folder
+from ..core.basics import (
+    first_few, get_logger, lock_folder, PahclError, replace_folder, UsageError)
 from .datasets import get_class_columns, select_tasks, TASKS
+from .given_splits import _choose_splits
 from .recordings import load_recordings
 from .stratification import _split_persons_stratified
 from .task_folders import _make_task_config, _write_task
@@ -26,6 +28,8 @@ def _check_labels(
     preprocessed.
     """
     key, columns = ['dataset', 'recording_id'], ['subject_id', 'person_id', *get_class_columns()]
+    if 'split' in raw:
+        columns, recordings = [*columns, 'split'], recordings.assign(split=recordings.get('split'))
     both = recordings.merge(raw[[*key, *columns]].astype({c: object for c in columns}), on=key,
                             suffixes=('', '_raw'))
     for c in columns:
@@ -87,24 +91,40 @@ def _add_subject_labels(
     return recordings.assign(subject_label=recordings['subject_id'].map(of_subject))
 
 # %% ../../nbs/data/splitting.ipynb #c014
-def _split_dataset(
-    tasks: dict,  # name -> `TaskDefinition`, all of one data set
-    recordings,   # of that data set
+def _select_labelled(
+    tasks: dict,   # name -> `TaskDefinition`, all of one data set
+    recordings,    # of that data set
+):                 # those that have a label of some task
+    "Select the recordings that some task can use."
+    return recordings[recordings[[t.column for t in tasks.values()]].notna().any(axis=1)]
+
+def _split_by_seed(
+    tasks: dict, labelled,   # of `_select_labelled`
     seed=42,
-) -> dict:        # name -> the task's recordings with `label` (number) and `split`
-    "One split for all tasks of a data set."
-    own, columns = ({name: task.label(recordings) for name, task in tasks.items()},
-                    [t.column for t in tasks.values()])
-    anyone = recordings[recordings[columns].notna().any(axis=1)]
-    if left_out := len(recordings)-len(anyone):
-        get_logger().info(
-            f'{first_few(tasks)}: {left_out} recordings without a label of the task are left out')
-    heard = anyone.assign(**{c: anyone[c].where(anyone['cycles_kept'] > 0) for c in columns})
+):                           # Series: the split of each recording
+    "Split the persons of a data set 70/15/15."
+    columns = [t.column for t in tasks.values()]
+    heard = labelled.assign(**{c: labelled[c].where(labelled['cycles_kept'] > 0) for c in columns})
     split = _split_persons_stratified(heard, columns, seed, next(iter(tasks.values())).dataset)
     if len(set(split.values())) < len(SPLIT_FRACTIONS):
         raise PahclError(f'{first_few(tasks)}: {len(split)} persons are too few for training, '
                          'validation and test. Preprocess more recordings.')
-    return {name: _add_subject_labels(rows.assign(split=rows['person_id'].map(split)), name)
+    return labelled['person_id'].map(split)
+
+def _split_dataset(
+    tasks: dict,  # name -> `TaskDefinition`, all of one data set
+    recordings,   # of that data set
+    seed=42,
+    given=None,   # a `pahcl.data.given_splits._GivenSplits`; None: the seed decides
+) -> dict:        # name -> the task's recordings with `label` (number) and `split`
+    "One split for all tasks of a data set."
+    own = {name: task.label(recordings) for name, task in tasks.items()}
+    labelled = _select_labelled(tasks, recordings)
+    if left_out := len(recordings)-len(labelled):
+        get_logger().info(
+            f'{first_few(tasks)}: {left_out} recordings without a label of the task are left out')
+    split = given.assign(labelled) if given else _split_by_seed(tasks, labelled, seed)
+    return {name: _add_subject_labels(rows.assign(split=split).dropna(subset='split'), name)
             for name, rows in own.items()}
 
 # %% ../../nbs/data/splitting.ipynb #c015
@@ -113,10 +133,12 @@ def _prepare_task(
     recordings,                                      # of `_split_dataset`
     settings: dict,                                  # of `read_processed`
     processed_dir, output_dir, seed=42, copy=False,  # as in `prepare`
+    given=None,                                      # as in `_split_dataset`
 ) -> dict:                                           # what its `task_config.json` holds
     "Write one task and say how large it is."
     cycles = read_kept_cycles(processed_dir, recordings, settings)
-    config = _make_task_config(name, TASKS[name], recordings, cycles, settings, seed)
+    config = _make_task_config(name, TASKS[name], recordings, cycles, settings, seed,
+                                given)
     with replace_folder(Path(output_dir)/name) as folder:
         copied = _write_task(folder, config, recordings, cycles, processed_dir, copy)
     if copied and not copy:
@@ -163,6 +185,13 @@ def prepare(
     output_dir='data/downstream',
     seed=42,                        # of the split
     copy=False,                     # copy the cycles rather than hard-link them
+    # who belongs to which split: a csv of ids, see `pahcl.data.given_splits.read_splits`,
+    # published1, published2 or published3 (of CirCor), or seed; None: the column split of the
+    # recordings where they all have one, else the seed
+    splits=None,
+    split_column='split',           # of the csv
+    # keep persons whose ids are in two splits: every score made from it says so
+    leaky_splits=False,
 ) -> dict:                          # name of each task written -> what its `task_config.json` holds
     """Write the folders of all tasks of a data set; raises `PahclError` for missing data, strange
     labels, leaks.
@@ -174,12 +203,18 @@ def prepare(
     if not there:
         raise PahclError(f'no labels found for {dataset} in {processed_dir}/recordings.csv. '
                          f'Run pahcl_preprocess --dataset {dataset}.')
+    if splits not in (None, 'seed') and len(there) > 1:
+        raise UsageError(f'--splits {splits} is of one data set, and {processed_dir} holds '
+                         f'{first_few(there)}. Name one with --dataset.')
     with lock_folder(output_dir):
         for d in there:
-            split = _split_dataset({n: t for n, t in tasks.items() if t.dataset == d},
-                                   recordings[recordings['dataset'] == d], seed)
-            configs |= {n: _prepare_task(n, rows, settings, processed_dir, output_dir, seed, copy)
-                        for n, rows in split.items()}
+            of_set, rows = ({n: t for n, t in tasks.items() if t.dataset == d},
+                            recordings[recordings['dataset'] == d])
+            given = _choose_splits(_select_labelled(of_set, rows), d, splits, split_column,
+                                   leaky_splits)
+            configs |= {n: _prepare_task(n, own, settings, processed_dir, output_dir, seed, copy,
+                                         given)
+                        for n, own in _split_dataset(of_set, rows, seed, given).items()}
     if skipped := [n for n in tasks if n not in configs]:
         get_logger().info(f'skipped {first_few(skipped)}: nothing of it is in {processed_dir}')
     everyone, held = set(recordings['person_id']), find_held_out_persons(output_dir)

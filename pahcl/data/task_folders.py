@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 from ..core.basics import PahclError, progress, read_json, read_table, write_json, write_text
-from .tasks import check_leaks, compute_class_weights, SPLIT_FRACTIONS
+from .tasks import (
+    _find_separated_persons, check_leaks, compute_class_weights, SPLIT_FRACTIONS)
 
 # %% ../../nbs/data/task_folders.ipynb #c005
 def _link_or_copy(
@@ -77,6 +78,7 @@ def _make_task_config(
     cycles,          # likewise
     settings: dict,  # of the processed folder
     seed: int,       # of the split
+    given=None,      # a `pahcl.data.given_splits._GivenSplits`, that decided in the seed's place
 ) -> dict:           # what `task_config.json` holds
     "Everything about a task but its sounds."
     where = _split_membership(recordings, cycles)
@@ -87,8 +89,12 @@ def _make_task_config(
                   primary_metric=task.primary_metric, split_sizes=where['split_sizes'],
                   counts=_count_by_split_and_class(cycles, task.label_map),
                   split_persons=where['split_persons'], split_subjects=where['split_subjects'],
-                  seed=seed)
-    for key in ('split_persons', 'split_subjects'): check_leaks(config[key], key[6:])
+                  seed=None if given else seed,
+                  split_source=given.source if given else f'seed {seed}')
+    if given and given.leaky and (separated := _find_separated_persons(recordings)):
+        config |= dict(leaky_splits=separated)
+    else:
+        for key in ('split_persons', 'split_subjects'): check_leaks(config[key], key[6:])
     return config | {k: settings.get(k)
                      for k in ('sample_rate', 'target_length', 'length_mode', 'states', 'band_hz')}
 
@@ -154,6 +160,7 @@ def write_fold(
     recordings, cycles = (_with_splits(task_folder/f'{name}.csv', split_of)
                           for name in ('recordings', 'cycles'))
     config = read_json(task_folder/'task_config.json')
+    config.pop('leaky_splits', None)   # a fold is of whole persons
     weights = compute_class_weights(cycles.loc[cycles['split'] == 'train', 'label'],
                                     config['label_map'], 'a fold')
     write_text(folder/'recordings.csv', recordings.to_csv(index=False))

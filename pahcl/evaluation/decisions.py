@@ -224,7 +224,8 @@ def make(cls: Decisions,
     chosen = cls._choose_rule(predictions, validation, task, rule, subject_rule)
     chosen_on = chosen.validation or (chosen.levels if split == 'val' else None)
     thresholds = choose_thresholds(threshold, chosen_on, task)
-    out = replace(chosen, threshold=threshold, thresholds=thresholds, missing=missing, notes=[])
+    out = replace(chosen, threshold=threshold, thresholds=thresholds, missing=missing,
+                  notes=task.split_notes)
     out = out.add_class_priors(silent, task.class_priors if len(silent) else None)
     return out.add_quality(task.recordings).decided()
 

@@ -16,6 +16,7 @@ from ..core.basics import PahclError, write_json
 from ..core.figures import confusion_figure, precision_recall_figure, roc_figure, save_figure
 from ..core.metrics import metric_names
 from ..core.predictions import positive_class
+from ..data.tasks import LEAKY_SPLIT
 from .calibration import apply_temperature, reliability_figure
 from .pages import format_number, format_with_interval, _item_to_html, write_page
 from .scoring import _class_aurocs, Evaluation
@@ -254,7 +255,8 @@ def summary(self: Evaluation) -> str:
     "Return the scores for a terminal."
     where = self.results.get('output_dir')
     report = [f'Report: {where}/report.html'] if where else []
-    return '\n'.join([self.tables()[0].to_string(), *self.official_lines(), *report])
+    leaky = [n for n in self.results.get('notes') or [] if n.startswith(LEAKY_SPLIT)]
+    return '\n'.join([self.tables()[0].to_string(), *self.official_lines(), *leaky, *report])
 
 # %% ../../nbs/evaluation/report.ipynb #cell49
 _NOTEBOOK_STYLE = ('<style>.pahcl .wide { overflow-x: auto } .pahcl th, .pahcl td '

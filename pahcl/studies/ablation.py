@@ -9,15 +9,20 @@ __all__ = ['run_ablation']
 from dataclasses import asdict
 from pathlib import Path
 
-from ..core.basics import get_logger, PahclError, read_json
+import pandas as pd
+
+from ..core.basics import get_logger, PahclError, read_json, write_text
 from ..core.jobs import check_job_count, Job, run_jobs
 from ..core.stages import run_stage
 from ..data.splitting import prepare
+from ..data.tasks import Task
 from ..segmentation.preprocessing import preprocess
 from .ablation_plan import (
     _Ablation, _read_ablation, _training_jobs, _TrainingJob, _variant_folders)
-from .ablation_table import ablation_table, _write_ablation
+from .ablation_table import (
+    ablation_table, _trained_folders, _write_ablation)
 from .downstream import _evaluate_stage
+from .summary import _collect_run_notes
 from ..training.finetuning import finetune
 from ..training.pretraining import pretrain
 
@@ -26,15 +31,28 @@ def _split_seed(
     a: _Ablation,
 ) -> int:
     "Read the seed that the shared tasks were split with; a `PahclError` where they differ in it."
-    hint = 'Make it with pahcl_prepare.'
-    seeds = {read_json(Path(a.data_dir)/t/'task_config.json', f'task {t}', hint).get('seed', 42)
-             for t in a.tasks}
+    seeds = {Task.open(a.data_dir, t).config.get('seed', 42) for t in a.tasks}-{None}
     if len(seeds) > 1:
         raise PahclError(f'{a.data_dir}: the tasks {", ".join(a.tasks)} were split with different '
                          'seeds. Prepare them again together.')
-    return seeds.pop()
+    return seeds.pop() if seeds else 42
 
 # %% ../../nbs/studies/ablation.ipynb #cell10
+def _write_given_splits(
+    a: _Ablation,
+    folder,        # of the variant's tasks
+) -> dict:         # data set -> (table of recordings and their splits, whether it is leaky)
+    "Write down who is where in the shared tasks that no seed has split."
+    tables, leaky = {}, {}
+    for task in (Task.open(a.data_dir, t) for t in a.tasks):
+        if task.config.get('seed', 42) is not None: continue
+        tables.setdefault(task.dataset, []).append(task.recordings[['recording_id', 'split']])
+        leaky[task.dataset] = leaky.get(task.dataset, False) or bool(task.leaky_persons)
+    paths = {d: Path(folder)/f'splits_{d}.csv' for d in tables}
+    for d, path in paths.items():
+        write_text(path, pd.concat(tables[d]).drop_duplicates().to_csv(index=False))
+    return {d: (str(path), leaky[d]) for d, path in paths.items()}
+
 def _preprocess_variant(
     a: _Ablation, mode: str,   # of length, e.g. `phase`
     folders: dict,            # of `_variant_folders`
@@ -46,7 +64,10 @@ def _preprocess_variant(
     shared = {k: settings[k] for k in ('states', 'sample_rate', 'target_length') if k in settings}
     preprocess(a.raw_dir, folders['processed_dir'], length_mode=mode, **shared)
     if all((Path(folders['data_dir'])/t/'task_config.json').exists() for t in a.tasks): return
-    prepare('all', a.raw_dir, folders['processed_dir'], folders['data_dir'], seed)
+    where = a.raw_dir, folders['processed_dir'], folders['data_dir'], seed
+    prepare('all', *where)
+    for dataset, (splits, leaky) in _write_given_splits(a, folders['data_dir']).items():
+        prepare(dataset, *where, splits=splits, leaky_splits=leaky)
 
 # %% ../../nbs/studies/ablation.ipynb #cell12
 def _run_training(
@@ -108,7 +129,8 @@ def run_ablation(
         _preprocess_variant(a, mode, _variant_folders(a, variant, folder))
     failed = _run_trainings(trainings, jobs)
     table = ablation_table(a, folder, draws, seed)
-    print(_write_ablation(a, folder, table).to_string(index=False))
+    print('\n'.join([_write_ablation(a, folder, table).to_string(index=False),
+                     *_collect_run_notes(_trained_folders(folder))]))
     if not failed: return table
     reasons = '; '.join(f'{n}: {why}' for n, why in failed.items())
     raise PahclError(f'{len(failed)} of {len(trainings)} trainings failed: {reasons}')

@@ -22,6 +22,7 @@ from ..evaluation.pages import (
 from .paired_tests import (
     bootstrap_experiment, _check_same_subjects, _paired_scores, read_subject_predictions,
     _score_runs, _stack_probabilities)
+from .summary import _collect_run_notes
 
 # %% ../../nbs/studies/ablation_table.ipynb #cell8
 def _read_trained_runs(
@@ -243,6 +244,12 @@ def _ablation_notes(
         'A dash stands where nothing was trained.']
 
 # %% ../../nbs/studies/ablation_table.ipynb #cell43
+def _trained_folders(
+    folder,   # of the ablation
+) -> list:    # of its fine-tunings that are done
+    "List the runs that the table may be made of."
+    return sorted(p.parent for p in Path(folder).glob('*_seed*/final_metrics.json'))
+
 def _write_ablation(
     a,        # the `pahcl.studies.ablation_plan._Ablation`
     folder,   # of the ablation
@@ -251,6 +258,6 @@ def _write_ablation(
     "Write `ablation.csv`, `.md`, `.tex`, `.html` and `ablation.png`."
     write_text(Path(folder)/'ablation.csv', table.to_csv(index=False))
     write_table(Path(folder)/'ablation', _format_ablation(table), f'Ablation: {a.name}',
-                _ablation_notes(a, table))
+                [*_ablation_notes(a, table), *_collect_run_notes(_trained_folders(folder))])
     save_figure(_ablation_figure(table, reference=a.reference), Path(folder)/'ablation.png')
     return _format_ablation(table)

@@ -15,7 +15,7 @@ from ..core.basics import PahclError, write_text
 from ..evaluation.pages import format_interval, format_number, format_p_value, write_table
 from .paired_tests import (
     _check_same_subjects, _compare_runs, _delong_by_class, read_subject_predictions)
-from .summary import _read_runs, _select_runs
+from .summary import _collect_run_notes, _read_runs, _select_runs
 
 # %% ../../nbs/studies/comparison.ipynb #cell7
 def _read_seeds(
@@ -128,6 +128,8 @@ def compare_experiments(
         tables.append(_format_comparison(pair.scores,
                                          (a, b)).assign(Task=f'{task} ({pair.subjects} subjects)'))
         notes += pair.sentences()
+    folders = [f for r in selected for f in r.loc[r['task'].isin(both), 'folder']]
+    notes += _collect_run_notes(Path(output_dir)/f for f in folders)
     if left_out: notes.append(f'Only one of the two has {", ".join(left_out)}.')
     notes.append('Difference: second minus first. Interval and p (bootstrap): persons resampled, '
                  'the same draws for both. In simulations such intervals held the truth '

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.basics import get_logger, PahclError, require_path, UsageError
 from ..data.task_folders import write_fold
-from ..data.tasks import find_met_persons, Task
+from ..data.tasks import find_met_persons, LEAKY_SPLIT, Task
 from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.decisions import Decisions
 from ..evaluation.evaluator import note_bag_levels, open_model, open_split, predict_validation
@@ -127,6 +127,15 @@ def _collect_fold_notes(
     notes = [f'{name}: {note}' for name, fold in decisions.items() for note in fold.notes]
     return [*notes, *_note_undefined_scores(results['folds']+results['devices'])]
 
+def _note_whole_persons(
+    task: Task,
+) -> list:   # no or one sentence
+    "Say that a split which separates persons is not that of the folds."
+    if not (leaky := task.leaky_persons): return []
+    return [f'{LEAKY_SPLIT}{len(leaky)} persons are in more than one split of {task.name} '
+            f'({task.config.get("split_source")}); the folds are of whole persons, and none of '
+            'them is trained on and tested in one']
+
 def _report_title(
     task: str, folds,   # of `_parse_folds`
 ) -> str:
@@ -150,7 +159,8 @@ def _plan_and_check(
     labels = _person_labels(recordings)
     _check_validation(planned, labels, subject_rule, threshold, task.positive_class)
     notes = _note_tested_persons(planned, met, folds, set(recordings['person_id']))
-    return planned, [*notes, *([doubt] if doubt else []), *note_bag_levels(saved, subject_rule)]
+    return planned, [*notes, *_note_whole_persons(task), *([doubt] if doubt else []),
+                     *note_bag_levels(saved, subject_rule)]
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell24
 def cross_validate(

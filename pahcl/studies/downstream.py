@@ -82,15 +82,29 @@ def _preprocess_stage(settings: PipelineSettings) -> Stage:
                  after=(_recordings_stage(settings).name,))
 
 # %% ../../nbs/studies/downstream.ipynb #cell20
+def _split_settings(settings: PipelineSettings) -> dict:   # arguments of `prepare`
+    "Return who decides about the split, apart from the seed."
+    return {k: getattr(settings, k) for k in ('splits', 'split_column', 'leaky_splits')}
+
+def _split_inputs(settings: PipelineSettings) -> dict:
+    """Return what a split is made from; of a file its content. A seed alone stands as it always
+    did, so that what was prepared before is not done again.
+    """
+    given = _split_settings(settings)
+    if given == _split_settings(PipelineSettings()): return dict(seed=settings.seed)
+    file = settings.splits if settings.splits and Path(settings.splits).is_file() else None
+    content = file and hash_files([file], Path(file).parent)
+    return dict(splits=[given, content, settings.seed], seed=None)
+
 def _prepare_stage(settings: PipelineSettings) -> Stage:
     "Return the stage from cycles to task folders."
     def work():
         prepare(settings.dataset, settings.raw_dir, settings.processed_dir, settings.data_dir,
-                settings.seed)
+                settings.seed, **_split_settings(settings))
     def inputs():
         cycles = hash_files([Path(settings.processed_dir)/t for t in _CYCLE_TABLES],
                             settings.processed_dir)
-        return dict(cycles=cycles, seed=settings.seed, dataset=settings.dataset)
+        return dict(cycles=cycles, **_split_inputs(settings), dataset=settings.dataset)
     return Stage('prepare', Path(settings.data_dir), work, inputs,
                  ('*/task_config.json', '*/cycles.csv'), after=('preprocess',))
 

@@ -141,9 +141,10 @@ def _write_ensemble(
 def _check_unseen(
     members: dict,   # path -> the checkpoint's dict
     table,           # of the validation cycles: `person_id`
+    marked=(),       # persons who are known to be in two splits, by --leaky-splits
 ):
     "Raise `PahclError`, naming them, where members were trained on validation subjects."
-    seen = {p: find_met_persons(persons_trained_on(saved) or set(), table)
+    seen = {p: find_met_persons(persons_trained_on(saved) or set(), table)-set(marked)
             for p, saved in members.items()}
     answers = '; '.join(f'{p} was trained on {len(s)} of them' for p, s in seen.items() if s)
     if answers:
@@ -158,7 +159,7 @@ def _fit_validation_weights(
 ):                                        # [members]
     "Learn the members' weights on the task's validation subjects, see `_fit_member_weights`."
     cycles, prepared = open_split(task, data_dir, 'val')
-    _check_unseen(members, cycles.table)
+    _check_unseen(members, cycles.table, prepared.leaky_persons)
     predictions = [open_model(p, prepared).predict(cycles, batch_size) for p in members]
     subjects = [p.at_level('subject', rule, subject_rule) for p in predictions]
     labels = subjects[0].table['label'].astype(int)

@@ -149,7 +149,7 @@ def represent(
     given = splits['train'], splits[split], prepared.label_map, draws, seed
     probed, (anomalies, subjects) = _score_probes(*given), _detect_anomalies(*given)
     notes = _representation_notes(saved, splits[split].table, cycles_per_recording, split,
-                                  prepared.class_names)
+                                  prepared.class_names)+prepared.split_notes
     features, about = _encode_map_cycles(encoder, task, data_dir, split, points, processed_dir,
                                          seed, batch_size)
     shown = _compute_tsne(features, seed), about, prepared.class_names

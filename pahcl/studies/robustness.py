@@ -216,6 +216,7 @@ def evaluate_robustness(
     model = open_model(checkpoint, prepared)
     table, notes = _robustness_table(model, cycles, prepared.dataset, rule, subject_rule,
                                      batch_size, draws, seed)
+    notes = [*prepared.split_notes, *notes]
     path = Path(checkpoint)
     folder = Path(output_dir) if output_dir else evaluation_folder(path.parent, task, split)
     title = f'{task}, {split}: robustness of {path.parent.name}/{path.name}'

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.basics import fingerprint, PahclError, read_json, require_path, write_text
+from ..core.basics import (
+    fingerprint, first_few, PahclError, read_json, require_path, write_text)
 from ..core.config import read_yaml
 from ..data.datasets import TASKS
 from ..evaluation.pages import write_table
@@ -51,6 +52,16 @@ def _read_final_metrics(
             else (None, 'broken: final_metrics.json is not a table of scores'))
 
 # %% ../../nbs/studies/summary.ipynb #cell14
+def _collect_run_notes(
+    folders,   # of runs
+) -> list:     # sentences, each with the runs that it is true of
+    "List what must be known of runs beside their scores."
+    runs = {}
+    for folder in map(Path, folders):
+        for note in (_read_final_metrics(folder)[0] or {}).get('notes') or []:
+            runs.setdefault(note, []).append(folder.name)
+    return [f'{first_few(names, 5)}: {note}.' for note, names in runs.items()]
+
 def _read_run(
     folder,  # a run's folder
     # `task, experiment, status` and every number of `final_metrics.json`; status is
@@ -170,10 +181,11 @@ def summarize(
     `.html`; raise `PahclError` where there is no run.
     """
     runs = _read_runs(output_dir)
-    table = _format_summary(runs)
-    print(table.to_string(index=False))
+    table, notes = (_format_summary(runs),
+                    _collect_run_notes(Path(output_dir)/f for f in runs['folder']))
+    print('\n'.join([table.to_string(index=False), *notes]))
     write_text(Path(output_dir)/'summary.csv', runs.to_csv(index=False))
-    write_table(Path(output_dir)/'summary', table, 'All experiments')
+    write_table(Path(output_dir)/'summary', table, 'All experiments', notes)
     return runs
 
 # %% ../../nbs/studies/summary.ipynb #cell34

@@ -126,7 +126,9 @@ class _FinetuneRecipe:
 
     def checkpoint(self):
         name, settings = self.config.task.name, self.config.model_dump()
-        return classifier_checkpoint(self.model, name, self.task.label_map, settings, self.persons)
+        notes = dict(split_notes=self.task.split_notes) if self.task.split_notes else {}
+        return notes | classifier_checkpoint(self.model, name, self.task.label_map, settings,
+                                             self.persons)
 
 # %% ../../nbs/training/finetuning.ipynb #cell37
 @patch
@@ -263,7 +265,8 @@ def _run_finetuning(
     best, saved = load_classifier(run.folder/'best_model.pt')
     facts = _describe_result(config, train, saved, recipe.score_name, start.loaded, history)
     scores = _test_best_epoch(run, config, best, data['test'], task)
-    return facts | scores | dict(history=history)
+    notes = dict(notes=task.split_notes) if task.split_notes else {}
+    return facts | scores | notes | dict(history=history)
 
 # %% ../../nbs/training/finetuning.ipynb #cell44
 def _load_finetune_config(

@@ -128,7 +128,7 @@ def _load_task_cycles(
         if not len(cycles):
             raise PahclError(
                 f'split {split} of {task.folder} has no cycles. Preprocess and prepare again.')
-    check_leaks({s: c.table['person_id'] for s, c in data.items()})
+    check_leaks({s: c.table['person_id'] for s, c in data.items()}, marked=task.leaky_persons)
     if config.few_shot:
         rows = draw_few_shot_rows(data['train'].table, config.few_shot, config.seed)
         data['train'] = data['train'].subset(rows)
