@@ -29,7 +29,7 @@ from ..segmentation.heard_recordings import (
     cut_recordings, hear_recording, PreprocessingSettings)
 from ..training.probe import _average_by_person
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell10
+# %% ../../nbs/evaluation/embedding.ipynb #cell9
 def _list_recordings(
     # a file, a folder, a pattern such as `clinic/*.wav`, or several files; or a signal [T], or
     # several
@@ -43,7 +43,7 @@ def _list_recordings(
     if not found: raise PahclError(f'no recordings in {paths}; give at least one.')
     return found
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell11
+# %% ../../nbs/evaluation/embedding.ipynb #cell10
 def _find_files(
     path,    # a file, a folder or a pattern
 ) -> list:   # paths, sorted
@@ -55,7 +55,7 @@ def _find_files(
         return sorted(map(Path, glob.glob(str(path), recursive=True)))
     return [Path(path)]
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell14
+# %% ../../nbs/evaluation/embedding.ipynb #cell13
 @dataclass(frozen=True, eq=False)
 class _OpenedEncoder:
     "An encoder, and how the cycles are cut that it takes."
@@ -80,7 +80,7 @@ def _open_encoder(
     known = {k: data[k] for k in CYCLE_SETTINGS if data.get(k) is not None}
     return _OpenedEncoder(opened.encoder.eval(), PreprocessingSettings(**known))
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell17
+# %% ../../nbs/evaluation/embedding.ipynb #cell16
 def _cut_recording(
     source,        # a path or a signal [T]
     name: str,     # of the recording, for messages
@@ -97,7 +97,7 @@ def _cut_recording(
                 heartbeat=bool(heard.heartbeat), fallback=heard.fallback, cycles=len(cycles))
     return told, cycles
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell18
+# %% ../../nbs/evaluation/embedding.ipynb #cell17
 def _cut_all(
     sources: list,   # of `_list_recordings`
     sample_rate, settings, num_workers,   # as of `embed`; `PreprocessingSettings`
@@ -115,7 +115,7 @@ def _cut_all(
     return told, Cycles(pd.concat([c.table for c in parts]), joined('boundaries'), parts[0].settings,
                         joined('packed'), joined('statistics'))
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell21
+# %% ../../nbs/evaluation/embedding.ipynb #cell20
 def _group_cycles(
     level: str,    # cycle, recording or subject
     told,          # of `_cut_all`
@@ -133,7 +133,7 @@ def _group_cycles(
     rows = by.agg(recordings=('cycles', 'size'), cycles=('cycles', 'sum')).reset_index()
     return by.ngroup().to_numpy()[owner], rows
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell22
+# %% ../../nbs/evaluation/embedding.ipynb #cell21
 def _check_level(
     level, subjects, count,   # as of `embed`; number of recordings
 ):
@@ -149,7 +149,7 @@ def _check_level(
     if (unknown := np.flatnonzero(pd.isna(np.asarray(subjects, object)))).size:
         raise PahclError(f'subjects has no id for recording {unknown[0]}; give one to each.')
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell23
+# %% ../../nbs/evaluation/embedding.ipynb #cell22
 def embed(
     # a file, a folder, a pattern such as `clinic/*.wav`, or several files (a column of a table);
     # or a signal [T], or several, with `sample_rate`
