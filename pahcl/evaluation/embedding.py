@@ -8,7 +8,6 @@ __all__ = ['embed']
 # %% ../../nbs/evaluation/embedding.ipynb #cell2
 import glob
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,11 @@ def _open_encoder(
     encoder,
 ) -> _OpenedEncoder:
     "Open an encoder; what holds none is a `PahclError`."
-    if isinstance(encoder, nn.Module): return _OpenedEncoder(encoder, PreprocessingSettings())
+    if isinstance(encoder, nn.Module):
+        if not hasattr(encoder, 'out_dim'):
+            raise PahclError(f'{type(encoder).__name__} is no encoder; give what build_encoder or '
+                             'from_pretrained returns.')
+        return _OpenedEncoder(encoder, PreprocessingSettings())
     path = Path(encoder)
     folder = str(encoder) != 'packaged' and not path.is_file() and (
         path.suffix not in _CHECKPOINT_SUFFIXES)
@@ -112,8 +115,8 @@ def _cut_all(
         get_logger().warning(f'{_NO_HEARTBEAT_FOUND} in {len(silent)} of {len(told)} recordings ('
                              f'{first_few(told["path"].fillna("a signal")[silent], 3)}); '
                              'of each at most three cycles count')
-    return told, Cycles(pd.concat([c.table for c in parts]), joined('boundaries'), parts[0].settings,
-                        joined('packed'), joined('statistics'))
+    return told, Cycles(pd.concat([c.table for c in parts]), joined('boundaries'),
+                        parts[0].settings, joined('packed'), joined('statistics'))
 
 # %% ../../nbs/evaluation/embedding.ipynb #cell20
 def _group_cycles(
