@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from scipy.ndimage import uniform_filter1d
 from scipy.special import expit
 
-from ..core.basics import PahclError, write_text
-from ..data.signal import autocorrelation
+from ..core.basics import write_text
+from ..data.signal import autocorrelation, _read_signal
 from .decoding import _rate_tables
 from .emission import _frame_features, _normalise_features
 from .parameters import (
@@ -126,8 +126,8 @@ def segment_features(
 
 # %% ../../nbs/segmentation/segmenter.ipynb #cell25
 def segment(
-    signal,               # [T], as recorded, any loudness
-    sample_rate,          # Hz
+    signal,               # [T], as recorded, any loudness; or the path of a recording
+    sample_rate=None,     # Hz, of a signal; a file says its own
     parameters=None,      # `SegmenterParameters`; None: the packaged ones
     periods=PERIODS,      # s, beat lengths to try; fewer where the heart rate is known
 ) -> pd.DataFrame:        # `start_s, end_s, state` (1 S1, 2 systole, 3 S2, 4 diastole), from 0 to
@@ -135,15 +135,9 @@ def segment(
     """Find the heart states of a recording; silence and noise get states too, with a low
     confidence.
 
-    An empty or non-finite signal is a `PahclError`.
+    An empty or non-finite signal, or a file that cannot be read, is a `PahclError`.
     """
-    signal = np.asarray(signal, np.float32)
-    if signal.ndim != 1 or not len(signal):
-        raise PahclError(f'the signal has shape {list(signal.shape)}; '
-                         'give one channel [T] with at least one sample.')
-    if not np.isfinite(signal).all():
-        raise PahclError('the signal holds values that are no numbers (NaN or infinite); '
-                         'remove or repair them.')
+    signal, sample_rate = _read_signal(signal, sample_rate, 0.)
     missing = max(0, int(np.ceil(0.05*sample_rate))-len(signal))
     features = _frame_features(np.pad(signal, (0, missing)), sample_rate)
     return segment_features(features, len(signal)/sample_rate, periods, parameters).states
