@@ -1,5 +1,5 @@
-"""pahcl.data.given_splits: any split is accepted disjoint or refused by name; the packaged ones; what
-a marked leak says everywhere; the commands
+"""pahcl.data.given_splits: any split is accepted disjoint or refused by name; the packaged ones;
+what a marked leak says everywhere; the commands
 """
 import json
 import os
@@ -15,7 +15,8 @@ from hypothesis import example, given, settings, strategies as st
 from pahcl.core.basics import PahclError, read_json
 from pahcl.core.pipeline import PipelineSettings
 from pahcl.data.datasets import TASKS
-from pahcl.data.given_splits import _GivenSplits, _open_splits, read_splits
+from pahcl.data.given_splits import (
+    _GivenSplits, _open_splits, read_splits, _to_recording_ids)
 from pahcl.data.loader import Cycles
 from pahcl.data.splitting import prepare, _split_dataset
 from pahcl.data.task_folders import write_fold
@@ -44,8 +45,10 @@ subjects = st.lists(st.tuples(st.integers(0, 8).map('p{}'.format),
                               st.sampled_from([*ALL, None])), min_size=3, max_size=30)
 
 def table_of(rows):
-    return pd.DataFrame([dict(subject_id=f's{i:02d}', person_id=person, recording_id=f's{i:02d}_{k}')
-                         for i, (person, _) in enumerate(rows) for k in ('AV', 'MV')[:1+i % 2]])
+    of = lambda i, person, place: dict(subject_id=f's{i:02d}', person_id=person,
+                                       recording_id=f's{i:02d}_{place}')
+    return pd.DataFrame([of(i, person, place) for i, (person, _) in enumerate(rows)
+                         for place in ('AV', 'MV')[:1+i % 2]])
 
 def torn_persons(rows):
     "The oracle, without pandas: who is in several splits."
@@ -172,6 +175,12 @@ def test_real_children():
         rows = _split_dataset(tasks, table, given=_open_splits(name))['circor_murmur']
         assert rows.groupby('person_id')['split'].nunique().max() == 1
         assert (rows['split'] == rows['subject_id'].map(plain)).all()
+
+
+def test_files_mean_recordings():
+    known = {'a_1', 'b_1', '2', '3.5', 'sub-07'}
+    asked = ['a/1.wav', r'.\b\1.flac', 'somewhere/2.wav', '3.5', 'sub-07', 'c/4.wav']
+    assert _to_recording_ids(asked, known) == ['a_1', 'b_1', '2', '3.5', 'sub-07', '4']
 
 
 # ---- the files of a task
