@@ -419,6 +419,14 @@ def test_the_stage_knows_the_file(processed, tmp_path):
             inputs(leaky_splits=True), plain]
     assert len({json.dumps(s, sort_keys=True) for s in seen}) == len(seen)
 
+def test_downstream_refuses_before_it_begins(tmp_path):
+    def plan(**how): _prepare_stage(PipelineSettings(processed_dir=str(tmp_path), **how))
+    with pytest.raises(PahclError, match='is of one data set. Name it with --dataset'):
+        plan(splits='published1')
+    with pytest.raises(PahclError, match='table of splits not found'):
+        plan(splits=str(tmp_path/'no.csv'), dataset='circor')
+    plan(splits='published1', dataset='circor'), plan(splits='seed'), plan()
+
 def test_downstream_prepares_again(processed, tmp_path, capsys):
     from pahcl.evaluate import pahcl_downstream
     path, out = tmp_path/'mine.csv', tmp_path/'downstream'
