@@ -8,7 +8,7 @@ __all__ = ['pahcl_preprocess', 'pahcl_score_states']
 # %% ../nbs/01_cycle_segmentation.ipynb #cell2
 import lazy_loader as lazy
 
-from .core.scripts import console_script, require_flags
+from .core.scripts import console_script, require_flags, require_flags
 
 # %% ../nbs/01_cycle_segmentation.ipynb #cell20
 # what a user calls lives in the rooms; the command line is parsed before any of them is read

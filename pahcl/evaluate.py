@@ -184,6 +184,11 @@ def pahcl_downstream(
         require_flags(audio_dir=audio_dir, labels=labels)
         name = None if dataset == 'all' else dataset
         given['dataset'] = write_recordings_table(audio_dir, labels, raw_dir or 'data/raw', name)
+    if audio_dir or labels:
+        from pahcl.data.labelled_audio import write_recordings_table
+        require_flags(audio_dir=audio_dir, labels=labels)
+        name = None if dataset == 'all' else dataset
+        given['dataset'] = write_recordings_table(audio_dir, labels, raw_dir or 'data/raw', name)
     settings = demo_settings(**given) if demo else PipelineSettings(**given)
     run_downstream(stage or ['all'], settings, dry_run)
 

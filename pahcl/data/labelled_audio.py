@@ -151,8 +151,8 @@ def write_recordings_table(
     matched = [m for m in matched if m[2]]
     text = _format_recordings(table, matched, subject, target.parent.resolve())
     if target.exists() and target.read_text(encoding='utf-8-sig') != text:
-        raise PahclError(f'{target} is there and says something else than {labels} would. Remove it '
-                         f'to make it anew, or leave out --labels and give --dataset {name}.')
+        raise PahclError(f'{target} is there and says something else than {labels}. Remove '
+                         f'it to make it anew, or give --dataset {name} without --audio-dir.')
     write_text(target, text)
     get_logger().info(f'{target}: {len(matched)} recordings of '
                       f'{len({_clean_cell(m[1][subject]) for m in matched})} subjects')

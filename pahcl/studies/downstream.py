@@ -8,13 +8,14 @@ __all__ = ['demo_settings', 'run_downstream']
 # %% ../../nbs/studies/downstream.ipynb #cell2
 from pathlib import Path
 
-from ..core.basics import PahclError, require_path
+from ..core.basics import fingerprint_files, PahclError, require_path
 from ..core.config import load_config
 from ..core.pipeline import MODES, Pipeline, PipelineSettings
 from ..core.stages import (
     evaluation_folder, hash_files, hash_raw_files, hash_task_tables, list_raw_files, Stage)
 from ..data.datasets import select_datasets, TASKS
 from ..data.fetching import download
+from ..data.own_recordings import _list_outside_files, register_own_datasets
 from ..data.own_recordings import _list_outside_files, register_own_datasets
 from ..data.own_recordings import _list_outside_files, register_own_datasets
 from ..data.simulation import simulate_dataset

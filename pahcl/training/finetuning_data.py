@@ -82,10 +82,11 @@ def _read_murmur_locations(
     name, again = config.task.name, 'Prepare the task again with pahcl_prepare'
     path, processed = (Path(config.data.base_dir)/name/'recordings.csv',
                        Path(config.data.processed_dir)/'recordings.csv')
+    of_circor = name == 'circor_murmur'
     recordings = read_table(path, ['recording_id', 'location', 'label'], 'table of the recordings',
-                            f'{again}.')
+                            f'{again}.') if of_circor or path.exists() else ()
     if 'murmur_locations' in recordings: return recordings
-    if name != 'circor_murmur':
+    if not of_circor:
         raise PahclError(f'training.use_murmur_locations is on, but the task is {name}, and its '
                          'recordings do not say where a murmur was heard. Leave the key out.')
     remedy = (f'{path} has no column murmur_locations either. {again}, or train on all places: '
