@@ -8,7 +8,7 @@ __all__ = ['pahcl_preprocess', 'pahcl_score_states']
 # %% ../nbs/01_cycle_segmentation.ipynb #cell2
 import lazy_loader as lazy
 
-from .core.scripts import console_script, require_flags, require_flags
+from .core.scripts import console_script
 
 # %% ../nbs/01_cycle_segmentation.ipynb #cell20
 # what a user calls lives in the rooms; the command line is parsed before any of them is read
@@ -49,9 +49,7 @@ def pahcl_preprocess(
     from pahcl.segmentation.preprocessing import preprocess
     if audio_dir or labels:
         from pahcl.data.labelled_audio import write_recordings_table
-        require_flags(audio_dir=audio_dir, labels=labels)
-        dataset = write_recordings_table(audio_dir, labels, raw_dir,
-                                         None if dataset == 'all' else dataset)
+        dataset = write_recordings_table(audio_dir, labels, raw_dir, dataset)
     stats = preprocess(raw_dir, output_dir, dataset, states, num_workers, sample_rate,
                        target_length, length_mode, skip_broken, scheduler=scheduler,
                        states_dir=states_dir, figures=figures, keep_withdrawn=keep_withdrawn)

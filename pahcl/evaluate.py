@@ -140,9 +140,8 @@ def pahcl_downstream(
     data_dir: str = None,          # prepared tasks (default: data/downstream)
     output_dir: str = None,        # runs (default: outputs)
     dataset: str = None,           # name of a data set, or all (default: all)
-    # make a data set of these audio files and of a csv of labels, as pahcl_preprocess does
-    audio_dir: str = None,
-    labels: str = None,
+    audio_dir: str = None,         # as in pahcl_preprocess: makes a data set of these recordings
+    labels: str = None,            # and of this csv
     # start from this checkpoint (or packaged) instead of pretraining; none: random start
     pretrained: str = None,
     config: str = None,  # configuration of fine-tuning: a path, or the name of a packaged one
@@ -165,8 +164,7 @@ def pahcl_downstream(
     wandb: bool = False,           # log to Weights & Biases
     wandb_project: str = None,     # W&B project (default: PA-HCL)
     wandb_entity: str = None,      # W&B entity
-    # fine-tunings at once, as processes of their own that share threads and GPUs (default: 1)
-    jobs: int = None,
+    jobs: int = None,              # fine-tunings at once, as processes (default: 1)
     overwrite: bool = False,       # start runs anew that were made with other settings
     dry_run: bool = False,         # print the plan: what would run, what is skipped, and why
 ):
@@ -177,19 +175,14 @@ def pahcl_downstream(
     given = {flag: value for flag, value in locals().items()
              if flag not in ('stage', 'demo', 'dry_run', 'audio_dir', 'labels')
              and value is not None}
+    from dataclasses import replace
     from pahcl.core.pipeline import PipelineSettings
     from pahcl.studies.downstream import demo_settings, run_downstream
-    if audio_dir or labels:
-        from pahcl.data.labelled_audio import write_recordings_table
-        require_flags(audio_dir=audio_dir, labels=labels)
-        name = None if dataset == 'all' else dataset
-        given['dataset'] = write_recordings_table(audio_dir, labels, raw_dir or 'data/raw', name)
-    if audio_dir or labels:
-        from pahcl.data.labelled_audio import write_recordings_table
-        require_flags(audio_dir=audio_dir, labels=labels)
-        name = None if dataset == 'all' else dataset
-        given['dataset'] = write_recordings_table(audio_dir, labels, raw_dir or 'data/raw', name)
     settings = demo_settings(**given) if demo else PipelineSettings(**given)
+    if audio_dir or labels:
+        from pahcl.data.labelled_audio import write_recordings_table
+        settings = replace(settings, dataset=write_recordings_table(
+            audio_dir, labels, settings.raw_dir, settings.dataset))
     run_downstream(stage or ['all'], settings, dry_run)
 
 # %% ../nbs/06_eval.ipynb #cell37

@@ -152,18 +152,6 @@ def match(self: _GivenSplits,
     elif 'dataset' in recordings and len(recordings):
         names = [n if n in set(ids) else _qualify_id(recordings['dataset'].iloc[0], n)
                  for n in names]
-    # own data sets: an id as the user's table has it
-    elif 'dataset' in recordings and len(recordings):
-        names = [n if n in set(ids) else _qualify_id(recordings['dataset'].iloc[0], n)
-                 for n in names]
-    # own data sets: an id as the user's table has it
-    elif 'dataset' in recordings and len(recordings):
-        names = [n if n in set(ids) else _qualify_id(recordings['dataset'].iloc[0], n)
-                 for n in names]
-    # own data sets: an id as the user's table has it
-    elif 'dataset' in recordings and len(recordings):
-        names = [n if n in set(ids) else _qualify_id(recordings['dataset'].iloc[0], n)
-                 for n in names]
     split, what = dict(zip(names, self.table['split'])), f'{self.id_column}s'
     if not (here := set(ids) & set(names)):
         raise PahclError(f'{self.source} names nobody who is here: its {what} are '

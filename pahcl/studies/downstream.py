@@ -16,8 +16,6 @@ from ..core.stages import (
 from ..data.datasets import select_datasets, TASKS
 from ..data.fetching import download
 from ..data.own_recordings import _list_outside_files, register_own_datasets
-from ..data.own_recordings import _list_outside_files, register_own_datasets
-from ..data.own_recordings import _list_outside_files, register_own_datasets
 from ..data.simulation import simulate_dataset
 from ..data.splitting import prepare
 from ..data.tasks import list_prepared_tasks, Task

@@ -50,24 +50,6 @@ def _configured_task(
     name = section.get('name') if isinstance(section, dict) else None
     return [name] if isinstance(name, str) and Path(folder).name.startswith(f'{name}_') else []
 
-def _configured_task(
-    folder,  # a run's folder
-) -> list:   # of one name; empty where config.yaml does not say
-    "Read which task a run was configured for: it may be one of an own data set."
-    try: section = read_yaml(Path(folder)/'config.yaml').get('task')
-    except PahclError: return []
-    name = section.get('name') if isinstance(section, dict) else None
-    return [name] if isinstance(name, str) and Path(folder).name.startswith(f'{name}_') else []
-
-def _configured_task(
-    folder,  # a run's folder
-) -> list:   # of one name; empty where config.yaml does not say
-    "Read which task a run was configured for: it may be one of an own data set."
-    try: section = read_yaml(Path(folder)/'config.yaml').get('task')
-    except PahclError: return []
-    name = section.get('name') if isinstance(section, dict) else None
-    return [name] if isinstance(name, str) and Path(folder).name.startswith(f'{name}_') else []
-
 def _read_final_metrics(
     folder,  # a run's folder
 ):           # (content of `final_metrics.json` or None, what is wrong with it or '')

@@ -20,8 +20,7 @@ from ..data.loader import Cycles
 from ..data.sampling import draw_epoch_rows, get_recording_ids
 from ..data.random_numbers import sample_keys
 from ..data.own_recordings import _holds_no_task
-from ..data.own_recordings import _holds_no_task
-from ..data.tasks import find_cut_difference, find_held_out_persons, list_prepared_tasks, list_prepared_tasks
+from ..data.tasks import find_cut_difference, find_held_out_persons, list_prepared_tasks
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell6
 _HELDOUT_WARNING = ('validation and test persons of the downstream tasks are learnt from too. '
