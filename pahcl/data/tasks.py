@@ -207,6 +207,16 @@ def read_cycles(self: Task,
 
 # %% ../../nbs/data/tasks.ipynb #cell28
 @patch
+def add_devices(self: Task,
+    table,   # a row a cycle or a recording: `recording_id`
+):           # the same with `device` and `site`, where the task's recordings say them
+    "Add what recordings were made with, and where; only own data sets say it in their tables."
+    told = [c for c in ('device', 'site') if c in self.recordings]
+    if not told: return table
+    known = self.recordings.set_index('recording_id')[told]
+    return table.assign(**known.reindex(table['recording_id'].astype(str)).to_dict('list'))
+
+@patch
 def without_cycles(self: Task,
     split: str,   # train, val or test
     table,        # its cycles that were found: `subject_id, recording_id`
