@@ -23,7 +23,13 @@ __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
 def pahcl_preprocess(
     raw_dir: str = 'data/raw',            # folder of all raw data
     output_dir: str = 'data/processed',   # where cycles go
-    dataset: str = 'all',  # circor, physionet2016, pascal or all (those that are there)
+    # name of a data set, or all (those that are there); a folder of the raw data with a
+    # recordings.csv (file, subject, a column a label) is one, too
+    dataset: str = 'all',
+    # makes a data set of these audio files and --labels first, named --dataset or like the folder
+    audio_dir: str = None,
+    # csv with a row a recording or a subject, and a column a label; goes with --audio-dir
+    labels: str = None,
     states: str = 'detected',  # detected, or annotated: the data set's own where there is one
     num_workers: int = 8,                 # processes
     sample_rate: int = 5000,              # stored, Hz
@@ -41,6 +47,9 @@ def pahcl_preprocess(
     "Cut recordings into heart cycles; run again to go on where it stopped."
     from pahcl.segmentation.beat_counts import format_summary
     from pahcl.segmentation.preprocessing import preprocess
+    if audio_dir or labels:
+        from pahcl.data.labelled_audio import write_recordings_table
+        dataset = write_recordings_table(audio_dir, labels, raw_dir, dataset)
     stats = preprocess(raw_dir, output_dir, dataset, states, num_workers, sample_rate,
                        target_length, length_mode, skip_broken, scheduler=scheduler,
                        states_dir=states_dir, figures=figures, keep_withdrawn=keep_withdrawn)

@@ -28,7 +28,7 @@ __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
 def pahcl_evaluate(
     # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt
     checkpoint: str = None,
-    # needed: task to evaluate on: circor_murmur, circor_outcome, physionet2016 or pascal
+    # needed: prepared task to evaluate on, e.g. circor_murmur
     task: str = None,
     data_dir: str = 'data/downstream',  # folder of the prepared tasks
     split: str = 'test',                # train, val or test
@@ -46,7 +46,7 @@ def pahcl_evaluate(
     # also under noise, at other sample rates and by device: robustness.csv, .md, .tex, .html, .png
     robustness: bool = False,
     # K: so many fine-tunings, each person tested once; device: each (2016's folders, PASCAL's
-    # sets) left out of training
+    # sets, the column device of your own) left out of training
     cross_validate: str = None,
 ):
     """Evaluate a fine-tuned checkpoint: scores of cycles, recordings and subjects with intervals,
@@ -139,7 +139,9 @@ def pahcl_downstream(
     processed_dir: str = None,     # cycles (default: data/processed)
     data_dir: str = None,          # prepared tasks (default: data/downstream)
     output_dir: str = None,        # runs (default: outputs)
-    dataset: str = None,           # circor, physionet2016, pascal or all (default: all)
+    dataset: str = None,           # name of a data set, or all (default: all)
+    audio_dir: str = None,         # as in pahcl_preprocess: makes a data set of these recordings
+    labels: str = None,            # and of this csv
     # start from this checkpoint (or packaged) instead of pretraining; none: random start
     pretrained: str = None,
     config: str = None,  # configuration of fine-tuning: a path, or the name of a packaged one
@@ -162,8 +164,7 @@ def pahcl_downstream(
     wandb: bool = False,           # log to Weights & Biases
     wandb_project: str = None,     # W&B project (default: PA-HCL)
     wandb_entity: str = None,      # W&B entity
-    # fine-tunings at once, as processes of their own that share threads and GPUs (default: 1)
-    jobs: int = None,
+    jobs: int = None,              # fine-tunings at once, as processes (default: 1)
     overwrite: bool = False,       # start runs anew that were made with other settings
     dry_run: bool = False,         # print the plan: what would run, what is skipped, and why
 ):
@@ -172,10 +173,16 @@ def pahcl_downstream(
     """
     # of the parameters: nothing may be imported before this line
     given = {flag: value for flag, value in locals().items()
-             if flag not in ('stage', 'demo', 'dry_run') and value is not None}
+             if flag not in ('stage', 'demo', 'dry_run', 'audio_dir', 'labels')
+             and value is not None}
+    from dataclasses import replace
     from pahcl.core.pipeline import PipelineSettings
     from pahcl.studies.downstream import demo_settings, run_downstream
     settings = demo_settings(**given) if demo else PipelineSettings(**given)
+    if audio_dir or labels:
+        from pahcl.data.labelled_audio import write_recordings_table
+        settings = replace(settings, dataset=write_recordings_table(
+            audio_dir, labels, settings.raw_dir, settings.dataset))
     run_downstream(stage or ['all'], settings, dry_run)
 
 # %% ../nbs/06_eval.ipynb #cell37

@@ -20,7 +20,8 @@ __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
 # %% ../nbs/05_finetune.ipynb #cell13
 @console_script
 def pahcl_finetune(
-    # circor_murmur, circor_outcome, physionet2016 or pascal; needed unless --config names it
+    # a prepared task, e.g. circor_murmur, or NAME_COLUMN of your own data set; needed unless
+    # --config names it
     task: str = None,
     config: str = 'configs/finetune.yaml',  # configuration: a path, or the name of a packaged one
     # needed: path of a checkpoint, packaged (the weights shipped with pahcl),

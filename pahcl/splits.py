@@ -52,7 +52,7 @@ def _format_split_counts(
 # %% ../nbs/02_downstream_splits.ipynb #99264418
 @console_script
 def pahcl_prepare(
-    dataset: str = 'all',                  # circor, physionet2016, pascal or all
+    dataset: str = 'all',                  # name of a data set, or all that were preprocessed
     # folder of the raw data sets; labels are checked against it when it is there
     raw_dir: str = 'data/raw',
     processed_dir: str = 'data/processed', # output of pahcl_preprocess

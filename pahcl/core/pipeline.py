@@ -107,9 +107,12 @@ def expected_tasks(
     "Name the tasks that are prepared, or that will be."
     if fresh:
         return [t for t, dataset in self.tasks.items() if settings.dataset in ('all', dataset)]
-    found = [t for t in self.tasks if (Path(settings.data_dir)/t/'task_config.json').exists()]
+    found = [t for t, dataset in self.tasks.items() if settings.dataset in ('all', dataset)
+             and (Path(settings.data_dir)/t/'task_config.json').exists()]
     if not found:
-        raise PahclError(f'no prepared task in {settings.data_dir}. Run pahcl_downstream prepare.')
+        of = f' of {settings.dataset}' if settings.dataset != 'all' else ''
+        raise PahclError(f'no prepared task{of} in {settings.data_dir}. '
+                         'Run pahcl_downstream prepare.')
     return found
 
 # %% ../../nbs/core/pipeline.ipynb #c017

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import first_few, get_logger, hash_file, PahclError, read_table, UsageError
+from .own_recordings import _qualify_id
 from .tasks import _find_separated_persons, SPLIT_FRACTIONS
 
 # %% ../../nbs/data/given_splits.ipynb #g010
@@ -150,6 +151,10 @@ def match(self: _GivenSplits,
     "Look every recording up; a `PahclError` where none is known."
     ids, names = recordings[self.id_column].astype(str), self.table[self.id_column].tolist()
     if self.id_column == 'recording_id': names = _to_recording_ids(names, set(ids))
+    # own data sets: an id as the user's table has it
+    elif 'dataset' in recordings and len(recordings):
+        names = [n if n in set(ids) else _qualify_id(recordings['dataset'].iloc[0], n)
+                 for n in names]
     split, what = dict(zip(names, self.table['split'])), f'{self.id_column}s'
     if not (here := set(ids) & set(names)):
         raise PahclError(f'{self.source} names nobody who is here: its {what} are '

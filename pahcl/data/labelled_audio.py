@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from ..core.basics import first_few, get_logger, PahclError, require_path, write_text
+from ..core.scripts import require_flags
 from .own_recordings import _check_name, _list_audio
 from .own_tables import _clean_cell, _OwnTable, _read_own_table
 
@@ -132,17 +133,19 @@ def _log_matches(table, paths, matched):
 def write_recordings_table(
     audio_dir,            # a folder with audio files, at any depth
     labels,               # a csv file with a row a recording, or a row a subject
-    raw_dir='data/raw',   # the folder of all raw data; the table is `<raw_dir>/<dataset>/…`
-    dataset=None,         # name of the data set; None: that of `audio_dir`
+    # the folder of all raw data, None: data/raw; the table is `<raw_dir>/<dataset>/recordings.csv`
+    raw_dir='data/raw',
+    dataset=None,         # name of the data set; None or all: that of `audio_dir`
 ) -> str:                 # the name
     """Make a folder of audio files and a table of labels a data set: `recordings.csv`.
 
     Files are found by path, name or stem. A table that does not say whose a recording is, a name
     that may mean two files, or another `recordings.csv` in that place is a `PahclError`.
     """
+    require_flags(audio_dir=audio_dir, labels=labels)
     audio_dir = require_path(audio_dir, 'folder of recordings', 'Correct --audio-dir.').resolve()
-    name = dataset or re.sub(r'[^\w.-]+', '_', audio_dir.name)
-    target = Path(raw_dir)/name/'recordings.csv'
+    name = dataset if dataset not in (None, 'all') else re.sub(r'[^\w.-]+', '_', audio_dir.name)
+    target = Path(raw_dir or 'data/raw')/name/'recordings.csv'
     _check_name(target.parent)
     table, paths = _read_own_table(labels), _list_audio(audio_dir)
     subject = _find_subject_column(table)
@@ -151,8 +154,8 @@ def write_recordings_table(
     matched = [m for m in matched if m[2]]
     text = _format_recordings(table, matched, subject, target.parent.resolve())
     if target.exists() and target.read_text(encoding='utf-8-sig') != text:
-        raise PahclError(f'{target} is there and says something else than {labels} would. Remove it '
-                         f'to make it anew, or leave out --labels and give --dataset {name}.')
+        raise PahclError(f'{target} is there and says something else than {labels}. Remove '
+                         f'it to make it anew, or give --dataset {name} without --audio-dir.')
     write_text(target, text)
     get_logger().info(f'{target}: {len(matched)} recordings of '
                       f'{len({_clean_cell(m[1][subject]) for m in matched})} subjects')

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..core.basics import get_logger, PahclError, require_path
+from ..core.basics import get_logger, PahclError, read_json
 from .datasets import DATASETS, register_dataset, Source, TASKS
 from .own_tables import _clean_cell, _OwnTable, _read_own_table, _require_columns
 from .own_tasks import (
@@ -312,6 +312,30 @@ def _describe_own_datasets(
                                credit=d.source.credit)
     return {n: dict(source=source(DATASETS[n]), tasks=tasks(DATASETS[n]))
             for n in names if n in _OWN_PLACES}
+
+def _read_definitions(
+    processed_dir,
+) -> dict:           # of `_describe_own_datasets`; empty where there are none
+    "Read what a processed folder remembers of own data sets."
+    path = Path(processed_dir)/'processing_stats.json'
+    return read_json(path, 'processing statistics').get('definitions', {}) if path.exists() else {}
+
+def _holds_no_task(
+    processed_dir,
+) -> bool:
+    "Say whether a processed folder holds own data sets without labels, and nothing else."
+    path, own = Path(processed_dir)/'processing_stats.json', _read_definitions(processed_dir)
+    if not own or any(about['tasks'] for about in own.values()): return False
+    return set(read_json(path).get('datasets', {})) <= set(own)
+
+def _list_outside_files(
+    raw_dir, names,   # the folder of all raw data, and data sets of it
+) -> list:            # recordings of own data sets that lie elsewhere
+    "List the recordings that are not below their data set's folder."
+    own = [Path(raw_dir)/n for n in names if n in _OWN_PLACES]
+    return [p for f in own if (f/'recordings.csv').is_file()
+            for p in _find_recordings(_read_own_dataset(f).table)
+            if not p.resolve().is_relative_to(f.resolve())]
 
 def _recall_own_datasets(
     place, known: dict,   # the processed folder, and of `_describe_own_datasets`

@@ -104,7 +104,7 @@ def add(self: _OwnTasks,
     "Add a task and the line about it."
     metric = primary_metric or _default_metric(label_map)
     count = Counter(v for _, v in table.values(column))
-    told = ', '.join(f'{c} {i} ({count[c]} recordings)' for c, i in label_map.items())
+    told = ', '.join(f'{i} {c} ({count[c]} recordings)' for c, i in label_map.items())
     self.tasks[name] = dict(column=column, label_map=label_map, primary_metric=metric,
                             official_score=official_score)
     self.lines.append(f'task {name}: column {column}, classes {told}; primary metric {metric}')

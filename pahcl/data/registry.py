@@ -49,6 +49,9 @@ def label(self: TaskDefinition,
     """Select the task's own recordings; an unknown label is a `PahclError`, a missing one leaves
     the recording out.
     """
+    if self.column not in recordings:
+        raise PahclError(f'{self.name}: the table of recordings has no column {self.column}. '
+                         'Run pahcl_preprocess again.')
     labelled = recordings[recordings[self.column].notna()]
     strange = labelled[~labelled[self.column].isin(list(self.label_map))]
     if len(strange):

@@ -11,8 +11,9 @@ from pathlib import Path
 from ..core.aggregation import pick_rarest_labels
 from ..core.basics import (
     first_few, get_logger, lock_folder, PahclError, replace_folder, UsageError)
-from .datasets import get_class_columns, select_tasks, TASKS
+from .datasets import DATASETS, get_class_columns, select_tasks, TASKS
 from .given_splits import _choose_splits
+from .own_recordings import _read_definitions, _recall_own_datasets
 from .recordings import load_recordings
 from .stratification import _split_persons_stratified
 from .task_folders import _make_task_config, _write_task
@@ -28,6 +29,7 @@ def _check_labels(
     preprocessed.
     """
     key, columns = ['dataset', 'recording_id'], ['subject_id', 'person_id', *get_class_columns()]
+    columns = [c for c in columns if c in recordings and c in raw]
     if 'split' in raw:
         columns, recordings = [*columns, 'split'], recordings.assign(split=recordings.get('split'))
     both = recordings.merge(raw[[*key, *columns]].astype({c: object for c in columns}), on=key,
@@ -66,7 +68,12 @@ def _load_labelled_recordings(
     if not there: load_recordings(raw_dir, dataset)
     recordings, settings = read_processed(processed_dir)
     withdrawn = 'withdrawn' in recordings and (recordings['withdrawn'] == 'True').any()
-    if Path(raw_dir).exists(): raw = load_recordings(raw_dir, dataset, keep_withdrawn=withdrawn)
+    # of own data sets the processed folder knows enough
+    own, asked = (_read_definitions(processed_dir),
+                  set(recordings['dataset']) if dataset == 'all' else [dataset])
+    if Path(raw_dir).exists() and (not own or any((Path(raw_dir)/d).exists() for d in asked)):
+        raw = load_recordings(raw_dir, dataset, keep_withdrawn=withdrawn)
+    _recall_own_datasets(processed_dir, own, raw_dir)
     if raw is None:
         get_logger().info(
             f'there is no raw folder {raw_dir}: labels are those of {processed_dir}/recordings.csv')
@@ -196,8 +203,12 @@ def prepare(
     """Write the folders of all tasks of a data set; raises `PahclError` for missing data, strange
     labels, leaks.
     """
-    tasks, configs = select_tasks(dataset), {}
     recordings, settings = _load_labelled_recordings(dataset, raw_dir, processed_dir)
+    tasks, configs = select_tasks(dataset), {}
+    if not tasks or set(recordings['dataset']) <= {d for d, t in DATASETS.items() if not t.tasks}:
+        get_logger().warning(f'{dataset}: no column is a label, so there is nothing to prepare. '
+                             'The recordings are good for pahcl_pretrain')
+        return {}
     there = [d for d in dict.fromkeys(t.dataset for t in tasks.values())
              if (recordings['dataset'] == d).any()]
     if not there:

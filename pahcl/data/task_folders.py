@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from ..core.basics import PahclError, progress, read_json, read_table, write_json, write_text
+from .datasets import DATASETS
 from .tasks import (
     _find_separated_persons, check_leaks, compute_class_weights, SPLIT_FRACTIONS)
 
@@ -71,6 +72,15 @@ def _split_membership(
                 split_persons=ids('person_id'), split_subjects=ids('subject_id'))
 
 # %% ../../nbs/data/task_folders.ipynb #c011
+def _describe_task(
+    task,     # a `TaskDefinition`
+) -> dict:    # official_score, licence, citation, as far as they are known
+    "Say what of a task's data set is not in its numbers."
+    source = DATASETS[task.dataset].source if task.dataset in DATASETS else None
+    known = dict(official_score=task.official_score, licence=source and source.licence,
+                 citation=source and source.credit)
+    return {k: v for k, v in known.items() if v}
+
 def _make_task_config(
     name: str,       # of the task
     task,            # its `TaskDefinition`
@@ -96,14 +106,17 @@ def _make_task_config(
     else:
         for key in ('split_persons', 'split_subjects'): check_leaks(config[key], key[6:])
     return config | {k: settings.get(k)
-                     for k in ('sample_rate', 'target_length', 'length_mode', 'states', 'band_hz')}
+                     for k in ('sample_rate', 'target_length', 'length_mode', 'states', 'band_hz')
+                     } | _describe_task(task)
 
 # %% ../../nbs/data/task_folders.ipynb #c013
 _TASK_CYCLE_COLUMNS = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location',
                        'label', 's1_end', 's2_start', 's2_end', 'valid_length',
                        'duration_s', 'confidence', 'quality', 'subject_label']
 _OPTIONAL_RECORDING_COLUMNS = ['subject_label', 'murmur_locations', 'signal_quality', 'seconds',
-                               'cycles_found', 'quality', 'confidence']
+                               'cycles_found', 'quality', 'confidence',
+                               # of own data sets
+                               'age', 'sex', 'height', 'weight', 'pregnant', 'device', 'site']
 _TASK_RECORDING_COLUMNS = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label',
                            'split', 'cycles']
 

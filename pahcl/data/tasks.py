@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from ..core.basics import (
     first_few, get_logger, PahclError, progress, read_json, read_table, require_path)
-from ..core.metrics import CHALLENGE_METRICS
+from ..core.metrics import CHALLENGE_METRICS, METRICS
 from ..core.predictions import class_names, positive_class
 
 # %% ../../nbs/data/tasks.ipynb #cell6
@@ -34,8 +34,8 @@ def read_processed(
     "The recordings of a processed folder and its settings."
     remedy = 'Run pahcl_preprocess first.'
     require_path(processed_dir, 'processed folder', remedy)
-    needed = ['dataset', 'subject_id', 'person_id', 'recording_id', 'location', 'murmur', 'outcome',
-              'label', 'folder', 'cycles_kept']
+    needed = ['dataset', 'subject_id', 'person_id', 'recording_id', 'location', 'folder',
+              'cycles_kept']
     recordings = read_table(Path(processed_dir)/'recordings.csv', needed,
                             'table of recordings', remedy)
     path = Path(processed_dir)/'processing_stats.json'
@@ -170,9 +170,10 @@ def positive_class(self: Task) -> int:
 @patch(as_prop=True)
 def official_metric(self: Task):
     """Return the score of the task's challenge, an entry of `pahcl.core.metrics.CHALLENGE_METRICS`,
-    or None.
+    or None; `official_score` of the configuration names that of an own task.
     """
-    return CHALLENGE_METRICS.get(self.name)
+    named = METRICS.get(self.config.get('official_score'))
+    return named or CHALLENGE_METRICS.get(self.name)
 
 # %% ../../nbs/data/tasks.ipynb #cell24
 @patch(cls_method=True)
@@ -215,6 +216,16 @@ def read_cycles(self: Task,
                       _PREPARE_AGAIN)
 
 # %% ../../nbs/data/tasks.ipynb #cell28
+@patch
+def add_devices(self: Task,
+    table,   # a row a cycle or a recording: `recording_id`
+):           # the same with `device` and `site`, where the task's recordings say them
+    "Add what recordings were made with, and where; only own data sets say it in their tables."
+    told = [c for c in ('device', 'site') if c in self.recordings]
+    if not told: return table
+    known = self.recordings.set_index('recording_id')[told]
+    return table.assign(**known.reindex(table['recording_id'].astype(str)).to_dict('list'))
+
 @patch
 def without_cycles(self: Task,
     split: str,   # train, val or test

@@ -43,6 +43,28 @@ def _demographic_features(
                               **sizes, pregnant=equals('Pregnancy status', 'True')))
     return table.set_index(raw['Patient ID'].astype(str))
 
+# columns of an own data set, see `pahcl.data.own_recordings`
+_DESCRIBED_PERSONS = ('age', 'sex', 'height', 'weight', 'pregnant')
+
+def _described_features(
+    recordings,   # an own task's `recordings.csv`: `subject_id` and some of `_DESCRIBED_PERSONS`
+):                # DataFrame by subject id; NaN where not recorded
+    "Read what a table of recordings says of its subjects: numbers, CirCor's ages, yes or no."
+    text = recordings.reindex(columns=_DESCRIBED_PERSONS).astype('string')
+    number = lambda c: pd.to_numeric(text[c].str.replace(',', '.'), errors='coerce').astype(float)
+    def is_one_of(c, *words):
+        return text[c].str.casefold().isin(words).astype(float).where(text[c].notna())
+    age = number('age').fillna(text['age'].map(_AGE_ORDER).astype(float))
+    table = pd.DataFrame(dict(
+        age=age, female=is_one_of('sex', 'female', 'f', 'woman', 'w', 'girl'),
+        height=number('height'), weight=number('weight'),
+        pregnant=is_one_of('pregnant', 'true', 'yes', 'y', '1')))
+    table = table.loc[:, table.notna().any()]
+    if table.empty: raise PahclError(f'no column of {", ".join(_DESCRIBED_PERSONS)} can be read.')
+    missing = table.isna().add_prefix('no_').astype(float)
+    table = table.join(missing.loc[:, missing.any()])
+    return table.groupby(recordings['subject_id'].astype(str)).first()
+
 # %% ../../nbs/evaluation/baselines.ipynb #cell12
 def _heart_rate_features(
     cycles,        # a row a cycle: `subject_id`, `s2_end`, `valid_length` (samples), `duration_s`
@@ -80,6 +102,14 @@ def _read_cycle_times(
     return cycles.assign(s2_end=cycles['s2_end']*cycles['duration_s'])
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell19
+def _device_features(
+    recordings,   # an own task's `recordings.csv`: `subject_id`, and `device` or `site`
+):                # DataFrame by subject id, a column a device
+    "Return what a subject was recorded with, or where."
+    column = 'device' if 'device' in recordings else 'site'
+    first = recordings[column].groupby(recordings['subject_id'].astype(str)).first()
+    return pd.get_dummies(first, dtype=float)
+
 def _folder_features(
     recordings,   # the task's `recordings.csv`: `subject_id, recording_id`
 ):                # DataFrame by subject id, a column a letter
@@ -115,9 +145,14 @@ def _baseline_features(
     "Collect the baselines that this task's data offer."
     out = {'heart rate': lambda: _heart_rate_features(_read_cycle_times(task),
                                                       task.config.get('target_length', 4000))}
+    recordings, described = task.recordings, _DESCRIBED_PERSONS
     if task.dataset == 'circor': out['demographics'] = lambda: _demographic_features(raw_dir)
+    elif any(c in recordings for c in described):
+        out['demographics'] = lambda: _described_features(recordings)
     if task.dataset == 'physionet2016':
-        out['folder letter'] = lambda: _folder_features(task.read_recordings('subject_id'))
+        out['folder letter'] = lambda: _folder_features(recordings)
+    elif 'device' in recordings or 'site' in recordings:
+        out['device'] = lambda: _device_features(recordings)
     out['segmentation'] = lambda: _segmentation_features(task)
     return out | {'log-mel statistics': lambda: spectrum_features(task.folder)}
 

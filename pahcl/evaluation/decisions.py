@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from ..core.basics import PahclError, write_text
 from ..core.aggregation import group_labels
+from ..core.metrics import CHALLENGE_METRICS
 from ..core.predictions import LEVELS, positive_class, Predictions
 from ..data.tasks import Task
 from .calibration import apply_temperature
@@ -38,7 +39,10 @@ class Decisions:
     fallback: int = 0            # recordings predicted by the class priors
     notes: list = None           # sentences
     baselines: dict = field(default_factory=dict)    # name -> subjects' predictions, or reason
+    # metric of the task's challenge; None: that which is registered for the task's name
+    official: object = None
 
+    official_metric = property(lambda self: self.official or CHALLENGE_METRICS.get(self.task))
     label_map = property(lambda self: self.levels['subject'].label_map)
 
 # %% ../../nbs/evaluation/decisions.ipynb #cell9
@@ -225,7 +229,7 @@ def make(cls: Decisions,
     chosen_on = chosen.validation or (chosen.levels if split == 'val' else None)
     thresholds = choose_thresholds(threshold, chosen_on, task)
     out = replace(chosen, threshold=threshold, thresholds=thresholds, missing=missing,
-                  notes=task.split_notes)
+                  notes=task.split_notes, official=task.official_metric)
     out = out.add_class_priors(silent, task.class_priors if len(silent) else None)
     return out.add_quality(task.recordings).decided()
 
@@ -261,7 +265,8 @@ def concat(cls: Decisions,
     baselines = {name: _pool_baseline_answers([d.baselines[name] for d in parts])
                  for name in first.baselines}
     return cls({level: pool(level) for level in LEVELS}, first.task, *rules, threshold,
-               missing=missing, fallback=sum(d.fallback for d in parts), baselines=baselines)
+               missing=missing, fallback=sum(d.fallback for d in parts), baselines=baselines,
+               official=first.official)
 
 # %% ../../nbs/evaluation/decisions.ipynb #cell35
 @patch

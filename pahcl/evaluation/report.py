@@ -166,7 +166,7 @@ def figures(self: Evaluation) -> dict:   # file name -> figure
     out['roc'] = roc_figure(y, values, names, title, decided)
     out['precision_recall'] = precision_recall_figure(y, values, names, title)
     out['reliability'] = reliability_figure(y, versions, title)
-    if self.task == 'circor_outcome':
+    if (self.official or {}).get('name') == 'outcome_cost':
         out['referral_cost'] = referral_figure(y, values[:, 1], decided, title)
     return out
 

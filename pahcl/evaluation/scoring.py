@@ -117,7 +117,7 @@ def _score_levels(
     draws=2000, seed=0,   # of the bootstrap
 ) -> dict:  # task, label_map; n, levels (scores), floors (constant predictions) by level; official
     "Score all levels, and the official score at its own level."
-    label_map, official = decisions.label_map, CHALLENGE_METRICS.get(decisions.task)
+    label_map, official = decisions.label_map, decisions.official_metric
     names, out = class_names(label_map), dict(n={}, levels={}, floors={}, official=None)
     for level, predictions in decisions.levels.items():
         entry = official if official and official.level == level else None
@@ -193,7 +193,7 @@ def compare_with_baselines(self: Evaluation,
     if shortcuts is None:
         decisions = self.decisions
         shortcuts = score_baselines(decisions.levels, decisions.baselines,
-                                    CHALLENGE_METRICS.get(self.task))
+                                    decisions.official_metric)
     out, scores = self.add(shortcuts=shortcuts), self.scores['subject']
     areas = _class_aurocs(scores, self.label_map)
     names = [*metric_names('compare'), *areas]

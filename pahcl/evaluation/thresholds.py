@@ -83,7 +83,7 @@ def _sensitivity_goal(
 def _threshold_goal(
     how: str,        # `youden`, `f1`, `cost`, or `sensitivity=` and a number above 0 and up to 1
     positive: int,   # number of the positive class
-    task='',         # name; only circor_outcome and circor_murmur have a `cost`
+    official='',     # name of the task's official score; two of them are a `cost`
 ):                   # function (y_true, y_pred) -> number; more is better
     "Return the score that a threshold maximises; an unknown name is a `UsageError`."
     if how == 'youden':
@@ -91,11 +91,12 @@ def _threshold_goal(
     if how == 'f1':
         return lambda y, z: 2*((z == positive) & (y == positive)).sum()/(
             (z == positive).sum()+(y == positive).sum())
-    if how == 'cost' and task == 'circor_outcome': return lambda y, z: -outcome_cost(y, z)
-    if how == 'cost' and task == 'circor_murmur': return murmur_weighted_accuracy
+    if how == 'cost' and official == 'outcome_cost': return lambda y, z: -outcome_cost(y, z)
+    if how == 'cost' and official == 'murmur_weighted_accuracy': return murmur_weighted_accuracy
     if how == 'cost':
-        raise UsageError('--threshold cost: only circor_outcome and circor_murmur have a cost, '
-                         f'not {task or "this task"}. Use youden.')
+        raise UsageError('--threshold cost: only a task scored by outcome_cost or '
+                         'murmur_weighted_accuracy has a cost, and this one is scored by '
+                         f'{official or "no challenge"}. Use youden.')
     return _sensitivity_goal(how, positive)
 
 # %% ../../nbs/evaluation/thresholds.ipynb #cell16
@@ -111,7 +112,7 @@ def _candidate_thresholds(
 # %% ../../nbs/evaluation/thresholds.ipynb #cell18
 def _choose_threshold(
     y_true, probabilities,  # of the validation split [n], [n, classes]
-    how: str, positive: int, task='',  # see `_threshold_goal`
+    how: str, positive: int, official='',  # see `_threshold_goal`
     most=512,               # thresholds that are tried at most
 ):                          # threshold, or None for `argmax`
     """Choose the threshold that is best on the validation split; of equally good ones the middle.
@@ -119,7 +120,7 @@ def _choose_threshold(
     A `PahclError` where the rows are all positive or all negative.
     """
     if how == 'argmax': return None
-    goal, y = _threshold_goal(how, positive, task), np.asarray(y_true)
+    goal, y = _threshold_goal(how, positive, official), np.asarray(y_true)
     p, count = np.asarray(probabilities, float), (y == positive).sum()
     if not 0 < count < len(y):
         raise PahclError(f'--threshold {how} needs validation rows with and without class '
@@ -130,12 +131,14 @@ def _choose_threshold(
     return float(candidates[best[len(best)//2]])
 
 # %% ../../nbs/evaluation/thresholds.ipynb #cell23
+def _official_name(task): return task.official_metric.name if task.official_metric else ''
+
 def check_threshold(
     how: str,     # see `_threshold_goal`
     task: Task,
 ):
     "Raise `UsageError` for a threshold that cannot be chosen for the task."
-    if how != 'argmax': _threshold_goal(how, task.positive_class, task.name)
+    if how != 'argmax': _threshold_goal(how, task.positive_class, _official_name(task))
 
 # %% ../../nbs/evaluation/thresholds.ipynb #cell24
 def choose_thresholds(
@@ -149,5 +152,5 @@ def choose_thresholds(
     if levels is None:
         raise PahclError(f'--threshold {how} needs the validation split, and there is none.')
     choose = lambda own: _choose_threshold(own.table['label'].to_numpy(), own.probabilities, how,
-                                          task.positive_class, task.name)
+                                          task.positive_class, _official_name(task))
     return {level: choose(own) for level, own in levels.items()}

@@ -17,7 +17,8 @@ from ..core.basics import (
     atomic_path, fingerprint, fingerprint_files, first_few, get_logger, PahclError, progress,
     read_json, write_json, write_text)
 from ..core.parallel import map_in_parallel
-from ..data.datasets import DATASETS, select_datasets
+from ..data.datasets import DATASETS, get_class_columns, select_datasets
+from ..data.own_recordings import _describe_own_datasets
 from ..data.recordings import load_recordings
 from ..data.signal import count_missing_bytes, read_recording
 from .beat_counts import _count_beats_by_class, _NO_HEARTBEAT_FOUND
@@ -104,7 +105,7 @@ def _load_previously_cut(
     found = {_read_cut_record(p.parent).get('dataset')
              for p in Path(output_dir).glob('subject_*/*/.done.json')}
     tables = []
-    for name in (n for n in DATASETS if n in found and n not in names):
+    for name in sorted(n for n in found if n and n not in names):
         # those that were not asked for are not there
         try: table = load_recordings(raw_dir, name, unreadable=True, keep_withdrawn=True)
         except PahclError: continue                                     # its raw data are gone
@@ -138,6 +139,8 @@ def _write_results(
     broken = [dict(b, path=os.path.relpath(b['path'], raw_dir)) for b in broken]
     stats = dict(settings=asdict(settings), **_count_beats_by_class(table, summaries),
                  recordings=dict(zip(table.folder, summaries)), broken=broken)
+    # so that tasks can be prepared without the raw folder
+    if own := _describe_own_datasets(table.dataset.unique()): stats |= dict(definitions=own)
     write_text(results[0], table.to_csv(index=False))
     write_json(results[1], stats)
     return stats
@@ -165,9 +168,10 @@ def _draw_figures(
     "Draw some recordings as they were cut; figures of an earlier run are removed."
     if not count: return
     shutil.rmtree(Path(output_dir)/'figures', ignore_errors=True)
-    for r in table.iloc[_spread_evenly(len(table), count)].itertuples():
-        labels = [r.dataset, r.recording_id, r.murmur, r.outcome, r.label]
-        labels = [str(x) for x in labels if isinstance(x, str)]
+    told = [c for c in ('dataset', 'recording_id', *get_class_columns()) if c in table]
+    for i in _spread_evenly(len(table), count):
+        r = table.iloc[i]
+        labels = [r[c] for c in told if isinstance(r[c], str)]
         path = Path(output_dir)/'figures'/f'{r.folder.replace("/", "_")}.png'
         figure = plot_processed_recording(r.path, Path(output_dir)/r.folder, ', '.join(labels))
         with atomic_path(path) as t: figure.savefig(t, format='png', dpi=130)
@@ -204,7 +208,7 @@ def _process_all(raw_dir, output_dir, table, broken, settings, names, num_worker
 def preprocess(
     raw_dir='data/raw',                      # folder of all raw data
     output_dir='data/processed',             # where cycles go
-    dataset='all',  # `circor`, `physionet2016`, `pascal`, `all` (those that are there), or a list
+    dataset='all',  # a data set's name, `all` (those that are there), or a list
     states='detected',  # `detected`, or `annotated`: the data set's own where there is one
     num_workers=8,                           # processes; the result does not depend on it
     sample_rate=5000,                        # stored, Hz

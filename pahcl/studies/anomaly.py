@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..core.basics import PahclError
 from ..core.aggregation import group_labels
+from ..core.predictions import positive_class
 from ..core.ranking import auroc, weighted_auroc
 from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
 
@@ -67,7 +68,10 @@ def _normal_and_ill_classes(
 ):                     # (number of the normal class, numbers that count as ill)
     "Return which class of a task is normal and which ones are ill."
     classes = {str(n).casefold(): c for n, c in label_map.items()}
-    if not (normal := [classes[n] for n in _NORMAL_NAMES if n in classes]):
+    normal = [classes[n] for n in _NORMAL_NAMES if n in classes]
+    # yes and no: what is not looked for
+    if not normal and len(label_map) == 2: normal = [1-positive_class(label_map)]
+    if not normal:
         raise PahclError(f'no class of {", ".join(label_map)} is called '
                          f'{" or ".join(_NORMAL_NAMES)}: anomaly detection needs one.')
     ill = [c for n, c in classes.items() if c != normal[0] and n not in _UNLABELLED_NAMES]

@@ -163,6 +163,12 @@ def _plan_and_check(
                      *note_bag_levels(saved, subject_rule)]
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell24
+def _add_devices(decisions: Decisions, task: Task) -> Decisions:
+    "Add what the recordings were made with, see `pahcl.data.tasks.Task.add_devices`."
+    known = decisions.levels['recording']
+    told = replace(known, table=task.add_devices(known.table))
+    return replace(decisions, levels=decisions.levels | dict(recording=told))
+
 def cross_validate(
     checkpoint,                       # of pahcl_finetune: its configuration is repeated
     task: str,                        # a prepared task
@@ -185,8 +191,9 @@ def cross_validate(
     get_logger().info(f'{len(planned)} fine-tunings of up to '
                       f'{saved["config"]["training"]["num_epochs"]} epochs; {notes[0]}')
     # train, predict and decide, fold by fold
-    decisions = {name: _run_fold(saved, Path(data_dir)/task, out, name, split_of, raw_dir=raw_dir,
-                                 **rules) for name, split_of in planned.items()}
+    decisions = {name: _add_devices(_run_fold(saved, Path(data_dir)/task, out, name, split_of,
+                                              raw_dir=raw_dir, **rules), prepared)
+                 for name, split_of in planned.items()}
     scored = _score_folds(decisions, prepared.dataset, folds == 'device', draws=draws, seed=seed,
                          **rules)
     # say how it was made, and write

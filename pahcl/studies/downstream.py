@@ -8,7 +8,7 @@ __all__ = ['demo_settings', 'run_downstream']
 # %% ../../nbs/studies/downstream.ipynb #cell2
 from pathlib import Path
 
-from ..core.basics import PahclError, require_path, UsageError
+from ..core.basics import fingerprint_files, PahclError, require_path, UsageError
 from ..core.config import load_config
 from ..core.pipeline import MODES, Pipeline, PipelineSettings
 from ..core.stages import (
@@ -16,8 +16,10 @@ from ..core.stages import (
 from ..data.datasets import select_datasets, TASKS
 from ..data.fetching import download
 from ..data.given_splits import read_splits
+from ..data.own_recordings import _list_outside_files, register_own_datasets
 from ..data.simulation import simulate_dataset
 from ..data.splitting import prepare
+from ..data.tasks import list_prepared_tasks, Task
 from ..evaluation.evaluator import evaluate
 from ..models.pretrained import resolve_checkpoint
 from ..segmentation.preprocessing import preprocess
@@ -76,8 +78,11 @@ def _preprocess_stage(settings: PipelineSettings) -> Stage:
         preprocess(settings.raw_dir, folder, settings.dataset,
                    num_workers=settings.num_workers, **how)
     def inputs():
-        recordings = hash_raw_files(settings.raw_dir, select_datasets(settings.dataset),
-                                    cache if folder.exists() else None)
+        names = select_datasets(settings.dataset)
+        recordings = hash_raw_files(settings.raw_dir, names, cache if folder.exists() else None)
+        # recordings of own data sets may lie elsewhere
+        if outside := _list_outside_files(settings.raw_dir, names):
+            recordings |= dict(outside=fingerprint_files(outside))
         return dict(recordings=recordings, settings=[settings.dataset, *how.values()])
     return Stage('preprocess', folder, work, inputs, _CYCLE_TABLES,
                  after=(_recordings_stage(settings).name,))
@@ -207,10 +212,14 @@ def _task_stages(
     return [first, _evaluate_stage(first.folder, task, settings.data_dir, settings.raw_dir)]
 
 # %% ../../nbs/studies/downstream.ipynb #cell33
-def _build_pipeline() -> Pipeline:
-    "Put the stages of all rooms together."
-    return Pipeline({task: spec.dataset for task, spec in TASKS.items()}, _data_stages,
-                    _pretrain_stage, _task_stages, summarize)
+def _build_pipeline(
+    settings=None,   # `PipelineSettings`; None: only what is registered is known
+) -> Pipeline:
+    "Put the stages of all rooms together; the tasks are those of the data, and those prepared."
+    tasks = {task: spec.dataset for task, spec in TASKS.items()}
+    for task in list_prepared_tasks(settings.data_dir) if settings else []:
+        tasks.setdefault(task, Task.open(settings.data_dir, task).dataset)
+    return Pipeline(tasks, _data_stages, _pretrain_stage, _task_stages, summarize)
 
 def run_downstream(
     words=('all',),   # stage, and for train the task and the mode
@@ -218,4 +227,6 @@ def run_downstream(
     dry_run=False,    # print the plan and do nothing
 ):                    # DataFrame: the summary; None for `prepare` and a dry run
     "Print the plan and run the stages that `words` mean."
-    return _build_pipeline().run(words, settings or PipelineSettings(), dry_run)
+    settings = settings or PipelineSettings()
+    register_own_datasets(settings.raw_dir, settings.dataset)
+    return _build_pipeline(settings).run(words, settings, dry_run)

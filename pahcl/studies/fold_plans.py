@@ -57,7 +57,8 @@ def _person_devices(
             why = f'has recordings of {devices[0]} only, and no other device to learn from'
         raise UsageError(f'--cross-validate device: {task} {why}. Give a number of folds, e.g. '
                          '--cross-validate 5; '
-                         'device is for physionet2016 (its folders) and pascal (its two sets).')
+                         'device is for physionet2016 (its folders), pascal (its two sets) and '
+                         'own data sets whose recordings.csv has a column device or site.')
     return dict(zip(recordings['person_id'], devices))
 
 # %% ../../nbs/studies/fold_plans.ipynb #cell17

@@ -109,7 +109,7 @@ def _score_fold(
     return _score_part(name, decisions, draws, seed) | dict(chosen=chosen)
 
 # %% ../../nbs/studies/fold_scores.ipynb #cell30
-_NOT_IN_TRAINING = 'the folder that is tested never occurs in training'
+_NOT_IN_TRAINING = 'the {} that is tested never occurs in training'
 
 def _score_folds(
     folds: dict,                                          # name -> `Decisions` of those it tested
@@ -120,8 +120,8 @@ def _score_folds(
 ) -> Evaluation:                                          # with `folds` and `devices`
     "Score all folds as one split, and each alone."
     pooled = Decisions.concat(folds, rule, subject_rule, threshold)
-    if by_device and 'folder letter' in pooled.baselines:
-        pooled.baselines['folder letter'] = dict(reason=_NOT_IN_TRAINING)
+    for name in {'folder letter', 'device'} & pooled.baselines.keys() if by_device else ():
+        pooled.baselines[name] = dict(reason=_NOT_IN_TRAINING.format(name.split()[0]))
     known = [name for name, a in pooled.baselines.items() if 'reason' not in a]
     def comparable(d):
         return replace(d, baselines={n: a for n, a in d.baselines.items() if n in known})

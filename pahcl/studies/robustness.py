@@ -213,7 +213,7 @@ def evaluate_robustness(
 ):   # DataFrame, a row a condition: kind, condition, scores, intervals, differences
     "Score a checkpoint under every condition and write the table into the evaluation's folder."
     cycles, prepared = open_split(task, data_dir, split)
-    model = open_model(checkpoint, prepared)
+    model, cycles.table = open_model(checkpoint, prepared), prepared.add_devices(cycles.table)
     table, notes = _robustness_table(model, cycles, prepared.dataset, rule, subject_rule,
                                      batch_size, draws, seed)
     notes = [*prepared.split_notes, *notes]

@@ -36,10 +36,20 @@ def _split_run_name(
     tasks=None,    # names; None: all that are registered
 ):                 # (task or None, experiment)
     "Read task and experiment from a folder's name."
-    task = next((t for t in tasks or TASKS if folder.startswith(f'{t}_')), None)
+    fits = [t for t in tasks or TASKS if folder.startswith(f'{t}_')]
+    task = max(fits, key=len, default=None)   # circor_murmur_2 is no run of circor_murmur
     return task, folder[len(task)+1:] if task else folder
 
 # %% ../../nbs/studies/summary.ipynb #cell13
+def _configured_task(
+    folder,  # a run's folder
+) -> list:   # of one name; empty where config.yaml does not say
+    "Read which task a run was configured for: it may be one of an own data set."
+    try: section = read_yaml(Path(folder)/'config.yaml').get('task')
+    except PahclError: return []
+    name = section.get('name') if isinstance(section, dict) else None
+    return [name] if isinstance(name, str) and Path(folder).name.startswith(f'{name}_') else []
+
 def _read_final_metrics(
     folder,  # a run's folder
 ):           # (content of `final_metrics.json` or None, what is wrong with it or '')
@@ -68,7 +78,7 @@ def _read_run(
     # 'finished' or what is wrong
 ) -> dict:
     "Read one run as a row; whatever is wrong with it is said in `status`, not raised."
-    task, experiment = _split_run_name(Path(folder).name)
+    task, experiment = _split_run_name(Path(folder).name, _configured_task(folder))
     row = dict(task=task, experiment=experiment, folder=Path(folder).name)
     metrics, wrong = _read_final_metrics(folder)
     if wrong: return row | dict(status=wrong)

@@ -18,7 +18,7 @@ from ..data.loader import Cycles
 from ..data.sampling import (
     bag_ids, bag_table, draw_epoch_rows, draw_few_shot_rows, sample_bag_cycles,
     sample_rows_per_group)
-from ..data.tasks import check_leaks, CYCLE_SETTINGS, Task
+from ..data.tasks import check_leaks, CYCLE_SETTINGS, list_prepared_tasks, Task
 from ..models.classifier import encode_cycles
 from ..models.encoder_base import encoder_fingerprint
 from .batches import _predict_distributed
@@ -46,7 +46,7 @@ def _open_configured_task(
     """
     name, data = config.task.name, config.data
     if name == 'default':
-        names = ', '.join(TASKS)
+        names = ', '.join(list_prepared_tasks(data.base_dir) or TASKS)
         raise UsageError(f'no task was named. Give --task with one of {names}, or set task.name in '
                          'the configuration.')
     make = (f'pahcl_prepare --raw-dir {data.raw_dir} --processed-dir {data.processed_dir} '
@@ -80,14 +80,15 @@ def _read_murmur_locations(
     from the processed folder.
     """
     name, again = config.task.name, 'Prepare the task again with pahcl_prepare'
-    if name != 'circor_murmur':
-        raise PahclError(f'training.use_murmur_locations is on, but the task is {name}: '
-                         'only circor_murmur says where a murmur was heard. Leave the key out.')
     path, processed = (Path(config.data.base_dir)/name/'recordings.csv',
                        Path(config.data.processed_dir)/'recordings.csv')
+    of_circor = name == 'circor_murmur'
     recordings = read_table(path, ['recording_id', 'location', 'label'], 'table of the recordings',
-                            f'{again}.')
+                            f'{again}.') if of_circor or path.exists() else ()
     if 'murmur_locations' in recordings: return recordings
+    if not of_circor:
+        raise PahclError(f'training.use_murmur_locations is on, but the task is {name}, and its '
+                         'recordings do not say where a murmur was heard. Leave the key out.')
     remedy = (f'{path} has no column murmur_locations either. {again}, or train on all places: '
               'training.use_murmur_locations: false.')
     processed_table = read_table(processed, ['dataset', 'recording_id', 'murmur_locations'],
@@ -108,8 +109,9 @@ def _drop_inaudible_recordings(
                         'the label is true of the bag.']
     recording_ids = cycles.table['recording_id']
     find = lambda rows: recording_ids.isin(recordings.loc[rows, 'recording_id']).to_numpy()
-    silent = find(_find_silent_places(recordings))
-    present = find(recordings['label'].astype(int) == 0)
+    positive = Task.open(config.data.base_dir, config.task.name).positive_class
+    silent = find(_find_silent_places(recordings, positive))
+    present = find(recordings['label'].astype(int) == positive)
     count = lambda rows: f'{recording_ids[rows].nunique()} recordings ({rows.sum():,} cycles)'
     message = (f'use_murmur_locations: {count(silent)} of {count(present)} of Present subjects are '
                'from places where no murmur was heard and are left out of training')

@@ -19,7 +19,8 @@ from ..data.augmentation import Augmenter
 from ..data.loader import Cycles
 from ..data.sampling import draw_epoch_rows, get_recording_ids
 from ..data.random_numbers import sample_keys
-from ..data.tasks import find_cut_difference, find_held_out_persons
+from ..data.own_recordings import _holds_no_task
+from ..data.tasks import find_cut_difference, find_held_out_persons, list_prepared_tasks
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell6
 _HELDOUT_WARNING = ('validation and test persons of the downstream tasks are learnt from too. '
@@ -33,6 +34,8 @@ def _find_heldout_persons(
     if config.include_heldout_subjects:
         return set(), f'WARNING: include_heldout_subjects is on: {_HELDOUT_WARNING}'
     folder = Path(config.data.base_dir)
+    if not list_prepared_tasks(folder) and _holds_no_task(config.data.processed_dir):
+        return set(), f'nobody is left out: no data set of {config.data.processed_dir} has labels'
     persons = find_held_out_persons(folder)
     return (persons, f'left out: the {len(persons)} ids of persons and subjects in validation and '
                      f'test splits of {folder}')
