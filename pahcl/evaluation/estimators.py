@@ -10,6 +10,8 @@ import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,11 +23,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, check_memory
+from torch import nn
 
 from ..core.aggregation import _aggregate_probabilities
-from ..core.basics import hash_file, PahclError, progress
+from ..core.basics import fingerprint_files, hash_file, PahclError, progress
 from ..models.classifier import encode_cycles
 from ..models.encoder_base import encoder_fingerprint
+from ..models.pretrained import resolve_checkpoint
 from ..segmentation.segmenter import segment
 from ..training.probe import _average_by_person
 from .embedding import _cut_recording, _open_encoder
@@ -35,7 +39,7 @@ def _list_rows(
     X,   # a list, an array, or a column of a DataFrame
 ) -> list:   # a path or a signal a row
     "List the recordings of a table as scikit-learn passes it on; none is a `PahclError`."
-    if isinstance(X, (str, Path)) or np.ndim(X) == 0:
+    if isinstance(X, (str, Path)) or not hasattr(X, '__len__'):
         raise PahclError(f'X is {X!r}; give a list, one recording a row.')
     if isinstance(X, pd.DataFrame): X = X.to_numpy()
     if isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind not in 'fi':
@@ -117,23 +121,48 @@ def _hash_source(
     about = f'{signal.dtype} {signal.shape} {sample_rate}'.encode()
     return hashlib.sha256(about+signal.tobytes()).hexdigest()[:16]
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell19
+# %% ../../nbs/evaluation/estimators.ipynb #cell20
+class _KnownEncoder(NamedTuple):
+    "An opened encoder and what stands for its weights."
+    encoder: nn.Module
+    settings: object    # `PreprocessingSettings`
+    fingerprint: str
+
+@lru_cache(maxsize=4)
+def _open_unchanged(encoder, stamp):
+    "Open an encoder; `stamp` stands for the content of its files."
+    opened = _open_encoder(encoder)
+    return _KnownEncoder(opened.encoder, opened.settings, encoder_fingerprint(opened.encoder))
+
+def _open_once(
+    encoder,   # as of `HeartSoundEmbedder`
+) -> _KnownEncoder:
+    "Open an encoder, files only when they have changed."
+    if isinstance(encoder, nn.Module): return _open_unchanged.__wrapped__(encoder, None)
+    path = resolve_checkpoint(encoder)
+    files = path.glob('*') if path.is_dir() else [path] if path.exists() else []
+    return _open_unchanged(str(encoder), fingerprint_files(files))
+
+# %% ../../nbs/evaluation/estimators.ipynb #cell22
+_ENCODING = Lock()   # the number of torch's threads is the whole process's
+
 def _embed_recording(
     key,           # stands for the content of the recording, the encoder and how cycles are cut
     source,        # a path or a signal [T]
     name: str,     # for messages
     sample_rate,   # Hz, of a signal
-    opened,        # of `_open_encoder`
+    opened,        # of `_open_once`
 ) -> np.ndarray:   # [C] float64
     "Embed a recording by itself, in one thread."
     _, cycles = _cut_recording(source, name, sample_rate, opened.settings)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: features = encode_cycles(opened.encoder, cycles)
-    finally: torch.set_num_threads(threads)
+    with _ENCODING:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try: features = encode_cycles(opened.encoder, cycles)
+        finally: torch.set_num_threads(threads)
     return _average_by_person(features, np.zeros(len(cycles), int))[0]
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell20
+# %% ../../nbs/evaluation/estimators.ipynb #cell23
 _REMEMBERED, _MOST_REMEMBERED = {}, 100_000   # key -> features [C], in the order of arrival
 
 def _embed_rows(
@@ -143,7 +172,7 @@ def _embed_rows(
     n_jobs,          # of joblib
 ):                   # [n, C] float64
     "Embed recordings; one that is remembered is not heard again."
-    base = f'{encoder_fingerprint(opened.encoder)} {opened.settings}'
+    base = f'{opened.fingerprint} {opened.settings}'
     keys = [f'{_hash_source(s, sample_rate)} {base}' for s in sources]
     new = {k: i for i, k in enumerate(keys) if k not in _REMEMBERED}
     ignored = ['source', 'name', 'sample_rate', 'opened']   # the key stands for them
@@ -155,7 +184,7 @@ def _embed_rows(
     for key in list(_REMEMBERED)[:-_MOST_REMEMBERED]: del _REMEMBERED[key]
     return features
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell22
+# %% ../../nbs/evaluation/estimators.ipynb #cell25
 class HeartSoundEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _SoundEstimator):
     "Features of recordings: means over their cycles, of a frozen encoder."
     def __init__(self,
@@ -171,9 +200,9 @@ class HeartSoundEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Sou
 
     def fit(self, X, y=None):
         "Learn nothing, but remember which encoder it is; what holds none is a `PahclError`."
-        encoder = _open_encoder(self.encoder).encoder
-        self.encoder_fingerprint_, self._n_features_out = (encoder_fingerprint(encoder),
-                                                           encoder.out_dim)
+        opened = _open_once(self.encoder)
+        self.encoder_fingerprint_ = opened.fingerprint
+        self._n_features_out = opened.encoder.out_dim
         return self
 
     def transform(self,
@@ -181,13 +210,13 @@ class HeartSoundEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Sou
     ) -> np.ndarray:       # [n, C] float64
         "Embed recordings; one that cannot be read is a `PahclError` that names it."
         check_is_fitted(self)
-        opened = _open_encoder(self.encoder)
-        if encoder_fingerprint(opened.encoder) != self.encoder_fingerprint_:
+        opened = _open_once(self.encoder)
+        if opened.fingerprint != self.encoder_fingerprint_:
             raise PahclError(f'the encoder {self.encoder} is another than it was at fit. '
                              'Fit again, or give the old one.')
         return _embed_rows(_list_rows(X), self.sample_rate, opened, self.memory, self.n_jobs)
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell26
+# %% ../../nbs/evaluation/estimators.ipynb #cell29
 def _weigh_rows(
     label,         # number of the class of each row [n]
     groups=None,   # id of the subject of each row [n]; None: each row is one
@@ -199,22 +228,22 @@ def _weigh_rows(
     of_class = np.bincount(label, own)
     return own, own*own.sum()/(len(of_class)*of_class[label])
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell28
+# %% ../../nbs/evaluation/estimators.ipynb #cell31
 def _check_column(
     values,        # a list, an array or a column
     name: str,     # 'y' or 'groups'
     count: int,    # of recordings
 ) -> np.ndarray:   # [n]
     "Return a column with one known value a recording, or raise `PahclError`."
-    values = np.asarray(values)
+    known, values = ~pd.isna(np.asarray(values, object)), np.asarray(values)
     if values.shape != (count,):
         raise PahclError(f'{name} has shape {list(values.shape)} for {count} recordings; '
                          'give one value each, in the same order.')
-    if (unknown := np.flatnonzero(pd.isna(values))).size:
-        raise PahclError(f'{name} is not known of recording {unknown[0]}; leave it out.')
+    if not known.all():
+        raise PahclError(f'{name} is not known of recording {known.argmin()}; leave it out.')
     return values
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell29
+# %% ../../nbs/evaluation/estimators.ipynb #cell32
 class HeartSoundClassifier(ClassifierMixin, _SoundEstimator):
     "A frozen encoder and a balanced logistic regression of recordings, or of subjects."
     def __init__(self,
@@ -267,4 +296,5 @@ class HeartSoundClassifier(ClassifierMixin, _SoundEstimator):
         groups=None,    # ids of subjects [n], as of `predict_proba`
     ) -> np.ndarray:    # classes [n]
         "Return the most probable class."
-        return self.classes_[self.predict_proba(X, groups).argmax(1)]
+        decided = self.predict_proba(X, groups).argmax(1)
+        return self.classes_[decided]
