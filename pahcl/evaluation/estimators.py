@@ -32,25 +32,9 @@ from ..models.encoder_base import encoder_fingerprint
 from ..models.pretrained import resolve_checkpoint
 from ..segmentation.segmenter import segment
 from ..training.probe import _average_by_person
-from .embedding import _cut_recording, _open_encoder
+from .embedding import _cut_recording, _list_rows, _open_encoder
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell9
-def _list_rows(
-    X,   # a list, an array, or a column of a DataFrame
-) -> list:   # a path or a signal a row
-    "List the recordings of a table as scikit-learn passes it on; none is a `PahclError`."
-    if isinstance(X, (str, Path)) or not hasattr(X, '__len__'):
-        raise PahclError(f'X is {X!r}; give a list, one recording a row.')
-    if isinstance(X, pd.DataFrame): X = X.to_numpy()
-    if isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind not in 'fi':
-        if X.shape[1] != 1:
-            raise PahclError(f'X has {X.shape[1]} columns; give the one with the recordings.')
-        X = X[:, 0]
-    rows = list(X)
-    if not rows: raise PahclError('X holds no recordings; give at least one.')
-    return rows
-
-# %% ../../nbs/evaluation/estimators.ipynb #cell12
+# %% ../../nbs/evaluation/estimators.ipynb #cell10
 class _SoundEstimator(BaseEstimator):
     "An estimator whose rows are recordings."
     def __sklearn_tags__(self):
@@ -58,7 +42,7 @@ class _SoundEstimator(BaseEstimator):
         tags.input_tags.two_d_array, tags.input_tags.string = False, True
         return tags
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell14
+# %% ../../nbs/evaluation/estimators.ipynb #cell12
 class HeartSoundSegmenter(TransformerMixin, _SoundEstimator):
     "The states of recordings: 1 S1, 2 systole, 3 S2, 4 diastole."
     def __init__(self,
@@ -86,7 +70,7 @@ class HeartSoundSegmenter(TransformerMixin, _SoundEstimator):
 
     def __sklearn_is_fitted__(self): return True
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell15
+# %% ../../nbs/evaluation/estimators.ipynb #cell13
 def _label_samples(
     source,        # a path or a signal [T]
     states,        # DataFrame of `segment`
@@ -102,7 +86,7 @@ def _label_samples(
     at = np.searchsorted(ends, (np.arange(length)+.5)/sample_rate)
     return states['state'].to_numpy()[at.clip(max=len(ends)-1)]
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell17
+# %% ../../nbs/evaluation/estimators.ipynb #cell15
 @lru_cache(maxsize=100_000)
 def _hash_unchanged_file(path, size, modified):
     "Hash a file once; it is the same as long as its size and time are."
@@ -121,7 +105,7 @@ def _hash_source(
     about = f'{signal.dtype} {signal.shape} {sample_rate}'.encode()
     return hashlib.sha256(about+signal.tobytes()).hexdigest()[:16]
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell20
+# %% ../../nbs/evaluation/estimators.ipynb #cell18
 class _KnownEncoder(NamedTuple):
     "An opened encoder and what stands for its weights."
     encoder: nn.Module
@@ -143,7 +127,7 @@ def _open_once(
     files = path.glob('*') if path.is_dir() else [path] if path.exists() else []
     return _open_unchanged(str(encoder), fingerprint_files(files))
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell22
+# %% ../../nbs/evaluation/estimators.ipynb #cell20
 _ENCODING = Lock()   # the number of torch's threads is the whole process's
 
 def _embed_recording(
@@ -162,7 +146,7 @@ def _embed_recording(
         finally: torch.set_num_threads(threads)
     return _average_by_person(features, np.zeros(len(cycles), int))[0]
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell23
+# %% ../../nbs/evaluation/estimators.ipynb #cell21
 _REMEMBERED, _MOST_REMEMBERED = {}, 100_000   # key -> features [C], in the order of arrival
 
 def _embed_rows(
@@ -184,7 +168,7 @@ def _embed_rows(
     for key in list(_REMEMBERED)[:-_MOST_REMEMBERED]: del _REMEMBERED[key]
     return features
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell25
+# %% ../../nbs/evaluation/estimators.ipynb #cell23
 class HeartSoundEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _SoundEstimator):
     "Features of recordings: means over their cycles, of a frozen encoder."
     def __init__(self,
@@ -216,7 +200,7 @@ class HeartSoundEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Sou
                              'Fit again, or give the old one.')
         return _embed_rows(_list_rows(X), self.sample_rate, opened, self.memory, self.n_jobs)
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell29
+# %% ../../nbs/evaluation/estimators.ipynb #cell27
 def _weigh_rows(
     label,         # number of the class of each row [n]
     groups=None,   # id of the subject of each row [n]; None: each row is one
@@ -228,7 +212,7 @@ def _weigh_rows(
     of_class = np.bincount(label, own)
     return own, own*own.sum()/(len(of_class)*of_class[label])
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell31
+# %% ../../nbs/evaluation/estimators.ipynb #cell29
 def _check_column(
     values,        # a list, an array or a column
     name: str,     # 'y' or 'groups'
@@ -243,7 +227,7 @@ def _check_column(
         raise PahclError(f'{name} is not known of recording {known.argmin()}; leave it out.')
     return values
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell32
+# %% ../../nbs/evaluation/estimators.ipynb #cell30
 class HeartSoundClassifier(ClassifierMixin, _SoundEstimator):
     "A frozen encoder and a balanced logistic regression of recordings, or of subjects."
     def __init__(self,

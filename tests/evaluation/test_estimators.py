@@ -211,7 +211,7 @@ def test_segmenter(table):
 
 def test_what_is_wrong_is_named(table):
     X, y, classifier = table.path[:4].tolist(), [0, 1, 0, 1], HeartSoundClassifier()
-    faults = [(([], []), 'X holds no recordings'), ((X[0], [1]), 'give a list'),
+    faults = [(([], []), 'no recordings'), ((X[0], [1]), 'give a list'),
               ((X, y[:3]), 'y has shape'), ((X, [0, 0, 0, 0]), 'one class only, 0'),
               ((X, [0, 1, None, 1]), 'y is not known of recording 2'),
               ((X, y, ['a', 'b']), 'groups has shape'),
