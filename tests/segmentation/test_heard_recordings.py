@@ -28,7 +28,7 @@ def raw(tmp_path_factory):
     "all three layouts, at 4000, 2000 and 44100 Hz; one stereo, one silent, one noisy"
     folder = tmp_path_factory.mktemp('heard')/'raw'
     simulate_dataset(folder, 'circor', subjects=9, seconds=4, seed=1)
-    simulate_dataset(folder, 'pascal', subjects=4, seconds=3, seed=1)
+    simulate_dataset(folder, 'pascal', subjects=9, seconds=3, seed=1)
     paths = load_recordings(folder).path.tolist()
     signal, rate = soundfile.read(paths[0])
     soundfile.write(paths[0], np.c_[signal, signal/2], rate)
