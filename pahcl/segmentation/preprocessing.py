@@ -16,6 +16,7 @@ import pandas as pd
 from ..core.basics import (
     atomic_path, fingerprint, fingerprint_files, first_few, get_logger, PahclError, progress,
     read_json, write_json, write_text)
+from ..core.parallel import map_in_parallel
 from ..data.datasets import DATASETS, select_datasets
 from ..data.recordings import load_recordings
 from ..data.signal import count_missing_bytes, read_recording
@@ -59,44 +60,6 @@ def _check_recordings(
     for b in broken: get_logger().warning(f'left out: {b["problem"]}')
     return (table[[not x for x in problems]].reset_index(drop=True).astype(dict(sample_rate=int)),
             broken)
-
-# %% ../../nbs/segmentation/preprocessing.ipynb #cell14
-def _connect_to_dask(
-    scheduler,      # its address, e.g. `tcp://host:8786`
-):                  # a client
-    "Connect to a Dask scheduler that has a worker; none is a `PahclError`."
-    try: from dask.distributed import Client
-    except ImportError as e:
-        raise PahclError(f'scheduler is {scheduler}, but Dask is not installed; '
-                         'run pip install "dask[distributed]".') from e
-    try:
-        client = Client(scheduler, timeout=10)
-        client.wait_for_workers(1, timeout=30)
-    except (OSError, ValueError, TimeoutError) as e:
-        raise PahclError(f'no Dask scheduler with a worker answers at {scheduler} ({e}). '
-                         'Start both where the same folders are seen.') from e
-    return client
-
-# %% ../../nbs/segmentation/preprocessing.ipynb #cell15
-def _process_in_parallel(
-    jobs,           # tuples of `_process_recording`'s arguments
-    num_workers,    # processes
-    scheduler,      # address of a Dask scheduler; None: processes of this machine
-):                  # generator of its results, in order
-    "Cut recordings beside each other."
-    import joblib
-    if num_workers < 1: raise PahclError(f'num_workers is {num_workers}; give 1 or more.')
-    client = _connect_to_dask(scheduler) if scheduler else None
-    workers = min(num_workers, joblib.cpu_count(), max(1, len(jobs)))
-    options = dict(backend='loky', n_jobs=workers, inner_max_num_threads=1)
-    if client: options = dict(backend='dask')
-    try:
-        with joblib.parallel_config(**options):
-            calls = (joblib.delayed(_process_recording)(*job) for job in jobs)
-            results = joblib.Parallel(return_as='generator')(calls)
-            yield from progress(results, 'cutting', len(jobs))
-    finally:
-        if client: client.close()
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell18
 def _make_key_function(
@@ -232,7 +195,9 @@ def _process_all(raw_dir, output_dir, table, broken, settings, names, num_worker
     # workers may stand in another folder
     def away(r): return r | {c: r[c] and os.path.abspath(r[c]) for c in ('path', 'annotation_path')}
     jobs = [(away(r), output_dir.absolute(), settings, keys[r['folder']]) for r in rows]
-    summaries = list(_process_in_parallel(jobs, num_workers, scheduler))
+    summaries = list(map_in_parallel(_process_recording, jobs, num_workers, scheduler, 'cutting',
+                                     lambda row, *_: row['path']))
+    _remove_stale(output_dir, keys)   # what killed workers had begun
     return _write_results(raw_dir, results, table, summaries, settings, broken)
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell35
