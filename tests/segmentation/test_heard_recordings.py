@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd, pytest, soundfile
 from hypothesis import given, settings as limits, strategies as st
 from pahcl.core.basics import PahclError
+from pahcl.data.audio_files import _name_recordings
 from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.loader import Cycles
 from pahcl.data.recordings import load_recordings
@@ -9,7 +10,7 @@ from pahcl.data.signal import resample
 from pahcl.data.simulation import simulate_dataset
 from pahcl.data.splitting import prepare
 from pahcl.segmentation.heard_recordings import (
-    cut_recordings, hear_recording, _name_sources, PreprocessingSettings)
+    cut_recordings, hear_recording, PreprocessingSettings)
 from pahcl.segmentation.preprocessing import preprocess
 from pahcl.segmentation.segmenter import segment
 
@@ -70,7 +71,7 @@ def test_without_a_table_each_recording_is_a_subject(raw):
 
 @given(st.lists(st.sampled_from(['a/1.wav', 'a/2.wav', 'b/1.wav', 'b/1.flac', None])))
 def test_names_are_unique(sources):
-    names = _name_sources(sources)
+    names = _name_recordings(sources)
     assert len(set(names)) == len(names) == len(sources)
 
 @limits(deadline=None, max_examples=15)
