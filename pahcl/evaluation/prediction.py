@@ -83,12 +83,14 @@ def _note_recording(
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell11
 @lru_cache(maxsize=1)
+def _open_once(path, changed): return load_classifier(path)
+
 def _open_classifier(
     path,         # of a checkpoint
-    changed=0.,   # when: a file that was replaced is read again
 ):                # (`Classifier`, content)
-    "Open a fine-tuned model once a process."
-    return load_classifier(path)
+    "Open a fine-tuned model once a process; a file that was replaced is read again."
+    path = Path(path)
+    return _open_once(str(path), path.stat().st_mtime if path.exists() else 0.)
 
 @dataclass(frozen=True, eq=False)
 class _EncodedRecording:
@@ -103,10 +105,10 @@ class _EncodedRecording:
 def _encode_recording(
     file: str,           # path
     who: dict,           # recording_id, subject_id, location
-    checkpoint,          # path, and when it was changed: arguments of `_open_classifier`
+    checkpoint,          # path
 ) -> _EncodedRecording:
     "Hear, cut and encode a file; one that cannot be heard is an `error`."
-    network, saved = _open_classifier(*checkpoint)
+    network, saved = _open_classifier(checkpoint)
     try:
         heard = hear_recording(file, settings=_cycle_settings(saved))
         with _one_thread():
@@ -153,7 +155,7 @@ def to_frame(self: Prediction) -> pd.DataFrame:   # `level`: recording or subjec
     "Tabulate recordings and, where somebody said who they are, subjects in one table."
     parts = [self.recordings.assign(level='recording')]
     if self.known_subjects: parts.append(self.subjects.assign(level='subject'))
-    table = pd.concat([p.astype(object) for p in parts], ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
     table['notes'] = [n if isinstance(n, list) else [] for n in table['notes']]
     return table[['level', *(c for c in table if c != 'level')]]
 
@@ -234,14 +236,16 @@ def _tabulate_recordings(
     who, encoded: list, levels: dict, point: _OperatingPoint,   # see `predict`
 ):   # (`Prediction.recordings`, decided class by recording id)
     "Put together what is known of each recording."
-    facts = pd.DataFrame([e.facts for e in encoded], columns=_FACTS).astype(dict(error=object))
+    facts = pd.DataFrame([e.facts for e in encoded], columns=_FACTS).astype(
+        dict(error=object, beats='Int64', sample_rate='Int64', heartbeat='boolean'))
     cycles = levels['cycle']
     below = pd.Series(point.decide(cycles.probabilities, 'recording'),
                       index=cycles.table['recording_id'].astype(str))
     decided = _decide(levels, 'recording', point, below)
     own = decided.reindex(who['recording_id']).reset_index(drop=True)
-    heard = facts['heartbeat'].eq(True)
-    table = pd.concat([who.drop(columns='alone'), own['decision'].where(heard, None),
+    heard = facts['heartbeat'].fillna(False).astype(bool)
+    known = who[['file', 'recording_id', 'subject_id', 'location']]
+    table = pd.concat([known, own['decision'].where(heard, None),
                        _probability_columns(levels['recording'], who['recording_id']),
                        own['agreement'], facts], axis=1)
     return table, decided['number']
@@ -260,7 +264,7 @@ def _tabulate_subjects(
     by = recordings.groupby('subject_id', sort=True)
     ids = [str(i) for i in by.groups]
     own = _decide(levels, 'subject', point, below).reindex(ids).reset_index(drop=True)
-    total, heard = by.size().to_numpy(), by['heartbeat'].agg(lambda v: v.eq(True).sum()).to_numpy()
+    total, heard = by.size().to_numpy(), by['heartbeat'].sum().to_numpy(int)
     lost = by['error'].agg(lambda e: e.notna().sum()).to_numpy()
     def notes(n, h, e):
         return [*([f'{e} of {n} recordings could not be read'] if e else []),
@@ -302,7 +306,7 @@ def _encode_all(
     num_workers, scheduler,    # as of `predict`
 ) -> list:                     # of `_EncodedRecording`, a file each
     "Hear and encode every file, beside each other; the log names those that cannot be read."
-    checkpoint = str(path), path.stat().st_mtime if path.exists() else 0.
+    checkpoint = str(path.absolute() if path.exists() else path)
     rows = who[['recording_id', 'subject_id', 'location']].to_dict('records')
     jobs = [(str(Path(f).absolute()), row, checkpoint) for f, row in zip(who['file'], rows)]
     encoded = list(map_in_parallel(_encode_recording, jobs, num_workers, scheduler, 'predicting'))
@@ -332,7 +336,7 @@ def predict(
     or where the checkpoint is no classifier, that is a `PahclError`.
     """
     path = _find_classifier(checkpoint, task)
-    network, saved = _open_classifier(str(path), path.stat().st_mtime if path.exists() else 0.)
+    network, saved = _open_classifier(path)
     point = _choose_operating_point(saved, threshold)
     who = _assign_subjects(_find_recordings(paths), subject_from, table)
     encoded = _encode_all(who, path, num_workers, scheduler)

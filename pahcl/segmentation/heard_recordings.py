@@ -25,7 +25,7 @@ from ..data.tasks import _KEPT_CYCLE_COLUMNS, _tabulate_cycles
 from .beats import (
     cut_beat, _fallback_beats, find_whole_beats, MINIMUM_CONFIDENCE, _reject_beats)
 from .emission import _frame_features
-from .segmenter import HEARTBEAT_THRESHOLD, segment_features
+from .segmenter import HEARTBEAT_THRESHOLD, _segment_features
 
 # %% ../../nbs/segmentation/heard_recordings.ipynb #cell7
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _find_beats(
         states = read_annotation(annotation, seconds)
         beats = judge(states)
     if source == 'detected' or not (beats.reason == '').any():
-        found, source = segment_features(features, seconds), 'detected'
+        found, source = _segment_features(features, seconds), 'detected'
         states, heartbeat = found.states, found.heartbeat_probability() >= HEARTBEAT_THRESHOLD
         beats = judge(states)
     if not heartbeat: beats['reason'] = beats.reason.replace('', 'no heartbeat')
