@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from joblib import delayed, Parallel
 from sklearn.base import (
     BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin)
@@ -33,6 +32,7 @@ from ..models.pretrained import resolve_checkpoint
 from ..segmentation.segmenter import segment
 from ..training.probe import _average_by_person
 from .embedding import _cut_recording, _list_rows, _open_encoder
+from .prediction import _one_thread
 
 # %% ../../nbs/evaluation/estimators.ipynb #cell10
 class _SoundEstimator(BaseEstimator):
@@ -139,11 +139,7 @@ def _embed_recording(
 ) -> np.ndarray:   # [C] float64
     "Embed a recording by itself, in one thread."
     _, cycles = _cut_recording(source, name, sample_rate, opened.settings)
-    with _ENCODING:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try: features = encode_cycles(opened.encoder, cycles)
-        finally: torch.set_num_threads(threads)
+    with _ENCODING, _one_thread(): features = encode_cycles(opened.encoder, cycles)
     return _average_by_person(features, np.zeros(len(cycles), int))[0]
 
 # %% ../../nbs/evaluation/estimators.ipynb #cell21

@@ -57,9 +57,9 @@ def test_what_scikit_learn_asks_of_every_estimator(kind):
 
 
 def test_features_hang_on_the_recording_alone(table, features):
-    "Not on company, memory or form; `embed` agrees but for rounding."
+    "Not on company, memory or form; they are those of `embed` but for rounding."
     embedder = HeartSoundEmbedder().fit(table.path)
-    assert np.allclose(features, embed(table.path), atol=1e-5)
+    assert np.abs(features-embed(table.path)).max() < 1e-5
     assert embedder.get_feature_names_out()[-1] == 'heartsoundembedder95'
     estimators._REMEMBERED.clear()
     for X in ([table.path[3]], table[['path']][3:4], np.array([[table.path[3]]], object)):
