@@ -9,6 +9,7 @@ _API = dict(
     segment='segmentation.segmenter', score_states='segmentation.scoring', preprocess='segmentation.preprocessing',
     prepare='data.splitting', Task='data.tasks', Cycles='data.loader',
     build_encoder='models.encoders', from_pretrained='models.encoders', Evaluation='evaluation.report',
-    embed='evaluation.embedding', HeartSoundClassifier='evaluation.estimators')
+    predict='evaluation.prediction', embed='evaluation.embedding',
+    HeartSoundClassifier='evaluation.estimators')
 
 __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={m: [n for n in _API if _API[n] == m] for m in _API.values()})

@@ -6,20 +6,19 @@
 __all__ = ['embed']
 
 # %% ../../nbs/evaluation/embedding.ipynb #cell2
-import glob
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 from torch import nn
 
 from ..core.basics import first_few, get_logger, PahclError
 from ..core.parallel import map_in_parallel
 from ..core.predictions import LEVELS
+from ..data.audio_files import _find_recordings
 from ..data.loader import Cycles
-from ..data.tasks import CYCLE_SETTINGS
+from .prediction import _cycle_settings
 from ..models.classifier import encode_cycles
 from ..models.encoders import from_pretrained
 from ..models.pretrained import load_pretrained_encoder
@@ -29,32 +28,35 @@ from ..segmentation.heard_recordings import (
 from ..training.probe import _average_by_person
 
 # %% ../../nbs/evaluation/embedding.ipynb #cell9
+def _list_rows(
+    X,   # a list, an array, or a column of a DataFrame
+) -> list:   # a path or a signal a row
+    "List the recordings of a table, a row each; none is a `PahclError`."
+    if isinstance(X, (str, Path)) or not hasattr(X, '__len__'):
+        raise PahclError(f'X is {X!r}; give a list, one recording a row.')
+    if isinstance(X, pd.DataFrame): X = X.to_numpy()
+    if isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind not in 'fi':
+        if X.shape[1] != 1:
+            raise PahclError(f'the table has {X.shape[1]} columns; give the one with the '
+                             'recordings.')
+        X = X[:, 0]
+    if not len(X): raise PahclError('there are no recordings; give at least one.')
+    return list(X)
+
+# %% ../../nbs/evaluation/embedding.ipynb #cell11
 def _list_recordings(
     # a file, a folder, a pattern such as `clinic/*.wav`, or several files; or a signal [T], or
     # several
     paths,
 ) -> list:   # paths or signals
     "List the recordings that are meant; none is a `PahclError`."
-    if isinstance(paths, (str, Path)): found = _find_files(paths)
-    elif isinstance(paths, np.ndarray) and paths.ndim == 1 and paths.dtype.kind in 'fi':
-        found = [paths]
-    else: found = list(paths)
-    if not found: raise PahclError(f'no recordings in {paths}; give at least one.')
-    return found
+    is_signal = isinstance(paths, np.ndarray) and paths.ndim == 1 and paths.dtype.kind in 'fi'
+    if is_signal: return [paths]
+    if not isinstance(paths, (str, Path)):
+        return _list_rows(paths if hasattr(paths, '__len__') else list(paths))
+    return _find_recordings(paths)
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell10
-def _find_files(
-    path,    # a file, a folder or a pattern
-) -> list:   # paths, sorted
-    "Find recordings on disk; a file need not be there, reading it says so."
-    if Path(path).is_dir():
-        known = {f'.{name.lower()}' for name in soundfile.available_formats()} | {'.aif', '.oga'}
-        return sorted(p for p in Path(path).rglob('*') if p.suffix.lower() in known and p.is_file())
-    if not Path(path).exists() and glob.has_magic(str(path)):
-        return sorted(map(Path, glob.glob(str(path), recursive=True)))
-    return [Path(path)]
-
-# %% ../../nbs/evaluation/embedding.ipynb #cell13
+# %% ../../nbs/evaluation/embedding.ipynb #cell14
 @dataclass(frozen=True, eq=False)
 class _OpenedEncoder:
     "An encoder, and how the cycles are cut that it takes."
@@ -79,11 +81,9 @@ def _open_encoder(
         path.suffix not in _CHECKPOINT_SUFFIXES)
     if folder: return _OpenedEncoder(from_pretrained(encoder), PreprocessingSettings())
     opened = load_pretrained_encoder(encoder)
-    data = (opened.saved.get('config') or {}).get('data') or {}
-    known = {k: data[k] for k in CYCLE_SETTINGS if data.get(k) is not None}
-    return _OpenedEncoder(opened.encoder.eval(), PreprocessingSettings(**known))
+    return _OpenedEncoder(opened.encoder.eval(), _cycle_settings(opened.saved))
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell16
+# %% ../../nbs/evaluation/embedding.ipynb #cell17
 def _cut_recording(
     source,        # a path or a signal [T]
     name: str,     # of the recording, for messages
@@ -100,7 +100,7 @@ def _cut_recording(
                 heartbeat=bool(heard.heartbeat), fallback=heard.fallback, cycles=len(cycles))
     return told, cycles
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell17
+# %% ../../nbs/evaluation/embedding.ipynb #cell18
 def _cut_all(
     sources: list,   # of `_list_recordings`
     sample_rate, settings, num_workers,   # as of `embed`; `PreprocessingSettings`
@@ -118,7 +118,7 @@ def _cut_all(
     return told, Cycles(pd.concat([c.table for c in parts]), joined('boundaries'),
                         parts[0].settings, joined('packed'), joined('statistics'))
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell20
+# %% ../../nbs/evaluation/embedding.ipynb #cell21
 def _group_cycles(
     level: str,    # cycle, recording or subject
     told,          # of `_cut_all`
@@ -136,7 +136,7 @@ def _group_cycles(
     rows = by.agg(recordings=('cycles', 'size'), cycles=('cycles', 'sum')).reset_index()
     return by.ngroup().to_numpy()[owner], rows
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell21
+# %% ../../nbs/evaluation/embedding.ipynb #cell22
 def _check_level(
     level, subjects, count,   # as of `embed`; number of recordings
 ):
@@ -152,7 +152,7 @@ def _check_level(
     if (unknown := np.flatnonzero(pd.isna(np.asarray(subjects, object)))).size:
         raise PahclError(f'subjects has no id for recording {unknown[0]}; give one to each.')
 
-# %% ../../nbs/evaluation/embedding.ipynb #cell22
+# %% ../../nbs/evaluation/embedding.ipynb #cell23
 def embed(
     # a file, a folder, a pattern such as `clinic/*.wav`, or several files (a column of a table);
     # or a signal [T], or several, with `sample_rate`

@@ -10,10 +10,11 @@ import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from joblib import delayed, Parallel
 from sklearn.base import (
     BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin)
@@ -21,32 +22,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, check_memory
+from torch import nn
 
 from ..core.aggregation import _aggregate_probabilities
-from ..core.basics import hash_file, PahclError, progress
+from ..core.basics import fingerprint_files, hash_file, PahclError, progress
 from ..models.classifier import encode_cycles
 from ..models.encoder_base import encoder_fingerprint
+from ..models.pretrained import resolve_checkpoint
 from ..segmentation.segmenter import segment
 from ..training.probe import _average_by_person
-from .embedding import _cut_recording, _open_encoder
+from .embedding import _cut_recording, _list_rows, _open_encoder
+from .prediction import _one_thread
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell9
-def _list_rows(
-    X,   # a list, an array, or a column of a DataFrame
-) -> list:   # a path or a signal a row
-    "List the recordings of a table as scikit-learn passes it on; none is a `PahclError`."
-    if isinstance(X, (str, Path)) or np.ndim(X) == 0:
-        raise PahclError(f'X is {X!r}; give a list, one recording a row.')
-    if isinstance(X, pd.DataFrame): X = X.to_numpy()
-    if isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind not in 'fi':
-        if X.shape[1] != 1:
-            raise PahclError(f'X has {X.shape[1]} columns; give the one with the recordings.')
-        X = X[:, 0]
-    rows = list(X)
-    if not rows: raise PahclError('X holds no recordings; give at least one.')
-    return rows
-
-# %% ../../nbs/evaluation/estimators.ipynb #cell12
+# %% ../../nbs/evaluation/estimators.ipynb #cell10
 class _SoundEstimator(BaseEstimator):
     "An estimator whose rows are recordings."
     def __sklearn_tags__(self):
@@ -54,7 +42,7 @@ class _SoundEstimator(BaseEstimator):
         tags.input_tags.two_d_array, tags.input_tags.string = False, True
         return tags
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell14
+# %% ../../nbs/evaluation/estimators.ipynb #cell12
 class HeartSoundSegmenter(TransformerMixin, _SoundEstimator):
     "The states of recordings: 1 S1, 2 systole, 3 S2, 4 diastole."
     def __init__(self,
@@ -82,7 +70,7 @@ class HeartSoundSegmenter(TransformerMixin, _SoundEstimator):
 
     def __sklearn_is_fitted__(self): return True
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell15
+# %% ../../nbs/evaluation/estimators.ipynb #cell13
 def _label_samples(
     source,        # a path or a signal [T]
     states,        # DataFrame of `segment`
@@ -98,7 +86,7 @@ def _label_samples(
     at = np.searchsorted(ends, (np.arange(length)+.5)/sample_rate)
     return states['state'].to_numpy()[at.clip(max=len(ends)-1)]
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell17
+# %% ../../nbs/evaluation/estimators.ipynb #cell15
 @lru_cache(maxsize=100_000)
 def _hash_unchanged_file(path, size, modified):
     "Hash a file once; it is the same as long as its size and time are."
@@ -117,23 +105,44 @@ def _hash_source(
     about = f'{signal.dtype} {signal.shape} {sample_rate}'.encode()
     return hashlib.sha256(about+signal.tobytes()).hexdigest()[:16]
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell19
+# %% ../../nbs/evaluation/estimators.ipynb #cell18
+class _KnownEncoder(NamedTuple):
+    "An opened encoder and what stands for its weights."
+    encoder: nn.Module
+    settings: object    # `PreprocessingSettings`
+    fingerprint: str
+
+@lru_cache(maxsize=4)
+def _open_unchanged(encoder, stamp):
+    "Open an encoder; `stamp` stands for the content of its files."
+    opened = _open_encoder(encoder)
+    return _KnownEncoder(opened.encoder, opened.settings, encoder_fingerprint(opened.encoder))
+
+def _open_once(
+    encoder,   # as of `HeartSoundEmbedder`
+) -> _KnownEncoder:
+    "Open an encoder, files only when they have changed."
+    if isinstance(encoder, nn.Module): return _open_unchanged.__wrapped__(encoder, None)
+    path = resolve_checkpoint(encoder)
+    files = path.glob('*') if path.is_dir() else [path] if path.exists() else []
+    return _open_unchanged(str(encoder), fingerprint_files(files))
+
+# %% ../../nbs/evaluation/estimators.ipynb #cell20
+_ENCODING = Lock()   # the number of torch's threads is the whole process's
+
 def _embed_recording(
     key,           # stands for the content of the recording, the encoder and how cycles are cut
     source,        # a path or a signal [T]
     name: str,     # for messages
     sample_rate,   # Hz, of a signal
-    opened,        # of `_open_encoder`
+    opened,        # of `_open_once`
 ) -> np.ndarray:   # [C] float64
     "Embed a recording by itself, in one thread."
     _, cycles = _cut_recording(source, name, sample_rate, opened.settings)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: features = encode_cycles(opened.encoder, cycles)
-    finally: torch.set_num_threads(threads)
+    with _ENCODING, _one_thread(): features = encode_cycles(opened.encoder, cycles)
     return _average_by_person(features, np.zeros(len(cycles), int))[0]
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell20
+# %% ../../nbs/evaluation/estimators.ipynb #cell21
 _REMEMBERED, _MOST_REMEMBERED = {}, 100_000   # key -> features [C], in the order of arrival
 
 def _embed_rows(
@@ -143,7 +152,7 @@ def _embed_rows(
     n_jobs,          # of joblib
 ):                   # [n, C] float64
     "Embed recordings; one that is remembered is not heard again."
-    base = f'{encoder_fingerprint(opened.encoder)} {opened.settings}'
+    base = f'{opened.fingerprint} {opened.settings}'
     keys = [f'{_hash_source(s, sample_rate)} {base}' for s in sources]
     new = {k: i for i, k in enumerate(keys) if k not in _REMEMBERED}
     ignored = ['source', 'name', 'sample_rate', 'opened']   # the key stands for them
@@ -155,7 +164,7 @@ def _embed_rows(
     for key in list(_REMEMBERED)[:-_MOST_REMEMBERED]: del _REMEMBERED[key]
     return features
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell22
+# %% ../../nbs/evaluation/estimators.ipynb #cell23
 class HeartSoundEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _SoundEstimator):
     "Features of recordings: means over their cycles, of a frozen encoder."
     def __init__(self,
@@ -171,9 +180,9 @@ class HeartSoundEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Sou
 
     def fit(self, X, y=None):
         "Learn nothing, but remember which encoder it is; what holds none is a `PahclError`."
-        encoder = _open_encoder(self.encoder).encoder
-        self.encoder_fingerprint_, self._n_features_out = (encoder_fingerprint(encoder),
-                                                           encoder.out_dim)
+        opened = _open_once(self.encoder)
+        self.encoder_fingerprint_ = opened.fingerprint
+        self._n_features_out = opened.encoder.out_dim
         return self
 
     def transform(self,
@@ -181,13 +190,13 @@ class HeartSoundEmbedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Sou
     ) -> np.ndarray:       # [n, C] float64
         "Embed recordings; one that cannot be read is a `PahclError` that names it."
         check_is_fitted(self)
-        opened = _open_encoder(self.encoder)
-        if encoder_fingerprint(opened.encoder) != self.encoder_fingerprint_:
+        opened = _open_once(self.encoder)
+        if opened.fingerprint != self.encoder_fingerprint_:
             raise PahclError(f'the encoder {self.encoder} is another than it was at fit. '
                              'Fit again, or give the old one.')
         return _embed_rows(_list_rows(X), self.sample_rate, opened, self.memory, self.n_jobs)
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell26
+# %% ../../nbs/evaluation/estimators.ipynb #cell27
 def _weigh_rows(
     label,         # number of the class of each row [n]
     groups=None,   # id of the subject of each row [n]; None: each row is one
@@ -199,22 +208,22 @@ def _weigh_rows(
     of_class = np.bincount(label, own)
     return own, own*own.sum()/(len(of_class)*of_class[label])
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell28
+# %% ../../nbs/evaluation/estimators.ipynb #cell29
 def _check_column(
     values,        # a list, an array or a column
     name: str,     # 'y' or 'groups'
     count: int,    # of recordings
 ) -> np.ndarray:   # [n]
     "Return a column with one known value a recording, or raise `PahclError`."
-    values = np.asarray(values)
+    known, values = ~pd.isna(np.asarray(values, object)), np.asarray(values)
     if values.shape != (count,):
         raise PahclError(f'{name} has shape {list(values.shape)} for {count} recordings; '
                          'give one value each, in the same order.')
-    if (unknown := np.flatnonzero(pd.isna(values))).size:
-        raise PahclError(f'{name} is not known of recording {unknown[0]}; leave it out.')
+    if not known.all():
+        raise PahclError(f'{name} is not known of recording {known.argmin()}; leave it out.')
     return values
 
-# %% ../../nbs/evaluation/estimators.ipynb #cell29
+# %% ../../nbs/evaluation/estimators.ipynb #cell30
 class HeartSoundClassifier(ClassifierMixin, _SoundEstimator):
     "A frozen encoder and a balanced logistic regression of recordings, or of subjects."
     def __init__(self,
@@ -267,4 +276,5 @@ class HeartSoundClassifier(ClassifierMixin, _SoundEstimator):
         groups=None,    # ids of subjects [n], as of `predict_proba`
     ) -> np.ndarray:    # classes [n]
         "Return the most probable class."
-        return self.classes_[self.predict_proba(X, groups).argmax(1)]
+        decided = self.predict_proba(X, groups).argmax(1)
+        return self.classes_[decided]

@@ -6,16 +6,17 @@
 __all__ = ['PreprocessingSettings', 'HeardRecording', 'hear_recording', 'cut_recordings']
 
 # %% ../../nbs/segmentation/heard_recordings.ipynb #cell2
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import PahclError, progress
+from ..data.audio_files import _name_recordings
+from ..data.audio_files import _name_recordings
+from ..data.audio_files import _name_recordings
 from ..data.packing import _quantise
 from ..data.quality import quality_index
 from ..data.recordings import read_annotation
@@ -24,7 +25,7 @@ from ..data.tasks import _KEPT_CYCLE_COLUMNS, _tabulate_cycles
 from .beats import (
     cut_beat, _fallback_beats, find_whole_beats, MINIMUM_CONFIDENCE, _reject_beats)
 from .emission import _frame_features
-from .segmenter import HEARTBEAT_THRESHOLD, segment_features
+from .segmenter import HEARTBEAT_THRESHOLD, _segment_features
 
 # %% ../../nbs/segmentation/heard_recordings.ipynb #cell7
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _find_beats(
         states = read_annotation(annotation, seconds)
         beats = judge(states)
     if source == 'detected' or not (beats.reason == '').any():
-        found, source = segment_features(features, seconds), 'detected'
+        found, source = _segment_features(features, seconds), 'detected'
         states, heartbeat = found.states, found.heartbeat_probability() >= HEARTBEAT_THRESHOLD
         beats = judge(states)
     if not heartbeat: beats['reason'] = beats.reason.replace('', 'no heartbeat')
@@ -137,19 +138,6 @@ def cut_cycles(self: HeardRecording,
            for onset, offset in zip(kept.onset_s.tolist(), kept.offset_s.tolist())]
     return np.stack([cycle for cycle, _ in cut]), [valid for _, valid in cut]
 
-# %% ../../nbs/segmentation/heard_recordings.ipynb #cell20
-def _name_sources(
-    sources,   # paths, or anything else
-) -> list:     # a name each, no two alike
-    "Name recordings as their files; where two files share a name, by their paths."
-    paths = [Path(s) if isinstance(s, (str, Path)) else None for s in sources]
-    names = [p.stem if p else f'recording_{i:03d}' for i, p in enumerate(paths)]
-    often = Counter(names)
-    names = [p.with_suffix('').as_posix() if p and often[n] > 1 else n
-             for p, n in zip(paths, names)]
-    number = pd.Series(names, dtype=object).groupby(names).cumcount()
-    return [f'{n}_{k+1}' if k else n for n, k in zip(names, number)]
-
 # %% ../../nbs/segmentation/heard_recordings.ipynb #cell21
 def _complete_table(
     sources,      # paths, or anything else
@@ -163,7 +151,7 @@ def _complete_table(
     def known(column, otherwise):
         values = given[column] if column in given else [None]*len(given)
         return [o if pd.isna(v) else str(v) for v, o in zip(values, otherwise)]
-    recording = known('recording_id', _name_sources(sources))
+    recording = known('recording_id', _name_recordings(sources))
     subject = known('subject_id', recording)
     folder = [f'subject_{s}/{r}' for s, r in zip(subject, recording)]
     return pd.DataFrame(dict(

@@ -116,7 +116,8 @@ def test_what_cannot_be_embedded_is_named(recordings, tmp_path):
     paths = recordings[1].path.tolist()
     (tmp_path/'text.wav').write_text('no sound')
     soundfile.write(tmp_path/'short.wav', np.zeros(99), 4000)
-    faults = [(dict(paths=[]), 'give at least one'), (dict(paths=tmp_path/'none/*.wav'), 'none/'),
+    faults = [(dict(paths=[]), 'give at least one'),
+              (dict(paths=tmp_path/'none/*.wav'), 'matches no recording'),
               (dict(paths=[paths[0], tmp_path/'text.wav']), 'text.wav cannot be read'),
               (dict(paths=tmp_path), 'short.wav is too short'),
               (dict(paths='gone.wav'), 'gone.wav'), (dict(paths=[np.zeros(4000)]), 'recording 0: '),
