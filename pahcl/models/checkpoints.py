@@ -14,10 +14,7 @@ import torch
 from ..core.basics import atomic_path, PahclError, require_path
 from .classifier import _build_saved_classifier, Classifier
 from .encoders import _build_saved_encoder
-from .hub_folders import _read_model_folder
-
-# %% ../../nbs/models/checkpoints.ipynb #cell7
-_FORMAT_VERSION = 1
+from .hub_folders import _FORMAT_VERSION, _read_model_folder
 
 # %% ../../nbs/models/checkpoints.ipynb #cell8
 def save_checkpoint(

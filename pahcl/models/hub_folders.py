@@ -73,6 +73,8 @@ def _join_arrays(
     return plain
 
 # %% ../../nbs/models/hub_folders.ipynb #c65c699a
+_FORMAT_VERSION = 1   # of checkpoints and folders
+
 def _write_model_folder(
     folder,          # an empty one
     content: dict,   # of a checkpoint, without weights
@@ -83,6 +85,7 @@ def _write_model_folder(
     if 'head' not in plain:
         facts = {k: v for k, v in plain.items() if k not in ('encoder_config', 'encoder_type')}
         plain = plain['encoder_config'] | (dict(trained=facts) if facts else {})
+    else: plain = dict(format_version=_FORMAT_VERSION) | plain
     write_json(Path(folder)/'config.json', plain)
     # clones: weights that two layers share stand in the file twice
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
@@ -133,7 +136,8 @@ def _read_model_folder(
         facts, state = config.pop('trained', {}), {f'encoder.{k}': v for k, v in state.items()}
         config = dict(kind='pretrain', encoder_type=config['encoder_type'],
                       encoder_config=config) | facts
-    return dict(format_version=1) | _join_arrays(config, arrays) | dict(model_state_dict=state)
+    content = dict(format_version=_FORMAT_VERSION) | _join_arrays(config, arrays)
+    return content | dict(model_state_dict=state)
 
 # %% ../../nbs/models/hub_folders.ipynb #955a0673
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ class _Origin:
     facts: dict   # a checkpoint's content without its weights
     path: Path    # its file or folder
     digest: str   # of the weights
+
+_NOT_KEPT = ('model_state_dict', 'training_state', 'format_version')
 
 def _hash_weights(model) -> str:   # 16 hexadecimal digits
     "Hash the numbers of a model."
@@ -158,7 +164,7 @@ def _remember_origin(
     path,          # its file or folder
 ):
     "Note where weights come from."
-    facts = {k: v for k, v in saved.items() if k not in ('model_state_dict', 'training_state')}
+    facts = {k: v for k, v in saved.items() if k not in _NOT_KEPT}
     model.origin = _Origin(facts, Path(path), _hash_weights(model))
 
 # %% ../../nbs/models/hub_folders.ipynb #bdea9b73

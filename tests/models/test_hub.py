@@ -1,4 +1,4 @@
-"Folders of the Hub: whole or not at all, back to the bit, known by every command; cards tell no more"
+"Folders of the Hub: whole or not at all, back to the bit, known by every command; cards are true"
 import json
 import re
 from pathlib import Path
@@ -47,7 +47,8 @@ def flat(value, place=''):
     "Nested dictionaries as one, tensors as lists."
     if isinstance(value, torch.Tensor): return {place: value.tolist()}
     if not isinstance(value, dict): return {place: value}
-    return {k: v for key, inside in value.items() for k, v in flat(inside, f'{place}/{key}').items()}
+    inside = [flat(v, f'{place}/{key}') for key, v in value.items()]
+    return {k: v for part in inside for k, v in part.items()}
 
 
 # ---- there and back --------------------------------------------------------------------------
@@ -303,10 +304,9 @@ def test_the_card_says_what_the_files_say(run):
     assert card.data.model_name == 'circor_murmur_downstream' and 'random weights' in card.text
     assert (card.data.license, card.data.datasets) == ('odc-by', ['circor'])
     assert "`{'Present': 0, 'Absent': 1, 'Unknown': 2}`" in card.text
-    assert not re.search(r'\d{5}', card.text.replace(fingerprint(persons), ''))   # nobody's id
-    other = run/'outputs'/'circor_murmur_downstream'
+    assert set(persons).isdisjoint(re.findall(r'[\w-]+', card.text))   # nobody's id
     (outputs/'evaluation_circor_murmur_test').rename(outputs/'hidden')
-    try: alone = card_of(other/'best_model.pt')   # as fine-tuning itself tested it
+    try: alone = card_of(outputs/'best_model.pt')   # as fine-tuning itself tested it
     finally: (outputs/'hidden').rename(outputs/'evaluation_circor_murmur_test')
     final = json.loads((outputs/'final_metrics.json').read_text())
     assert numbers(alone) == {k[5:]: v for k, v in final.items() if k.startswith('test_')
@@ -314,10 +314,6 @@ def test_the_card_says_what_the_files_say(run):
 
 def test_every_command_takes_the_folder(run, tmp_path):
     best = run/'outputs'/'circor_murmur_downstream'/'best_model.pt'
-    results = [evaluate(path, 'circor_murmur', run/'downstream', draws=30, output_dir=tmp_path/'e')
-               for path in (best, run/'saved')]
-    for r in results: r.pop('checkpoint')
-    assert results[0] == results[1]
     given = dict(task='circor_murmur', data_dir=run/'downstream', epochs=1, output_dir=tmp_path,
                  linear_eval=True, **{'training.num_workers': 0})
     finetune(pretrained=run/'saved', experiment_name='folder', **given)
@@ -327,17 +323,18 @@ def test_every_command_takes_the_folder(run, tmp_path):
     assert folder['training_persons'] == file['training_persons']
     assert all(torch.equal(v, file['model_state_dict'][k])
                for k, v in folder['model_state_dict'].items())
-    assert len(_hash_checkpoint(run/'saved')) == 2 != len(_hash_checkpoint(best))
+    assert len(_hash_checkpoint(best)) == 1 < len(_hash_checkpoint(run/'saved'))
     assert _pretrained_fingerprint(run/'saved') != _pretrained_fingerprint(best)
 
 def test_an_evaluation_of_a_folder_lies_in_it_and_is_saved_on(run, tmp_path):
     from_pretrained(run/'saved').save_pretrained(tmp_path/'m')
-    assert numbers(ModelCard.load(tmp_path/'m'/'README.md'))   # from config.json alone
-    evaluate(tmp_path/'m', 'circor_murmur', run/'downstream', 'val', draws=30)
-    assert (tmp_path/'m'/'evaluation_circor_murmur_val'/'metrics.json').exists()
-    model = from_pretrained(tmp_path/'m')
-    splits = {r.dataset_split for r in model.generate_model_card().data.eval_results}
-    assert splits == {'test', 'val'}
+    known = numbers(ModelCard.load(tmp_path/'m'/'README.md'))   # from config.json alone
+    evaluate(tmp_path/'m', 'circor_murmur', run/'downstream', draws=30)
+    ours, theirs = (json.loads((f/'evaluation_circor_murmur_test'/'metrics.json').read_text())
+                    for f in (tmp_path/'m', run/'outputs'/'circor_murmur_downstream'))
+    assert ours.pop('checkpoint') != theirs.pop('checkpoint') and ours == theirs
+    again = numbers(from_pretrained(tmp_path/'m').generate_model_card())
+    assert again == known and len(known) > 8
 
 def test_a_leak_is_found_in_a_folder(run, tmp_path):
     saved = load_checkpoint(run/'saved')
