@@ -8,7 +8,7 @@ _API = dict(
     load_recordings='data.recordings', simulate_recording='data.heart_sounds', simulate_dataset='data.simulation',
     segment='segmentation.segmenter', score_states='segmentation.scoring', preprocess='segmentation.preprocessing',
     prepare='data.splitting', Task='data.tasks', Cycles='data.loader',
-    build_encoder='models.encoders', from_pretrained='models.encoders', Evaluation='evaluation.report',
+    build_encoder='models.encoders', from_pretrained='models.hub', Evaluation='evaluation.report',
     predict='evaluation.prediction', embed='evaluation.embedding',
     HeartSoundClassifier='evaluation.estimators')
 

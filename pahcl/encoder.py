@@ -17,7 +17,9 @@ from .models.masked_layers import count_frames
 # %% ../nbs/03_encoder.ipynb #cell10
 # what a user calls lives in the rooms; the command line is parsed before any of them is read
 __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
-    'models.encoders': ['build_encoder', 'from_pretrained', 'Encoder', 'register_encoder'],
+    'models.encoders': ['build_encoder', 'Encoder', 'register_encoder'],
+    'models.hub': ['from_pretrained'],
+    'models.classifier': ['Classifier'],
 })
 
 # %% ../nbs/03_encoder.ipynb #cell14

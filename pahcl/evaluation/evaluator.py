@@ -19,7 +19,7 @@ from .decisions import Decisions
 from .report import Evaluation
 from .subject_rules import check_rules, VALIDATION_RULES
 from .thresholds import check_threshold
-from ..models.checkpoints import load_classifier, persons_trained_on
+from ..models.checkpoints import _checkpoint_folder, load_classifier, persons_trained_on
 from ..models.classifier import Classifier, predict_cycles
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell13
@@ -160,7 +160,8 @@ def _predict_and_score(
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell37
 def evaluate(
-    checkpoint,                  # a checkpoint of pahcl_finetune; the model is built from it alone
+    # a checkpoint of pahcl_finetune or a folder of save_pretrained; it alone makes the model
+    checkpoint,
     task: str,                   # a prepared task, e.g. `circor_murmur`
     data_dir='data/downstream',  # the folder of all tasks
     split='test',                # train, val or test
@@ -190,7 +191,7 @@ def evaluate(
     scored = replace(scored, results=about | scored.results)
     for note in scored.notes: get_logger().info(note)
     # write
-    folder = Path(output_dir) if output_dir else evaluation_folder(path.parent, task, split)
+    folder = Path(output_dir or evaluation_folder(_checkpoint_folder(path), task, split))
     asked = dict(about, data_dir=str(data_dir), rule=rule, subject_rule=subject_rule,
                  threshold=threshold, draws=draws, seed=seed)
     settings = dict(evaluation=asked, checkpoint=model.saved.get('config') or {})

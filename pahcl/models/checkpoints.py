@@ -7,16 +7,14 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'classifier_checkpoint', 'load_
 
 # %% ../../nbs/models/checkpoints.ipynb #cell2
 import re
+from pathlib import Path
 
 import torch
 
 from ..core.basics import atomic_path, PahclError, require_path
-from .classifier import Classifier
-from .encoder_base import load_weights
-from .encoders import build_encoder
-
-# %% ../../nbs/models/checkpoints.ipynb #cell7
-_FORMAT_VERSION = 1
+from .classifier import _build_saved_classifier, Classifier
+from .encoders import _build_saved_encoder
+from .hub_folders import _FORMAT_VERSION, _read_model_folder
 
 # %% ../../nbs/models/checkpoints.ipynb #cell8
 def save_checkpoint(
@@ -39,7 +37,8 @@ def save_checkpoint(
 
 # %% ../../nbs/models/checkpoints.ipynb #cell9
 def load_checkpoint(
-    path,          # a checkpoint of `pahcl_pretrain` or `pahcl_finetune`
+    # a checkpoint of `pahcl_pretrain` or `pahcl_finetune`, or a folder of `save_pretrained`
+    path,
     kind=None,     # 'pretrain' or 'finetune': any other kind is an error
 ) -> dict:         # its content, tensors on the CPU
     """Read a checkpoint without unpickling code; raises `PahclError` for a missing, broken, foreign
@@ -47,7 +46,9 @@ def load_checkpoint(
     """
     advice = 'Give a .pt file of pahcl_pretrain or pahcl_finetune.'
     path = require_path(path, 'checkpoint', 'Give the path of a .pt file that a training wrote.')
-    try: content = torch.load(path, map_location='cpu', weights_only=True)
+    try: content = _read_model_folder(path) if path.is_dir() else torch.load(
+        path, map_location='cpu', weights_only=True)
+    except PahclError: raise
     except Exception as e:
         raise PahclError(f'{path} is not a checkpoint, or is damaged ({type(e).__name__}). '
                          f'{advice}') from e
@@ -78,13 +79,26 @@ def classifier_checkpoint(
 
 # %% ../../nbs/models/checkpoints.ipynb #cell15
 def load_classifier(
-    path,          # a checkpoint of `pahcl_finetune`
+    path,          # a checkpoint of `pahcl_finetune`, or a folder of `Classifier.save_pretrained`
 ):                 # (`Classifier` in evaluation mode, the checkpoint's content)
     "Rebuild a fine-tuned model from its checkpoint alone."
     saved = load_checkpoint(path, 'finetune')
-    model = Classifier(build_encoder(saved['encoder_config']), **saved['head'])
-    load_weights(model, saved['model_state_dict'], path)
+    model = _build_saved_classifier(saved, _build_saved_encoder(saved, path), path)
     return model.eval(), saved
+
+# %% ../../nbs/models/checkpoints.ipynb #k7fold01
+def _checkpoint_files(
+    path,      # a checkpoint, or a folder of `save_pretrained`
+) -> list:     # files whose content decides
+    "List the files of a checkpoint."
+    path = Path(path)
+    return sorted([path/'config.json', *path.glob('*.safetensors')]) if path.is_dir() else [path]
+
+def _checkpoint_folder(
+    path,      # a checkpoint, or a folder of `save_pretrained`
+) -> Path:
+    "Return the folder into which goes what is made from a checkpoint."
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 # %% ../../nbs/models/checkpoints.ipynb #cell20
 def persons_trained_on(

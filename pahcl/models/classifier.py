@@ -11,14 +11,18 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.basics import progress
+from ..core.basics import PahclError, progress
 from ..data.sampling import bag_ids
 from .bags import _average_bags, GatedAttention, _softmax_within_bags, _sum_bags
+from .encoder_base import _encoder_facts, load_weights
+from .encoders import _build_saved_encoder
 from .heads import ClassifierHead, _FeatureNormaliser
+from .hub_folders import (
+    _find_folder, _HubModel, _read_model_folder, _recall_origin, _remember_origin, _weights_file)
 from .pooling import _POOLED_PARTS, _pool_features
 
 # %% ../../nbs/models/classifier.ipynb #cell7
-class Classifier(nn.Module):
+class Classifier(nn.Module, _HubModel):
     "An encoder and a head."
     def __init__(self,
         encoder,                # of `build_encoder`
@@ -78,6 +82,65 @@ def bag_levels(self: Classifier):
     "List the levels that the model answers for by itself; others are means of the one below."
     if self.head_settings['aggregation'] == 'cycle': return []
     return ['recording', 'subject'][:1+(self.head_settings['bag_level'] == 'subject')]
+
+# %% ../../nbs/models/classifier.ipynb #h5head01
+@patch
+def reset_head(self: Classifier,
+    num_classes: int,   # outputs
+    **head,             # settings that change, e.g. `hidden_dim`: see `Classifier`
+):                      # the same model
+    "Replace the head by a new one with random weights; the encoder stays as it is."
+    settings, like = self.head_settings | head, next(self.classifier.parameters())
+    new = Classifier(self.encoder, **(settings | dict(num_classes=num_classes)))
+    for part in ('classifier', 'standardise', 'attention'):
+        module = getattr(new, part)
+        setattr(self, part, module and module.to(like.device, like.dtype).train(self.training))
+    self.pooling, self.head_settings = new.pooling, new.head_settings
+    if self.origin: _remember_origin(self, _encoder_facts(self.origin.facts), self.origin.path)
+    return self
+
+# %% ../../nbs/models/classifier.ipynb #h5head02
+@patch
+def hub_content(self: Classifier, **more) -> dict:
+    "Collect what a checkpoint of the model holds, apart from weights, and further entries."
+    facts, encoder = _recall_origin(self) | more, self.encoder.config
+    return facts | dict(kind='finetune' if 'task' in facts else 'classifier',
+                        encoder_type=encoder.get('encoder_type'), encoder_config=encoder,
+                        head=self.head_settings)
+
+def _build_saved_classifier(
+    saved: dict,        # a checkpoint's content
+    encoder,            # that was built from it
+    source,             # its file or folder
+    num_classes=None,   # None: as it was saved
+    **head,             # settings that are to be others
+) -> Classifier:
+    "Put the saved head on an encoder, or a new one where that is asked for."
+    settings = dict(saved.get('head') or {})
+    wanted = num_classes or settings.get('num_classes')
+    if not wanted: raise PahclError(f'{source} holds an encoder without a head: give num_classes.')
+    keeps_head = wanted == settings.get('num_classes') and not head
+    model = Classifier(encoder, **(settings | head | dict(num_classes=wanted)))
+    if keeps_head: load_weights(model, saved['model_state_dict'], _weights_file(source))
+    _remember_origin(model, saved if keeps_head else _encoder_facts(saved), source)
+    return model
+
+# %% ../../nbs/models/classifier.ipynb #h5head03
+@patch(cls_method=True)
+def from_pretrained(cls: Classifier,
+    source,             # a folder, or the name of a repository on the Hub
+    num_classes=None,   # None: as it was saved; another number: a new head
+    download=None,      # of `huggingface_hub.snapshot_download`: revision, token, cache_dir, …
+    **head,             # of a new head, e.g. `hidden_dim`
+) -> Classifier:        # in evaluation mode
+    """Load a classifier, or put a new head on a saved encoder.
+
+    A missing or broken file, weights that do not fit, or no head are a `PahclError`.
+    """
+    folder = _find_folder(source, **(download or {}))
+    saved = _read_model_folder(folder)
+    encoder = _build_saved_encoder(saved, folder)
+    return _build_saved_classifier(saved, encoder, folder, num_classes, **head).eval()
 
 # %% ../../nbs/models/classifier.ipynb #cell16
 @torch.no_grad()

@@ -7,20 +7,20 @@ __all__ = ['ENCODERS', 'Encoder', 'register_encoder', 'load_weights', 'encoder_f
 
 # %% ../../nbs/models/encoder_base.ipynb #cell2
 import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from fastcore.basics import patch
-from safetensors.torch import save_file
 from torch import nn
 
-from ..core.basics import atomic_path, fingerprint, PahclError, write_json
+from ..core.basics import fingerprint, PahclError
 from ..core.config_sections import ModelSection, register_keys
 from ..data.signal import CYCLE_SAMPLE_RATE
+from .foreign_encoders import _adapt_module
+from .hub_folders import _HubModel, _recall_origin
 from .masked_layers import count_frames, _length_mask
 
 # %% ../../nbs/models/encoder_base.ipynb #cell7
-class Encoder(nn.Module):
+class Encoder(nn.Module, _HubModel):
     """A network [B, 1, T] → [B, C].
 
     `config` rebuilds it, `stride` is samples a frame, `out_dim` is C, `frame_rate` frames a second
@@ -94,8 +94,14 @@ def sequence(self: Encoder,
     x,                  # [B, 1, T]
     valid_length=None,  # [B] valid samples, or None: no padding
 ):                      # [B, L', C], zeros where not valid
-    "Return the features frame by frame."
+    "Return the features frame by frame; a `PahclError` where `encode_frames` gives another shape."
     y = self.encode_frames(self.clean_input(x, valid_length), valid_length)
+    expected = [len(x), count_frames(x.shape[-1], self.stride), self.out_dim]
+    if list(y.shape) != expected:
+        name = self.config.get('encoder_type', type(self).__name__)
+        raise PahclError(f'encoder {name}: encode_frames gave {list(y.shape)} for cycles '
+                         f'{list(x.shape)}; a stride of {self.stride} and an out_dim of '
+                         f'{self.out_dim} mean {expected}: [B, ceil(T/stride), out_dim].')
     if valid_length is None: return y
     return y*self.frame_mask(valid_length, x.shape[-1])[..., None]
 
@@ -110,10 +116,17 @@ ENCODERS = {}   # name -> `_RegisteredEncoder`, in the order of registration
 # %% ../../nbs/models/encoder_base.ipynb #cell16
 def register_encoder(
     name: str,   # in `model.encoder_type`
-    **preset,    # key of `model:` -> value; a value of a new key says its type
-):               # a decorator for subclasses of `Encoder`
-    "Make an encoder known to `build_encoder`, to configurations and to every command."
+    **presets,   # key of `model:` -> value; a value of a new key says its type
+):               # a decorator for subclasses of `Encoder`, or of modules of others
+    """Make an encoder known to `build_encoder`, to configurations and to every command.
+
+    Any other `torch.nn.Module` from waveforms [B, T] to [B, C] or [B, L, C] is given `sample_rate`
+    (Hz), see [foreign encoders](foreign_encoders.html).
+    """
     def add(encoder_class):
+        given, preset = encoder_class, dict(presets)
+        if not (isinstance(given, type) and issubclass(given, Encoder)):
+            encoder_class, preset = _adapt_module(name, given, preset, Encoder)
         registered = ENCODERS.get(name)
         if registered and registered.encoder_class.__qualname__ != encoder_class.__qualname__:
             raise PahclError(f'two encoders are called {name}: '
@@ -121,7 +134,7 @@ def register_encoder(
         kind = lambda v: Any if v is None else Optional[type(v)]
         register_keys(ModelSection, **{k: (kind(v), None) for k, v in preset.items()})
         ENCODERS[name] = _RegisteredEncoder(encoder_class, preset)
-        return encoder_class
+        return given
     return add
 
 # %% ../../nbs/models/encoder_base.ipynb #cell17
@@ -183,15 +196,24 @@ def load_weights(
     model.load_state_dict(state)
 
 # %% ../../nbs/models/encoder_base.ipynb #cell27
+_ENCODER_FACTS = ('kind', 'epoch', 'config', 'chosen_by', 'probe_tasks', 'moco_metadata',
+                  'include_heldout_subjects', 'pretrain_persons')
+
+def _encoder_facts(
+    saved: dict,   # a checkpoint's content
+) -> dict:
+    "Select what a checkpoint says of its encoder."
+    facts = {k: saved[k] for k in _ENCODER_FACTS if k in saved}
+    lists = [saved[k] for k in ('pretrain_persons', 'training_persons') if saved.get(k) is not None]
+    if lists: facts['pretrain_persons'] = sorted({str(p) for persons in lists for p in persons})
+    if saved.get('kind') != 'finetune': return facts
+    return facts | dict(kind='pretrain', chosen_by=f'labels of {saved.get("task")}')
+
 @patch
-def save_pretrained(self: Encoder,
-    folder,  # is made if need be; files of the same names are replaced
-):
-    "Write `model.safetensors` and `config.json`."
-    state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-    with atomic_path(Path(folder)/'model.safetensors') as t:
-        save_file(state, t, metadata={'format': 'pt'})
-    write_json(Path(folder)/'config.json', self.config)
+def hub_content(self: Encoder, **more) -> dict:
+    "Collect what a checkpoint of the encoder holds, apart from weights, and further entries."
+    own = dict(encoder_type=self.config.get('encoder_type'), encoder_config=self.config)
+    return _recall_origin(self) | more | own
 
 # %% ../../nbs/models/encoder_base.ipynb #cell29
 def encoder_fingerprint(

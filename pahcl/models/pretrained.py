@@ -14,9 +14,10 @@ from torch import nn
 
 from ..core.basics import first_few, PahclError
 from .checkpoints import load_checkpoint
-from .encoder_base import load_weights, _rename_weights
+from .encoder_base import _encoder_facts, load_weights, _rename_weights
 from .encoders import build_encoder
 from .foreign_checkpoints import _convert_checkpoint, read_foreign_checkpoint
+from .hub_folders import _remember_origin
 
 # %% ../../nbs/models/pretrained.ipynb #cell7
 _HEAD_PREFIXES = ('cycle_projector.', 'substructure_projector.', 'classifier.', 'standardise.',
@@ -130,6 +131,7 @@ def load_pretrained_encoder(
     notes, meta = saved.get('notes') or {}, saved.get('moco_metadata') or {}
     encoder = build_encoder(_merge_encoder_config(saved, wanted or {}, path))
     result = _load_encoder_weights(encoder, parts['encoder'], notes.get('partial'), path)
+    _remember_origin(encoder, _encoder_facts(saved), resolve_checkpoint(path))
     skipped = dict(moco_skipped=len(parts['moco']), heads_skipped=len(parts['heads']),
                    encoder_skipped=[*notes.get('skipped', []), *result.skipped])
     found = dict(moco=bool(parts['moco']),

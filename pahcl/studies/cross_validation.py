@@ -19,7 +19,7 @@ from ..evaluation.decisions import Decisions
 from ..evaluation.evaluator import note_bag_levels, open_model, open_split, predict_validation
 from ..evaluation.subject_rules import check_rules, VALIDATION_RULES
 from ..evaluation.thresholds import check_threshold
-from ..models.checkpoints import load_classifier, persons_trained_on
+from ..models.checkpoints import _checkpoint_folder, load_classifier, persons_trained_on
 from ..models.pretrained import read_pretrained, resolve_checkpoint
 from .fold_plans import (
     _check_validation, _note_tested_persons, _parse_folds, _person_labels, _plan_folds)
@@ -187,7 +187,7 @@ def cross_validate(
     _check_choices(prepared, **rules)
     # who is tested when, and whether that can be
     planned, notes = _plan_and_check(saved, prepared, folds, subject_rule, threshold, seed)
-    out = Path(output_dir or Path(checkpoint).parent/f'cross_validation_{task}_{folds}')
+    out = Path(output_dir or _checkpoint_folder(checkpoint)/f'cross_validation_{task}_{folds}')
     get_logger().info(f'{len(planned)} fine-tunings of up to '
                       f'{saved["config"]["training"]["num_epochs"]} epochs; {notes[0]}')
     # train, predict and decide, fold by fold

@@ -21,6 +21,7 @@ from ..data.simulation import simulate_dataset
 from ..data.splitting import prepare
 from ..data.tasks import list_prepared_tasks, Task
 from ..evaluation.evaluator import evaluate
+from ..models.checkpoints import _checkpoint_files
 from ..models.pretrained import resolve_checkpoint
 from ..segmentation.preprocessing import preprocess
 from .summary import summarize
@@ -152,7 +153,7 @@ def _hash_checkpoint(
     if pretrained == 'none': return None
     path = require_path(resolve_checkpoint(pretrained), 'checkpoint',
                         'Give another with --pretrained.')
-    return list(hash_files([path], '.').values())
+    return list(hash_files(_checkpoint_files(path), '.').values())
 
 # %% ../../nbs/studies/downstream.ipynb #cell25
 def _finetune_arguments(

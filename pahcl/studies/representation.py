@@ -18,6 +18,7 @@ from ..evaluation.evaluator import open_split
 from ..evaluation.pages import format_with_interval, write_page
 from ..models.checkpoints import persons_trained_on
 from ..models.classifier import encode_cycles
+from ..models.checkpoints import _checkpoint_folder
 from ..models.pretrained import load_pretrained_encoder, resolve_checkpoint
 from .anomaly import _CycleFeatures, _detect_anomalies
 from .feature_map import (
@@ -153,8 +154,8 @@ def represent(
     features, about = _encode_map_cycles(encoder, task, data_dir, split, points, processed_dir,
                                          seed, batch_size)
     shown = _compute_tsne(features, seed), about, prepared.class_names
-    folder = Path(output_dir
-                  or resolve_checkpoint(checkpoint).parent/f'representation_{task}_{split}')
+    beside = _checkpoint_folder(resolve_checkpoint(checkpoint))
+    folder = Path(output_dir or beside/f'representation_{task}_{split}')
     sections = _representation_sections(probed, anomalies, _map_figures(*shown), notes)
     results = dict(checkpoint=str(checkpoint), task=task, split=split,
                    encoder_type=saved.get('encoder_type'), notes=notes)

@@ -8,8 +8,8 @@ __all__ = []
 # %% ../../nbs/training/finetuning_setup.ipynb #cell2
 from dataclasses import dataclass
 
-from ..core.basics import first_few, hash_file, PahclError
-from ..models.checkpoints import persons_trained_on
+from ..core.basics import fingerprint, first_few, hash_file, PahclError
+from ..models.checkpoints import _checkpoint_files, persons_trained_on
 from ..models.classifier import Classifier
 from ..models.encoder_base import load_weights
 from ..models.encoders import build_encoder
@@ -144,4 +144,6 @@ def _pretrained_fingerprint(
     source,   # a path, `packaged` or `none`
 ) -> str:
     "Return what a run started from: 16 hexadecimal digits of the file's content, or `none`."
-    return 'none' if source == 'none' else hash_file(resolve_checkpoint(source))
+    if source == 'none': return 'none'
+    hashes = [hash_file(f) for f in _checkpoint_files(resolve_checkpoint(source))]
+    return hashes[0] if len(hashes) == 1 else fingerprint(hashes)

@@ -6,11 +6,13 @@ from huggingface_hub import PyTorchModelHubMixin, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import pahcl.models.encoders as module
+import pahcl.models.hub_folders as hub_folders
 from pahcl.core.basics import PahclError
 from pahcl.core.config_sections import ModelSection
 from pahcl.models.pooling import _pool_phases
 from pahcl.models.encoder_base import Encoder, ENCODERS, load_weights
-from pahcl.models.encoders import build_encoder, _CNNMamba, from_pretrained, _resolve_settings
+from pahcl.models.encoders import build_encoder, _CNNMamba, _resolve_settings
+from pahcl.models.hub import from_pretrained
 from pahcl.models.convolutions import _ChannelAttention, _ConvLayer
 from pahcl.models.heads import ClassifierHead, Projector
 from pahcl.models.masked_layers import _Dropout, _DropPath, MaskedGroupNorm
@@ -359,7 +361,7 @@ def test_round_trip(tmp_path, overrides):
     torch.manual_seed(3)
     e, x, n = build_encoder(overrides).eval(), cycles(), torch.tensor([400, 200, 50])
     e.save_pretrained(tmp_path/'a'/'b')
-    assert sorted(p.name for p in (tmp_path/'a'/'b').iterdir()) == ['config.json',
+    assert sorted(p.name for p in (tmp_path/'a'/'b').iterdir()) == ['README.md', 'config.json',
                                                                     'model.safetensors']
     again = from_pretrained(str(tmp_path/'a'/'b'))
     assert again.config == e.config and not again.training and type(again) is type(e)
@@ -373,7 +375,7 @@ def edit(folder, **changes):
     (folder/'config.json').write_text(json.dumps({**config, **changes}))
 
 @pytest.mark.parametrize('break_it,message', [
-    (lambda f: (f/'config.json').unlink(), 'encoder configuration not found'),
+    (lambda f: (f/'config.json').unlink(), 'model configuration not found'),
     (lambda f: (f/'config.json').write_text('{'), 'not valid JSON'),
     (lambda f: (f/'config.json').write_text('[]'), 'has no encoder_type'),
     (lambda f: (f/'config.json').write_text('{"model_type": "bert"}'), 'has no encoder_type'),
@@ -384,7 +386,7 @@ def edit(folder, **changes):
      'model.safetensors does not fit the encoder .*11 missing: mamba.layers.2.norm.bias'),
     (lambda f: edit(f, encoder_type='cnn'), '22 superfluous: mamba.layers.0.norm.bias'),
     (lambda f: edit(f, mamba_d_state=8), 'misshapen: mamba.layers.0.ssm.A_log'),
-    (lambda f: (f/'model.safetensors').unlink(), 'encoder weights not found'),
+    (lambda f: (f/'model.safetensors').unlink(), 'model weights not found'),
     (lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:-100]),
      'not a readable safetensors file'),
     (lambda f: (f/'model.safetensors').write_bytes(b'rubbish'), 'not a readable safetensors file'),
@@ -395,39 +397,37 @@ def test_broken_folders_are_named(folder, break_it, message):
 
 def test_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, 'snapshot_download',
+    monkeypatch.setattr(hub_folders, 'snapshot_download',
                         lambda *a, **k: pytest.fail('the Hub was asked'))
     (tmp_path/'outputs').mkdir()
     for name in (tmp_path/'none', 'none', './none', 'outputs/none', 'a/b/c'):
-        with pytest.raises(PahclError, match='encoder folder not found'): from_pretrained(name)
+        with pytest.raises(PahclError, match='model folder not found'): from_pretrained(name)
 
 def test_the_hub(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(module, 'snapshot_download', lambda name, allow_patterns:
+    monkeypatch.setattr(hub_folders, 'snapshot_download', lambda name, allow_patterns:
                         asked.append((name, allow_patterns)) or str(folder))
     assert from_pretrained('owner/name').config == from_pretrained(folder).config
-    assert asked == [('owner/name', ['config.json', 'model.safetensors'])]
+    assert asked == [('owner/name', ['config.json', '*.safetensors'])]
     def offline(*a, **k): raise OSError('no network')
-    monkeypatch.setattr(module, 'snapshot_download', offline)
+    monkeypatch.setattr(hub_folders, 'snapshot_download', offline)
     with pytest.raises(PahclError,
                        match='owner/name is no folder here, and the Hub did not give it'):
         from_pretrained('owner/name')
 
 def test_the_hubs_own_loader_reads_our_folder_and_we_read_its(folder, tmp_path):
     "config.json and model.safetensors mean to `PyTorchModelHubMixin` what they mean to us."
-    class Theirs(PyTorchModelHubMixin, _CNNMamba):
-        # the mixin gives it a second time, whole
-        def __init__(self, **config):
-            _CNNMamba.__init__(self, {k: v for k, v in config.items() if k != 'config'})
-    assert {p.name for p in folder.iterdir()} == {constants.CONFIG_NAME,
-                                                  constants.SAFETENSORS_SINGLE_FILE}
+    assert {p.name for p in folder.iterdir()} == {
+        constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, constants.REPOCARD_NAME}
     with safe_open(folder/'model.safetensors', 'pt') as f: assert f.metadata() == {'format': 'pt'}
-    ours, theirs = from_pretrained(folder), Theirs.from_pretrained(folder, strict=True,
-                                                                   local_files_only=True)
+    # the Hub's own methods, not those that `_HubModel` puts in their place
+    load, save = PyTorchModelHubMixin.from_pretrained.__func__, PyTorchModelHubMixin.save_pretrained
+    ours, theirs = from_pretrained(folder), load(_CNNMamba, folder, strict=True,
+                                                 local_files_only=True)
     with torch.no_grad():
         assert torch.equal(theirs.eval()(cycles()), ours(cycles())) and theirs.config == ours.config
-    theirs.save_pretrained(tmp_path/'theirs')
+    save(theirs, tmp_path/'theirs')
     with torch.no_grad():
         assert torch.equal(from_pretrained(tmp_path/'theirs')(cycles()), ours(cycles()))
 

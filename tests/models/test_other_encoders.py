@@ -8,7 +8,8 @@ from pahcl.core.basics import PahclError
 from pahcl.models.classifier import Classifier
 from pahcl.models.pooling import _pool_phases
 from pahcl.models.encoder_base import Encoder, ENCODERS, load_weights
-from pahcl.models.encoders import build_encoder, from_pretrained
+from pahcl.models.encoders import build_encoder
+from pahcl.models.hub import from_pretrained
 from pahcl.models.sequence_layers import _reverse_valid
 from pahcl.models.encoders import _CNNLSTM, _CNNTransformer, _ResNet34, _SincNeXt
 from pahcl.models.pooling import AttentiveStatisticsPooling

@@ -9,7 +9,8 @@ from pahcl.core.config_sections import _known_keys, ModelSection
 from pahcl.models.checkpoints import classifier_checkpoint, load_classifier, save_checkpoint
 from pahcl.models.classifier import Classifier
 from pahcl.models.encoder_base import Encoder, register_encoder
-from pahcl.models.encoders import build_encoder, from_pretrained
+from pahcl.models.encoders import build_encoder
+from pahcl.models.hub import from_pretrained
 from pahcl.models.pretrained import load_pretrained_encoder
 
 @pytest.fixture(autouse=True)
