@@ -5,6 +5,7 @@ import pahcl.pretrain
 import pahcl.training.pretraining_data
 import json
 import os
+import re
 import subprocess
 import sys
 import time
