@@ -63,6 +63,30 @@ def read_recording(
                          f'at least {minimum_seconds} s are needed.')
     return signal, sample_rate
 
+# %% ../../nbs/data/signal.ipynb #array1
+def _read_signal(
+    source,                # a path, or a signal [T]: ±1, or signed integers
+    sample_rate=None,      # Hz, of a signal; a file says its own
+    minimum_seconds=0.5,   # as of `read_recording`
+):                         # (signal [T] float32 in ±1, sample rate in Hz)
+    "Read a recording from a file or an array; one that cannot be used is a `PahclError`."
+    if isinstance(source, (str, Path)): return read_recording(source, minimum_seconds)
+    signal = np.asarray(source)
+    if signal.ndim != 1 or not len(signal):
+        raise PahclError(f'the signal has shape {list(signal.shape)}; '
+                         'give one channel [T] with at least one sample.')
+    if sample_rate is None or not sample_rate > 0:
+        raise PahclError(f'the sample_rate of the signal is {sample_rate}; give it in Hz.')
+    whole = np.issubdtype(signal.dtype, np.signedinteger)
+    signal = signal.astype(np.float32)/(2.**(8*signal.itemsize-1) if whole else 1)
+    if not np.isfinite(signal).all():
+        raise PahclError('the signal holds values that are no numbers (NaN or infinite); '
+                         'remove or repair them.')
+    if len(signal) < minimum_seconds*sample_rate:
+        raise PahclError(f'the signal is too short: {len(signal)/sample_rate:.2f} s, '
+                         f'at least {minimum_seconds} s are needed.')
+    return np.asarray(signal, np.float32), sample_rate
+
 # %% ../../nbs/data/signal.ipynb #693eae4e
 def resample(
     signal,          # [T]

@@ -90,6 +90,26 @@ def _read_recording_cycles(
     except (csv.Error, UnicodeDecodeError) as e:
         raise PahclError(f'{path} cannot be read ({e}). Run pahcl_preprocess again.') from e
 
+# %% ../../nbs/data/tasks.ipynb #tabulate
+def _tabulate_cycles(
+    rows,            # values of `_KEPT_CYCLE_COLUMNS`, as text: numbers are read from it one way
+    owner,           # which recording each row belongs to
+    recordings,      # DataFrame, a row a recording
+    settings: dict,  # sample_rate, target_length, length_mode
+):                   # DataFrame as of `read_kept_cycles`
+    "The table of cycles, with the states in samples of the stored cycle."
+    cycles = pd.DataFrame(rows, columns=_KEPT_CYCLE_COLUMNS)
+    cycles[_KEPT_CYCLE_COLUMNS[1:]] = cycles[_KEPT_CYCLE_COLUMNS[1:]].apply(pd.to_numeric,
+                                                                            errors='coerce')
+    # the confidence and quality of a recording are others than those of its beats
+    own = recordings.drop(columns=[c for c in _KEPT_CYCLE_COLUMNS if c in recordings])
+    table = pd.concat([own.iloc[owner].reset_index(drop=True), cycles], axis=1)
+    table[['s1_end', 's2_start', 's2_end',
+           'valid_length']] = _compute_sample_boundaries(table, settings)
+    # a stored cycle may be cut or stretched: the heart rate is in this
+    table['duration_s'] = (table['offset_s']-table['onset_s']).round(4)
+    return table.drop(columns=BEAT_BOUNDARIES)
+
 # %% ../../nbs/data/tasks.ipynb #cell15
 def read_kept_cycles(
     processed_dir,   # output of pahcl_preprocess
@@ -110,17 +130,7 @@ def read_kept_cycles(
                              f'{kept}. Run pahcl_preprocess again.')
         rows += found
         owner += [i]*kept
-    cycles = pd.DataFrame(rows, columns=_KEPT_CYCLE_COLUMNS)
-    cycles[_KEPT_CYCLE_COLUMNS[1:]] = cycles[_KEPT_CYCLE_COLUMNS[1:]].apply(pd.to_numeric,
-                                                                            errors='coerce')
-    # the confidence and quality of a recording are others than those of its beats
-    own = recordings.drop(columns=[c for c in _KEPT_CYCLE_COLUMNS if c in recordings])
-    table = pd.concat([own.iloc[owner].reset_index(drop=True), cycles], axis=1)
-    table[['s1_end', 's2_start', 's2_end',
-           'valid_length']] = _compute_sample_boundaries(table, settings)
-    # a stored cycle may be cut or stretched: the heart rate is in this
-    table['duration_s'] = (table['offset_s']-table['onset_s']).round(4)
-    return table.drop(columns=BEAT_BOUNDARIES)
+    return _tabulate_cycles(rows, owner, recordings, settings)
 
 # %% ../../nbs/data/tasks.ipynb #cell22
 _PREPARE_AGAIN = 'Make it again with pahcl_prepare.'

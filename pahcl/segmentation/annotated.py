@@ -18,7 +18,7 @@ from ..data.signal import read_recording
 from .emission import _frame_features, _normalise_features
 from .parameters import FRAME_RATE
 from .scoring import _states_at
-from .segmenter import segment_features
+from .segmenter import _segment_features
 
 # %% ../../nbs/segmentation/annotated.ipynb #cell7
 def _find_annotated_recordings(
@@ -50,7 +50,7 @@ class _AnnotatedRecording:
 
     def segment(self, parameters=None):
         "Find the states of the recording itself."
-        return segment_features(self.features[0], self.seconds, parameters=parameters)
+        return _segment_features(self.features[0], self.seconds, parameters=parameters)
 
 # %% ../../nbs/segmentation/annotated.ipynb #cell11
 def _frame_states(

@@ -15,7 +15,7 @@ from ..data.noise import coloured_noise, speech_noise
 from .emission import _frame_features
 from .parameters import FRAME_RATE
 from .scoring import _states_at
-from .segmenter import segment_features
+from .segmenter import _segment_features
 
 # %% ../../nbs/segmentation/confidence.ipynb #cell7
 def _match_beats(
@@ -88,7 +88,7 @@ def _collect_noise_evidence(
     parameters,        # `SegmenterParameters`
 ) -> _ConfidenceEvidence:         # no beat is right
     "Segment sounds in which there is no heart."
-    def segmented(f): return segment_features(f, len(f)/FRAME_RATE, parameters=parameters)
+    def segmented(f): return _segment_features(f, len(f)/FRAME_RATE, parameters=parameters)
     return _ConfidenceEvidence.concat(_segmentation_evidence(segmented(f)) for f in sounds)
 
 # %% ../../nbs/segmentation/confidence.ipynb #cell19

@@ -11,7 +11,7 @@ from pahcl.segmentation.emission import _convolve_dilated, _frame_features
 from pahcl.segmentation.parameters import load_parameters
 from pahcl.segmentation.scoring import pool_scores, score_states
 from pahcl.segmentation.segmenter import (
-    _find_best_states, HEARTBEAT_THRESHOLD, segment, segment_features)
+    _find_best_states, HEARTBEAT_THRESHOLD, segment, _segment_features)
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 12000), st.sampled_from([500, 1000, 2000, 4000, 5000, 8000, 44100]),
@@ -137,7 +137,7 @@ def test_speed():
     assert fraction_of_real_time() < 1/250
 
 def heard(signal, rate=2000):
-    return segment_features(_frame_features(signal, rate),
+    return _segment_features(_frame_features(signal, rate),
                             len(signal)/rate).heartbeat_probability() >= HEARTBEAT_THRESHOLD
 
 def test_no_heartbeat_is_said():
