@@ -21,6 +21,7 @@ from ..core.basics import get_logger, PahclError, to_json, UsageError, write_tex
 from ..core.parallel import map_in_parallel
 from ..core.predictions import Predictions
 from ..data.audio_files import _assign_subjects, _find_recordings
+from ..data.datasets import TASKS
 from ..data.quality import clipped_fraction
 from ..data.tasks import BEAT_BOUNDARIES, CYCLE_SETTINGS
 from .operating_points import _choose_operating_point, _OperatingPoint
@@ -140,7 +141,8 @@ class Prediction:
     subjects: pd.DataFrame
     beats: pd.DataFrame      # a row a kept beat: recording_id, its boundaries in s, probabilities
     states: dict             # recording_id -> DataFrame `start_s, end_s, state, confidence`
-    model: dict              # checkpoint, task, classes, encoder_type, persons, epoch, decisions
+    # checkpoint, task, dataset, classes, encoder_type, epochs, training_persons, decisions
+    model: dict
     operating_point: _OperatingPoint
     known_subjects: bool     # whether a table or pattern said whose recordings these are
 
@@ -271,8 +273,8 @@ def _tabulate_subjects(
                 *([f'{_NO_HEARTBEAT} in {n-e-h} of {n} recordings'] if h < n-e else [])]
     return pd.concat([pd.DataFrame(dict(subject_id=ids)), own['decision'].where(heard > 0, None),
                       _probability_columns(levels['subject'], ids), own['agreement'],
-                      pd.DataFrame(dict(recordings=total, with_heartbeat=heard,
-                                        notes=list(map(notes, total, heard, lost))))], axis=1)
+                      pd.DataFrame(dict(recordings=total, with_heartbeat=heard), dtype='Int64'),
+                      pd.Series(list(map(notes, total, heard, lost)), name='notes')], axis=1)
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell24
 def _find_classifier(
@@ -293,10 +295,11 @@ def _describe_model(
 ) -> dict:                 # plain values
     "Say which model it is and what it was trained on."
     persons, config = persons_trained_on(saved), saved.get('config') or {}
-    return dict(checkpoint=str(path), task=saved['task'], classes=point.classes,
-                encoder_type=saved['encoder_type'], epoch=saved.get('epoch'),
+    known, training = TASKS.get(saved['task']), config.get('training') or {}
+    return dict(checkpoint=str(path), task=saved['task'], dataset=known and known.dataset,
+                classes=point.classes, encoder_type=saved['encoder_type'],
+                epochs=training.get('num_epochs'),
                 training_persons=None if persons is None else len(persons),
-                pretrained=(config.get('pretrain') or {}).get('checkpoint'),
                 decisions=point.describe())
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell25
