@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from pahcl.core.basics import write_json
 from pahcl.core.predictions import LEVELS
-from pahcl.data.registry import DATASETS, TASKS
+from pahcl.data.datasets import DATASETS, TASKS
 from pahcl.data.loader import Cycles
 from pahcl.data.splitting import prepare
 from pahcl.evaluation.evaluator import evaluate
@@ -28,6 +28,7 @@ VARIANTS = dict(cycles={}, phases={'classifier.pooling': 'phases'},
                 attention={'training.aggregation': 'attention'})
 TRIED = dict(circor_murmur=['cycles'], circor_outcome=['cycles'],
              physionet2016=['cycles'], pascal=['cycles', 'phases', 'attention'])
+EPOCHS = dict(circor_murmur=10, circor_outcome=4, physionet2016=6, pascal=10)
 SHOWN = ('accuracy', 'f1_macro', 'auroc', 'auprc', 'sensitivity', 'specificity')
 PACKAGE = Path(__file__).resolve().parents[1]/'pahcl'/'parameters'
 
@@ -40,11 +41,12 @@ def made_cycles(raw, workers=2):
 
 def tuned(task, variant):
     "Fine-tune in one way; what `final_metrics.json` says of its validation."
-    metrics = finetune('small_finetune', task=task, experiment_name=variant, epochs=10,
-                       pretrained='packaged', data_dir='downstream', output_dir='outputs',
-                       **VARIANTS[variant])
+    metrics = finetune('small_finetune', task=task, experiment_name=variant,
+                       epochs=EPOCHS[task], pretrained='packaged', data_dir='downstream',
+                       output_dir='outputs', **VARIANTS[variant])
     kept = metrics['primary_metric'], 'auroc'
-    return dict(variant=variant, settings=VARIANTS[variant], epoch=metrics['best_epoch'],
+    return dict(variant=variant, settings=VARIANTS[variant], epochs=metrics['epochs'],
+                epoch=metrics['best_epoch'],
                 validation={k: round(metrics[f'validation_{k}'], 4) for k in kept})
 
 def split_sizes(task):

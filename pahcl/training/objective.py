@@ -104,8 +104,8 @@ def _select_validation_scores(
 # %% ../../nbs/training/objective.ipynb #ab98e9fb
 def _keep_validation(
     predictions: Predictions,   # of the validation split's cycles
-) -> dict:  # recording, subject -> `label` and `person` int64 [n], `probabilities` float32 [n, classes]
-    "Return what a checkpoint keeps of its validation: units by sorted ids, persons numbered alike."
+) -> dict:  # recording, subject -> `label`, `person` int64 [n], `probabilities` float32 [n, classes]
+    "Return what a checkpoint keeps of its validation: units by sorted ids, persons as numbers."
     names = sorted(set(predictions.persons.astype(str)))
     number = {name: i for i, name in enumerate(names)}
     def keep(units):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pahcl.core.basics import PahclError, read_json
 from pahcl.data.loader import Cycles
-from pahcl.data.registry import DATASETS, TASKS
+from pahcl.data.datasets import DATASETS, TASKS
 from pahcl.data.simulation import simulate_dataset
 from pahcl.evaluation.evaluator import note_trained_persons
 from pahcl.models.checkpoints import load_checkpoint, load_classifier, persons_trained_on
@@ -30,7 +30,8 @@ def cycles(tmp_path_factory, quiet):
 
 @pytest.mark.parametrize('task', PACKAGED)
 def test_a_file_and_its_card(task):
-    saved, card = torch.load(find(task), weights_only=True), read_json(find(task).with_suffix('.json'))
+    saved = torch.load(find(task), weights_only=True)
+    card = read_json(find(task).with_suffix('.json'))
     definition = TASKS[task]
     assert saved['task'] == card['task'] == task
     assert saved['label_map'] == card['label_map'] == definition.label_map

@@ -91,7 +91,8 @@ def test_the_kept_validation_is_what_the_command_writes(work):
     "A model of bags of recordings: its own answers, and subjects by the rule `mean`."
     tune(work, 'outputs', **{'task': 'pascal', 'pretrained': 'none', 'experiment_name': 'kept',
                              'encoder_type': 'cnn_mamba_small', 'training.cycles_per_bag': 2,
-                             'training.aggregation': 'attention', 'training.bag_level': 'recording'})
+                             'training.aggregation': 'attention',
+                             'training.bag_level': 'recording'})
     path = work/'outputs'/'pascal_kept'/'best_model.pt'
     assert pahcl_evaluate(['--checkpoint', str(path), '--task', 'pascal', '--split', 'val',
                            '--data-dir', str(work/'downstream')]) == 0
