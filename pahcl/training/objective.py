@@ -104,7 +104,7 @@ def _select_validation_scores(
 # %% ../../nbs/training/objective.ipynb #ab98e9fb
 def _keep_validation(
     predictions: Predictions,   # of the validation split's cycles
-) -> dict:  # recording, subject -> `label`, `person` int64 [n], `probabilities` float32 [n, classes]
+) -> dict:   # recording, subject -> `label`, `person` [n] int64; `probabilities` [n, classes]
     "Return what a checkpoint keeps of its validation: units by sorted ids, persons as numbers."
     names = sorted(set(predictions.persons.astype(str)))
     number = {name: i for i, name in enumerate(names)}
