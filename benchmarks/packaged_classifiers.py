@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from pahcl.core.basics import write_json
-from pahcl.core.predictions import LEVELS
 from pahcl.data.datasets import DATASETS, TASKS
 from pahcl.data.loader import Cycles
 from pahcl.data.splitting import prepare
@@ -27,7 +26,7 @@ from pahcl.training.finetuning import finetune
 VARIANTS = dict(cycles={}, phases={'classifier.pooling': 'phases'},
                 attention={'training.aggregation': 'attention'})
 TRIED = dict(circor_murmur=['cycles'], circor_outcome=['cycles'],
-             physionet2016=['cycles'], pascal=['cycles', 'phases', 'attention'])
+             physionet2016=['cycles'], pascal=['cycles'])
 EPOCHS = dict(circor_murmur=10, circor_outcome=4, physionet2016=6, pascal=10)
 SHOWN = ('accuracy', 'f1_macro', 'auroc', 'auprc', 'sensitivity', 'specificity')
 PACKAGE = Path(__file__).resolve().parents[1]/'pahcl'/'parameters'
@@ -57,21 +56,19 @@ def split_sizes(task):
     return {s: {k: int(t[c].nunique()) for k, c in units.items()} | dict(cycles=len(t))
             for s, t in tables.items()}
 
-def with_interval(value, interval):
-    low, high = interval or (None, None)
-    return {k: None if v is None else round(float(v), 4)
-            for k, v in dict(value=value, low=low, high=high).items()}
-
-def tested(results):
-    "The scores of metrics.json that a card shows, with 95 % intervals over persons."
-    level = lambda of: dict(n=of['n']) | {
-        k: with_interval(of[k], of['intervals'].get(k)) for k in SHOWN if of.get(k) is not None}
-    official = results['official']
-    if official: official = dict(
-        name=official['name'], level=official['level'],
-        **with_interval(official['value'], (official['low'], official['high'])))
-    return dict(levels={name: level(results['levels'][name]) for name in LEVELS},
-                official=official, notes=results['notes'])
+def tested(results, level):
+    "What a card says of a level of a metrics.json; intervals are 95 %, over persons."
+    scores, official = results['levels'][level], results['official'] or {}
+    values = {k: scores[k] for k in SHOWN if scores.get(k) is not None}
+    intervals = scores['intervals']
+    if official.get('level') == level:
+        values[official['name']] = official['value']
+        intervals = intervals | {official['name']: (official['low'], official['high'])}
+    intervals = {k: [round(float(v), 4) for v in intervals[k]] for k in values
+                 if intervals.get(k) and None not in intervals[k]}
+    return dict(task=results['task'], split=results['split'], level=level, n=scores['n'],
+                threshold='argmax', metrics={k: round(float(v), 4) for k, v in values.items()},
+                intervals=intervals, threshold_value=None)
 
 def make(task, raw):
     "Fine-tune, choose on validation, test the chosen one, write the two files."
@@ -91,7 +88,9 @@ def make(task, raw):
         trained_on=trained, encoder_type=saved['encoder_type'], epoch=saved['epoch'],
         parameters=sum(v.numel() for v in saved['model_state_dict'].values()),
         splits=split_sizes(task), chosen_by=f'{primary} of the subjects of the validation split',
-        tried=tried, chosen=chosen, test=tested(results)))
+        tried=tried, chosen=chosen,
+        test={level: tested(results, level) for level in ('recording', 'subject')},
+        notes=results['notes']))
 
 if __name__ == '__main__':
     if len(sys.argv) < 3: sys.exit(__doc__)

@@ -58,9 +58,10 @@ def test_a_file_and_its_card(task):
                 else roc_auc_score(y, p[:, 1]))
     assert best['validation'][definition.primary_metric] == pytest.approx(expected, abs=1e-4)
     # scores lie in their intervals
-    for level in card['test']['levels'].values():
-        for score in (s for s in level.values() if isinstance(s, dict) and s['low'] is not None):
-            assert score['low'] <= score['value'] <= score['high']
+    for level, scored in card['test'].items():
+        assert (scored['n'], scored['split']) == (card['splits']['test'][f'{level}s'], 'test')
+        for name, (low, high) in scored['intervals'].items():
+            assert low <= scored['metrics'][name] <= high
 
 
 def test_all_of_them_are_small_and_no_other_is_known():
