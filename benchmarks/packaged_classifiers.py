@@ -27,7 +27,7 @@ VARIANTS = dict(cycles={}, phases={'classifier.pooling': 'phases'},
                 attention={'training.aggregation': 'attention'})
 TRIED = dict(circor_murmur=['cycles'], circor_outcome=['cycles'],
              physionet2016=['cycles'], pascal=['cycles'])
-EPOCHS = dict(circor_murmur=10, circor_outcome=4, physionet2016=6, pascal=10)
+EPOCHS = dict(circor_murmur=10, circor_outcome=3, physionet2016=5, pascal=10)
 SHOWN = ('accuracy', 'f1_macro', 'auroc', 'auprc', 'sensitivity', 'specificity')
 PACKAGE = Path(__file__).resolve().parents[1]/'pahcl'/'parameters'
 
