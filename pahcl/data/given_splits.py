@@ -153,8 +153,8 @@ def match(self: _GivenSplits,
     if self.id_column == 'recording_id': names = _to_recording_ids(names, set(ids))
     # own data sets: an id as the user's table has it
     elif 'dataset' in recordings and len(recordings):
-        names = [n if n in set(ids) else _qualify_id(recordings['dataset'].iloc[0], n)
-                 for n in names]
+        known, name = set(ids), recordings['dataset'].iloc[0]
+        names = [q if n not in known and (q := _qualify_id(name, n)) in known else n for n in names]
     split, what = dict(zip(names, self.table['split'])), f'{self.id_column}s'
     if not (here := set(ids) & set(names)):
         raise PahclError(f'{self.source} names nobody who is here: its {what} are '
