@@ -367,7 +367,7 @@ def test_data_set_not_there(house, logged):
     with pytest.raises(PahclError, match='no labels found for pascal in .*Run pahcl_preprocess '
                                          '--dataset pascal'):
         house.prepare('pascal')
-    with pytest.raises(PahclError, match="dataset 'circor_murmur' is not known"):
+    with pytest.raises(PahclError, match="dataset is 'circor_murmur'; choose circor"):
         house.prepare('circor_murmur')
 
 def test_labels(house, logged):
