@@ -86,12 +86,17 @@ def _note_recording(
 @lru_cache(maxsize=1)
 def _open_once(path, changed): return load_classifier(path)
 
+@lru_cache(maxsize=1)
+def _choose_once(path, changed, asked):
+    return _choose_operating_point(_open_once(path, changed)[1], asked)
+
+def _identify(path): return str(path), Path(path).stat().st_mtime if Path(path).exists() else 0.
+
 def _open_classifier(
     path,         # of a checkpoint
 ):                # (`Classifier`, content)
     "Open a fine-tuned model once a process; a file that was replaced is read again."
-    path = Path(path)
-    return _open_once(str(path), path.stat().st_mtime if path.exists() else 0.)
+    return _open_once(*_identify(path))
 
 @dataclass(frozen=True, eq=False)
 class _EncodedRecording:
@@ -340,7 +345,7 @@ def predict(
     """
     path = _find_classifier(checkpoint, task)
     network, saved = _open_classifier(path)
-    point = _choose_operating_point(saved, threshold)
+    point = _choose_once(*_identify(path), threshold)
     who = _assign_subjects(_find_recordings(paths), subject_from, table)
     encoded = _encode_all(who, path, num_workers, scheduler)
     read = [e for e in encoded if not e.facts['error']]

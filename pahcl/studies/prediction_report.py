@@ -80,7 +80,7 @@ def _draw_sound(ax, shown: dict, curve):
 def _draw_spectrogram(ax, heard):
     "Draw power by frequency up to 600 Hz, 60 dB deep."
     sound = resample(heard.recorded, heard.sample_rate, 2000)
-    power, hertz, time, _ = ax.specgram(sound+1e-9, 128, 2000, noverlap=112, cmap='magma')
+    power = ax.specgram(sound+1e-9, NFFT=128, Fs=2000, noverlap=112, cmap='magma')[0]
     top = 10*np.log10(max(float(power.max()), 1e-20))
     ax.images[0].set_clim(top-60, top)
     ax.set(ylim=(0, 600), ylabel='Hz', yticks=[0, 200, 400, 600])
@@ -231,7 +231,7 @@ def _table_for_people(
 ):           # DataFrame of strings
     "Round, and leave out columns in which nothing stands."
     table = table.assign(notes=table['notes'].str.join('; ')).drop(columns='file', errors='ignore')
-    said = table.fillna('').astype(str) != ''
+    said = table.notna() & (table.astype(str) != '')
     shown = table[[c for c in table if said[c].any()]]
     def text(v):
         if isinstance(v, str): return v
