@@ -2,6 +2,7 @@
 what cannot go on ends with a sentence and does not hang
 """
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from pahcl.core.basics import PahclError
 from pahcl.core.parallel import map_in_parallel
 from pahcl.cycles import pahcl_preprocess
 from pahcl.data.simulation import simulate_dataset
+from pahcl.evaluation.prediction import predict
+from pahcl.models.checkpoints import classifier_checkpoint, save_checkpoint
+from pahcl.models.classifier import Classifier
+from pahcl.models.encoders import build_encoder
 from pahcl.segmentation.preprocessing import preprocess
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -59,6 +64,19 @@ def test_the_same_bytes_though_a_worker_is_killed(made, cluster, tmp_path):
     assert not pahcl_preprocess(['--raw-dir', str(raw), '--output-dir', str(there),
                                  '--scheduler', cluster.scheduler_address])
     assert content(there) == expected and times == {p: p.stat().st_mtime_ns for p in times}
+
+def test_the_same_predictions(made, cluster, tmp_path):
+    "a folder with a file that is no sound"
+    saved = classifier_checkpoint(Classifier(build_encoder('cnn', cnn_channels=[4, 8, 8, 8]), 3),
+                                  'circor_murmur', dict(Present=0, Absent=1, Unknown=2), {}, ['p1'])
+    save_checkpoint(tmp_path/'best_model.pt', saved)
+    (tmp_path/'clinic').mkdir()
+    for path in sorted(made[0].rglob('*.wav'))[:5]: shutil.copy(path, tmp_path/'clinic')
+    (tmp_path/'clinic'/'broken.wav').write_text('no sound')
+    here, there = (predict(tmp_path/'clinic', tmp_path/'best_model.pt', threshold='argmax', **how)
+                   for how in ({}, dict(scheduler=cluster.scheduler_address)))
+    assert here.to_csv() == there.to_csv() and here.beats.equals(there.beats)
+    assert len(here.recordings) == 6 and here.recordings.error.notna().sum() == 1
 
 def die(number): return os.kill(os.getpid(), signal.SIGKILL) if number == 3 else number**2
 
