@@ -390,13 +390,14 @@ def test_folds_are_of_whole_persons(leaky, tmp_path):
     check_leaks(config['split_persons'])
     assert 'leaky_splits' not in config and Task(tmp_path/'fold', config).split_notes == []
 
-def test_an_ablation_splits_its_variants_alike(leaky, processed, tmp_path):
+def test_an_ablation_splits_its_variants_alike(leaky, processed, tmp_path, logged):
     class Plan: data_dir, tasks = leaky/'downstream', ('circor_murmur', 'circor_outcome')
     (path, is_leaky), = _write_given_splits(Plan, tmp_path/'variant').values()
     assert is_leaky
     again = prepare('circor', tmp_path/'raw', processed, tmp_path/'variant', splits=path,
                     leaky_splits=True)
     config = read_json(leaky/'downstream'/'circor_murmur'/'task_config.json')
+    assert any('circor_murmur: 24 persons, train 17' in m for m in logged)
     assert again['circor_murmur']['split_subjects'] == config['split_subjects']
     assert again['circor_murmur']['leaky_splits'] == ['1023']
 
