@@ -109,7 +109,12 @@ def test_files_folders_patterns_and_signals(recordings):
     signals = [soundfile.read(p, dtype='float32')[0] for p in paths]
     assert np.array_equal(embed(signals, sample_rate=4000), X)
     assert np.array_equal(embed(signals[0], sample_rate=4000), embed(paths[:1]))
-    assert np.array_equal(embed(paths[:4], num_workers=2), embed(paths[:4]))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same(recordings):
+    paths = recordings[1].path[:4]
+    assert np.array_equal(embed(paths, num_workers=2), embed(paths))
 
 
 def test_what_cannot_be_embedded_is_named(recordings, tmp_path):
