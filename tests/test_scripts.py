@@ -34,8 +34,12 @@ GUIDE = dict(
     pahcl_ablation='config jobs dry-run', pahcl_represent='checkpoint task',
     pahcl_downstream='demo epochs pretrain-epochs splits split-column leaky-splits',
     pahcl_simulate='output-dir dataset subjects seed',
-    pahcl_score_states='groups columns only-predicted output')
-POSITIONAL = dict(pahcl_score_states=('found', 'true'))
+    pahcl_score_states='groups columns only-predicted output',
+    pahcl_segment='output-dir figures num-workers scheduler',
+    pahcl_predict='checkpoint task subject-from table threshold output report states-dir '
+                  'num-workers scheduler')
+POSITIONAL = dict(pahcl_score_states=('found', 'true'), pahcl_segment=('a.wav',),
+                  pahcl_predict=('a.wav',))
 
 
 def call(name, *arguments):

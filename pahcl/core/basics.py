@@ -222,15 +222,27 @@ def generator(
     return np.random.default_rng([seed, *(zlib.crc32(str(n).encode()) for n in names)])
 
 # %% ../../nbs/core/basics.ipynb #c042
+_LINE_EVERY = 30.   # seconds, where there is no terminal
+
+class _LogLines:
+    "A file whose lines go to the package's log."
+    def write(self, text):
+        if line := text.strip(): get_logger().info(line)
+
+    def flush(self): pass
+
 def progress(
     iterable,          # what to loop over
     description='',    # what the bar says
     total=None,        # length, where `iterable` does not know it
 ):                     # the same items
-    "A tqdm bar on a terminal, silent elsewhere."
+    "A tqdm bar on a terminal; elsewhere a line in the log every half a minute."
     from tqdm import tqdm
-    return tqdm(iterable, desc=description, total=total, disable=None, leave=False,
-                dynamic_ncols=True)
+    how = dict(desc=description, total=total, leave=False)
+    if sys.stderr.isatty(): return tqdm(iterable, dynamic_ncols=True, **how)
+    text = '{desc}: {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left'
+    return tqdm(iterable, file=_LogLines(), mininterval=_LINE_EVERY, delay=_LINE_EVERY,
+                bar_format=text, **how)
 
 # %% ../../nbs/core/basics.ipynb #c043
 def get_logger():

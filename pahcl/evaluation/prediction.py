@@ -7,6 +7,7 @@ __all__ = ['Prediction', 'predict']
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell2
 import json
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,13 +41,16 @@ def _cycle_settings(
     data = (saved.get('config') or {}).get('data', {})
     return PreprocessingSettings(**{k: data[k] for k in CYCLE_SETTINGS if data.get(k) is not None})
 
+_THREADS = threading.Lock()   # a worker of a cluster may have several threads
+
 @contextmanager
 def _one_thread():
-    "Let torch use one thread in the block."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
+    "Let torch use one thread in the block, which one caller is in at a time."
+    with _THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try: yield
+        finally: torch.set_num_threads(before)
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell8
 _BATCH, _LEAST_BATCH = 64, 8   # cycles; smaller batches are summed in another order

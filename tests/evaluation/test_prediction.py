@@ -222,3 +222,14 @@ def test_segment_script(house, broken, tmp_path, capsys):
     ours, theirs = read_annotation(out/f'{path.stem}.tsv'), segment(path)
     assert np.allclose(ours, theirs[['start_s', 'end_s', 'state']], atol=1e-6)
     assert pahcl_segment([str(broken/'text.wav'), '--output-dir', str(out)]) == 1
+
+def test_a_dask_cluster_says_the_same(house, tmp_path):
+    distributed = pytest.importorskip('dask.distributed', reason='Dask is not installed')
+    best = small_checkpoint(tmp_path/'best_model.pt', MURMUR)
+    here = predict(house/'clinic', best, subject_from=r'^(\d+)_')
+    # in processes of their own (preprocessing is tested so) torch would be imported twice more
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=False,
+                                  dashboard_address=None) as cluster:
+        there = predict(house/'clinic', best, subject_from=r'^(\d+)_',
+                        scheduler=cluster.scheduler_address)
+    assert here.to_csv() == there.to_csv() and here.beats.equals(there.beats)
