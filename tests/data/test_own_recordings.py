@@ -263,8 +263,8 @@ def test_audio_and_labels_in_one_command(sounds, tmp_path, capsys):
             *(f'{i//2}.0;{p.stem};{i//2 % 2}' for i, p in enumerate(some))]
     (tmp_path/'labels.csv').write_text('\ufeff'+'\n'.join(rows), encoding='utf-8')
     flags = ['--audio-dir', str(sounds), '--labels', str(tmp_path/'labels.csv'),
-             '--dataset', 'ward', '--raw-dir', str(tmp_path/'raw'), '--output-dir', str(tmp_path/'processed'),
-             '--num-workers', '1']
+             '--dataset', 'ward', '--raw-dir', str(tmp_path/'raw'),
+             '--output-dir', str(tmp_path/'processed'), '--num-workers', '1']
     assert pahcl_preprocess(flags) == 0
     assert 'ward sick 1' in capsys.readouterr().out
     assert pahcl_preprocess(flags[:2]) == 2   # one without the other
