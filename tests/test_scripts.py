@@ -21,7 +21,8 @@ SCRIPTS = {name: target.split(':')[0] for name, target in (
 FIRST = {module: name for name, module in reversed(SCRIPTS.items())}
 GUIDE = dict(
     pahcl_download='dataset output-dir', pahcl_preprocess='raw-dir output-dir num-workers',
-    pahcl_prepare='dataset raw-dir processed-dir output-dir seed copy verbose',
+    pahcl_prepare='dataset raw-dir processed-dir output-dir seed copy verbose splits '
+                  'split-column leaky-splits',
     pahcl_pretrain='config processed-dir downstream-dir output-dir experiment-name encoder-type '
                    'moco epochs lr batch-size seed include-heldout-subjects tensorboard wandb '
                    'wandb-project wandb-entity overwrite',
@@ -31,7 +32,7 @@ GUIDE = dict(
     pahcl_evaluate='checkpoint task data-dir split robustness',
     pahcl_ensemble='checkpoints task weighted', pahcl_summarize='compare',
     pahcl_ablation='config jobs dry-run', pahcl_represent='checkpoint task',
-    pahcl_downstream='demo epochs pretrain-epochs',
+    pahcl_downstream='demo epochs pretrain-epochs splits split-column leaky-splits',
     pahcl_simulate='output-dir dataset subjects seed',
     pahcl_score_states='groups columns only-predicted output')
 POSITIONAL = dict(pahcl_score_states=('found', 'true'))

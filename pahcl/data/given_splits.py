@@ -137,9 +137,12 @@ def _to_recording_ids(
     names,        # ids or files of recordings
     known: set,   # ids of the data
 ) -> list:
-    "Find the recordings that files mean."
-    stem = lambda n: PurePosixPath(n.replace('\\', '/')).stem
-    return [n if n in known else stem(n) for n in names]
+    "Find the recordings that files mean: by the whole path in one word, else by its last part."
+    def find(name):
+        path = PurePosixPath(name.replace('\\', '/'))
+        whole = re.sub(r'[^\w.+-]+', '_', '_'.join([*path.parts[:-1], path.stem])).strip('._')
+        return name if name in known else whole if whole in known else path.stem
+    return [find(n) for n in names]
 
 @patch
 def match(self: _GivenSplits,
@@ -157,6 +160,10 @@ def match(self: _GivenSplits,
         raise PahclError(f'{self.source} names nobody who is here: its {what} are '
                          f'{first_few(names, 3, ", …")}, those of the data '
                          f'{first_few(sorted(set(ids)), 3, ", …")}. Give the split of this data.')
+    splits = self.table['split'].fillna('no split').groupby(names).nunique()
+    if (splits > 1).any():
+        raise PahclError(f'{self.source}: {splits.idxmax()} is meant by two rows with different '
+                         'splits. Give every id one split.')
     absent, unnamed = [n for n in split if n not in here], sorted(set(ids)-here)
     if absent: get_logger().warning(f'{self.source}: {len(absent)} of {len(split)} {what} have no '
                                     f'recordings here: {first_few(absent, 5)}')

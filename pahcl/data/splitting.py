@@ -172,8 +172,9 @@ def _log_task(
     persons, subjects = ({s: len(config[f'split_{who}'][s]) for s in SPLIT_FRACTIONS}
                          for who in ('persons', 'subjects'))
     more = lambda own: f'{own} subjects, ' if subjects != persons else ''
-    whole = f' ({sum(subjects.values())} subjects)' if subjects != persons else ''
-    get_logger().info(f'{name}: {sum(persons.values())} persons{whole}, '+ ', '.join(
+    everyone = lambda who: len({i for ids in config[f'split_{who}'].values() for i in ids})
+    whole = f' ({everyone("subjects")} subjects)' if subjects != persons else ''
+    get_logger().info(f'{name}: {everyone("persons")} persons{whole}, '+ ', '.join(
         f'{s} {persons[s]} ({more(subjects[s])}{config["split_sizes"][s]} cycles)'
         for s in SPLIT_FRACTIONS))
     for c in config['label_map']:

@@ -8,13 +8,14 @@ __all__ = ['demo_settings', 'run_downstream']
 # %% ../../nbs/studies/downstream.ipynb #cell2
 from pathlib import Path
 
-from ..core.basics import fingerprint_files, PahclError, require_path
+from ..core.basics import fingerprint_files, PahclError, require_path, UsageError
 from ..core.config import load_config
 from ..core.pipeline import MODES, Pipeline, PipelineSettings
 from ..core.stages import (
     evaluation_folder, hash_files, hash_raw_files, hash_task_tables, list_raw_files, Stage)
 from ..data.datasets import select_datasets, TASKS
 from ..data.fetching import download
+from ..data.given_splits import read_splits
 from ..data.own_recordings import _list_outside_files, register_own_datasets
 from ..data.simulation import simulate_dataset
 from ..data.splitting import prepare
@@ -101,8 +102,16 @@ def _split_inputs(settings: PipelineSettings) -> dict:
     content = file and hash_files([file], Path(file).parent)
     return dict(splits=[given, content, settings.seed], seed=None)
 
+def _check_splits(settings: PipelineSettings):
+    "Refuse a given split that cannot be, before anything is downloaded or cut."
+    if settings.splits in (None, 'seed'): return
+    if settings.dataset == 'all':
+        raise UsageError(f'--splits {settings.splits} is of one data set. Name it with --dataset.')
+    read_splits(settings.splits, settings.split_column)
+
 def _prepare_stage(settings: PipelineSettings) -> Stage:
     "Return the stage from cycles to task folders."
+    _check_splits(settings)
     def work():
         prepare(settings.dataset, settings.raw_dir, settings.processed_dir, settings.data_dir,
                 settings.seed, **_split_settings(settings))
