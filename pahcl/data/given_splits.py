@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import first_few, get_logger, hash_file, PahclError, read_table, UsageError
-from .own_recordings import _qualify_id
+from .own_rows import _qualify_id
 from .tasks import _find_separated_persons, SPLIT_FRACTIONS
 
 # %% ../../nbs/data/given_splits.ipynb #g010

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..core.basics import first_few, get_logger, PahclError, require_path, write_text
 from ..core.scripts import require_flags
-from .own_recordings import _check_name, _list_audio
+from .own_recordings import _check_name
+from .own_rows import _list_audio
 from .own_tables import _clean_cell, _OwnTable, _read_own_table
 
 # %% ../../nbs/data/labelled_audio.ipynb #own4029a

@@ -7,180 +7,20 @@ __all__ = ['register_own_datasets']
 
 # %% ../../nbs/data/own_recordings.ipynb #ownbf74f
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from ..core.basics import get_logger, PahclError, read_json
 from .datasets import DATASETS, register_dataset, Source, TASKS
+from .own_rows import (
+    _find_files, _find_recordings, _KEY_COLUMNS, _list_labels, _name_recordings, _NEEDED_COLUMNS,
+    _qualify_id, _read_persons, _read_split, _rename_descriptions, _RESERVED)
 from .own_tables import _clean_cell, _OwnTable, _read_own_table, _require_columns
-from .own_tasks import (
-    _DatasetFile, _define_tasks, _derive_tasks, _OwnTasks, _read_dataset_file)
-
-# %% ../../nbs/data/own_recordings.ipynb #own4836a
-_NEEDED_COLUMNS = dict(   # and what they may be called by others
-    file=('filename', 'file_name', 'path', 'recording', 'recording_id', 'wav', 'audio', 'record'),
-    subject=('subject_id', 'patient', 'patient_id', 'participant', 'person', 'id'))
-_KEY_COLUMNS = (*_NEEDED_COLUMNS, 'person', 'location', 'split')
-_DESCRIPTIONS = dict(   # no labels
-    age='years, or Neonate, Infant, Child, Adolescent, Young Adult', sex='female or male',
-    height='cm', weight='kg', bmi='kg/m²', pregnant='true or false',
-    device='what it was recorded with', site='the hospital', date='of the recording',
-    annotation='a file with its states, as CirCor\'s .tsv', note='anything else',
-    murmur_locations='where a murmur is heard, as AV+MV')
-_OTHER_NAMES = dict(gender='sex', age_years='age', height_cm='height', weight_kg='weight',
-                    stethoscope='device', hospital='site', centre='site', center='site',
-                    notes='note', comment='note', comments='note', remark='note', remarks='note')
-# of the table of recordings, of cycles or of a task: what is measured, and what this package adds
-_RESERVED = ('dataset', 'subject_id', 'person_id', 'recording_id', 'path', 'sample_rate', 'seconds',
-             'annotation_path', 'folder', 'source', 'raw_label', 'signal_quality', 'withdrawn',
-             'cycles', 'cycles_found', 'cycles_kept', 'fallback', 'quality', 'confidence',
-             'heartbeat', 'file_path', 'label_name', 'subject_label', 'valid_length', 'duration_s',
-             'onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s', 's1_end', 's2_start',
-             's2_end', 'predicted', 'rows')
+from .dataset_file import _DatasetFile, _define_tasks, _read_dataset_file
+from .own_tasks import _derive_tasks, _OwnTasks
 
 # %% ../../nbs/data/own_recordings.ipynb #own8a377
-def _rename_descriptions(
-    table: _OwnTable,
-) -> _OwnTable:
-    "Call descriptions by the names that this package knows, where that name is free."
-    new = {}
-    for c in table.columns:
-        name = _OTHER_NAMES.get(c, c)
-        new[c] = c if name in table.columns or name in new.values() else name
-    rows = [(line, {new[c]: v for c, v in row.items()}) for line, row in table.rows]
-    return _OwnTable(table.path, {new[c]: n for c, n in table.columns.items()}, rows)
-
-def _list_labels(
-    table: _OwnTable,
-) -> list:
-    "List the columns that are labels; one with a name that this package needs is none."
-    known = {*_KEY_COLUMNS, *_DESCRIPTIONS, *_OTHER_NAMES, *_RESERVED}
-    return [c for c in table.columns if c not in known]
-
-# %% ../../nbs/data/own_recordings.ipynb #ownc0b7d
-def _check_id(
-    table: _OwnTable, line: int, column: str, value: str,
-):
-    "Raise `PahclError` for an id that is no name for a folder."
-    if not value:
-        raise table.error(line, column, value, 'is empty: say whose recording it is. Where that '
-                          'is not known, give each recording a subject of its own.')
-    if not re.fullmatch(r'[^./\\:*?"<>|\x00-\x1f][^/\\:*?"<>|\x00-\x1f]*(?<!\.)', value):
-        raise table.error(line, column, value, 'is no name for a folder. Leave out '
-                          'slashes, : * ? " < > | and dots at both ends.')
-
-def _qualify_id(dataset, value):
-    "Return an id that no other data set has."
-    return value if value.startswith(f'{dataset}-') else f'{dataset}-{value}'
-
-# %% ../../nbs/data/own_recordings.ipynb #ownefdcf
-def _read_persons(
-    table: _OwnTable,
-) -> list:             # (subject, person) of each row
-    "Read who is who; a contradiction is a `PahclError` with both lines."
-    spelling, person_of, pairs = {}, {}, []
-    for line, row in table.rows:
-        subject = _clean_cell(row['subject'])
-        person = _clean_cell(row.get('person', '')) or subject
-        for column, value in dict(subject=subject, person=person).items():
-            _check_id(table, line, column, value)
-            before, known = spelling.setdefault(value.casefold(), (line, value))
-            if known != value:
-                raise table.error(line, column, value, f'is {known!r} in line {before}. '
-                                  'Write it in one way.')
-        before, known = person_of.setdefault(subject, (line, person))
-        if known != person:
-            raise table.error(line, 'person', person, f'is not the person of {subject} in line '
-                              f'{before}, which is {known!r}. A subject is one person.')
-        pairs.append((subject, person))
-    for subject, (line, person) in person_of.items():
-        if (other := person_of.get(person, (0, person)))[1] != person:
-            raise table.error(line, 'person', person, f'is a subject of the person {other[1]!r} '
-                              f'in line {other[0]}. Give both the same person.')
-    return pairs
-
-# %% ../../nbs/data/own_recordings.ipynb #own4dfdb
-def _find_files(
-    table: _OwnTable,
-    column='file',
-) -> list:             # a path a row; None for an empty cell
-    "Find the files of a column; one that is missing is a `PahclError`."
-    folder, found = table.path.parent, []
-    for line, row in table.rows:
-        name = row.get(column, '')
-        paths = [folder/name, folder/name.replace('\\', '/')] if name else [None]
-        path = next((p for p in paths if p is None or p.is_file()), None)
-        if name and path is None:
-            raise table.error(line, column, name, f'is not there: {folder/name}. Correct the '
-                              'name, or remove the row.')
-        found.append(path)
-    return found
-
-def _find_recordings(
-    table: _OwnTable,
-) -> list:             # a path a row
-    "Find the recordings; an empty cell, or a file that stands twice, is a `PahclError`."
-    paths, seen = _find_files(table), {}
-    for (line, row), path in zip(table.rows, paths):
-        if path is None: raise table.error(line, 'file', '', 'is empty: name a recording.')
-        before = seen.setdefault(path.resolve(), line)
-        if before != line:
-            raise table.error(line, 'file', row['file'], f'is listed in line {before} already. '
-                              'Remove one of the rows.')
-    return paths
-
-# %% ../../nbs/data/own_recordings.ipynb #own8f92c
-_AUDIO_ENDINGS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.aifc', '.au',
-                  '.snd', '.caf', '.w64', '.rf64')
-
-def _list_audio(
-    folder,
-) -> list:    # paths, sorted
-    "List the audio files below a folder; hidden ones are none."
-    return sorted(p for p in Path(folder).rglob('*')
-                  if p.suffix.lower() in _AUDIO_ENDINGS and p.name[0] != '.')
-
-# %% ../../nbs/data/own_recordings.ipynb #ownd9ffe
-def _name_recordings(
-    files: list,   # as they stand in the table
-) -> list:         # a name for each, all different, fit for a file
-    "Name recordings."
-    def clean(parts): return re.sub(r'[^\w.+-]+', '_', '_'.join(parts)).strip('._') or 'recording'
-    paths = [[p for p in re.split(r'[/\\:]+', f) if p not in ('', '.', '..')] for f in files]
-    stems = [[*p[:-1], p[-1].rpartition('.')[0] or p[-1]] for p in paths]
-    names = [None]*len(files)
-    for kind in ([s[-1:] for s in stems], stems, paths):
-        offered = [clean(k) for k in kind]
-        count = Counter(n.casefold() for n in offered)
-        taken = {n.casefold() for n in names if n}
-        for i, n in enumerate(offered):
-            if names[i] is None and count[n.casefold()] == 1 and n.casefold() not in taken:
-                names[i] = n
-    taken = {n.casefold() for n in names if n}
-    for i, n in enumerate(names):
-        if n is None:
-            n = next(o for k in range(2, 9**9)
-                     if (o := f'{offered[i]}_{k}').casefold() not in taken)
-            names[i] = n
-            taken.add(n.casefold())
-    return names
-
-# %% ../../nbs/data/own_recordings.ipynb #ownd912d
-_SPLIT_WORDS = dict(train=('train', 'training'), test=('test', 'testing'),
-                    val=('val', 'valid', 'validation', 'dev'))
-
-def _read_split(
-    table: _OwnTable, line: int, word: str,
-) -> str:   # train, val, test or ''
-    "Read a split's name; another word is a `PahclError`."
-    key = next((s for s, words in _SPLIT_WORDS.items() if word.casefold() in words), '')
-    if word and not key: raise table.error(line, 'split', word, 'is no split. Write train, val or '
-                                           'test, or leave the cell empty.')
-    return key
-
-# %% ../../nbs/data/own_recordings.ipynb #own49a8a
 @dataclass(frozen=True)
 class _OwnDataset:
     "What stands in the folder of an own data set."
@@ -204,7 +44,7 @@ class _OwnDataset:
                 for (line, row), (subject, person), path, annotation, recording
                 in zip(table.rows, persons, paths, annotations, ids)]
 
-# %% ../../nbs/data/own_recordings.ipynb #own2c8e6
+# %% ../../nbs/data/own_recordings.ipynb #own5dd5b
 def _read_own_dataset(
     folder,          # with recordings.csv, and maybe dataset.yaml
 ) -> _OwnDataset:
@@ -229,7 +69,7 @@ def _read_unchanged(folder, *stands):
     for line in found.lines: get_logger().log(30 if 'no task of' in line else 20, line)
     return _OwnDataset(folder.name, table, file, found)
 
-# %% ../../nbs/data/own_recordings.ipynb #ownc6e72
+# %% ../../nbs/data/own_recordings.ipynb #own98f55
 _OWN_PLACES = {}   # name of an own data set -> folder of all raw data, or the processed folder
 
 def _forget_own_datasets(
@@ -250,7 +90,7 @@ def _register(place, name, source, tasks):
     register_dataset(name, source, **tasks)(_read_own_rows)
     _OWN_PLACES[name] = Path(place).absolute()
 
-# %% ../../nbs/data/own_recordings.ipynb #own05335
+# %% ../../nbs/data/own_recordings.ipynb #owncafe2
 def _check_name(
     folder,   # of an own data set
 ):
@@ -265,7 +105,7 @@ def _check_name(
         raise PahclError(f'{folder}: {folder.name!r} is no name for a data set, as tasks and '
                          'folders are called after it. Use letters, digits, _ and -.')
 
-# %% ../../nbs/data/own_recordings.ipynb #own550c5
+# %% ../../nbs/data/own_recordings.ipynb #ownefdcf
 def _find_own_folders(
     raw_dir,
     dataset='all',   # a name, `'all'`, or a list of names
@@ -301,7 +141,7 @@ def register_own_datasets(
         _register(place, own.name, source, own.found.tasks)
     return list(_OWN_PLACES)
 
-# %% ../../nbs/data/own_recordings.ipynb #ownd29bb
+# %% ../../nbs/data/own_recordings.ipynb #own39fab
 def _describe_own_datasets(
     names,     # of data sets
 ) -> dict:     # name -> source and tasks, for processing_stats.json; public ones are left out

@@ -9,16 +9,11 @@ __all__ = []
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Optional
 
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.basics import PahclError
-from ..core.config import read_yaml
-from ..core.config_checks import explain_error, unknown_key_message
-from ..core.metrics import CHALLENGE_METRICS, metric_names
-from .own_tables import _clean_column, _OwnTable
+from .own_tables import _OwnTable
 
 # %% ../../nbs/data/own_tasks.ipynb #own1c8b5
 def _find_several(
@@ -128,114 +123,4 @@ def _derive_tasks(
         raise PahclError(f'{table.path}, column {table.columns[wrong[0]]}: it {reasons[wrong[0]]}.')
     found.lines += [f'{dataset}: no task of column {table.columns[c]}, which {why}'
                     for c, why in reasons.items()]
-    return found
-
-# %% ../../nbs/data/own_tasks.ipynb #own7d577
-class _TaskEntry(BaseModel):
-    "A task in `dataset.yaml`."
-    model_config = ConfigDict(extra='forbid')
-    column: Optional[str] = None             # of recordings.csv; None: the task's name
-    label_map: Optional[dict | list] = None  # class -> number, or classes; None: as without a file
-    primary_metric: Optional[str] = None     # None: auroc of two classes, else f1_macro
-    official_score: Optional[str] = None     # name of a challenge's metric; None: there is none
-
-class _DatasetFile(BaseModel):
-    "What `dataset.yaml` may say."
-    model_config = ConfigDict(extra='forbid')
-    title: str = ''
-    licence: str = ''
-    citation: str = ''
-    url: str = ''
-    tasks: Optional[dict[str, Optional[_TaskEntry]]] = None   # None: derived from the columns
-
-# %% ../../nbs/data/own_tasks.ipynb #own7fa75
-def _read_dataset_file(
-    path,              # a `dataset.yaml`; it need not be there
-) -> _DatasetFile:
-    "Read what is known of a data set; a mistake is a `PahclError` with file and key."
-    if not path.is_file(): return _DatasetFile()
-    try: return _DatasetFile.model_validate(read_yaml(path))
-    except ValidationError as e:
-        first = e.errors()[0]
-        key = '.'.join(map(str, first['loc']))
-        if first['type'] != 'extra_forbidden':
-            raise PahclError(explain_error(e, _DatasetFile, str(path))) from e
-        model, above = (_TaskEntry if len(first['loc']) > 1 else _DatasetFile), key.rpartition('.')
-        raise PahclError(unknown_key_message(above[2], list(model.model_fields),
-                                             f'{path}: {above[0] or "top"}')) from e
-
-# %% ../../nbs/data/own_tasks.ipynb #own88a8e
-def _read_label_map(
-    given,       # dict or list of `dataset.yaml`
-    where: str,  # for messages
-) -> dict:       # class -> number, in the order of the numbers
-    "Check a label map."
-    known = given if isinstance(given, dict) else {c: i for i, c in enumerate(given)}
-    if odd := [c for c in known if isinstance(c, bool) or not isinstance(c, (str, int, float))]:
-        raise PahclError(f'{where}: {odd[0]!r} is no class. Put yes, no, true and false in quotes.')
-    if sorted(map(str, known.values())) != sorted(map(str, range(len(known)))) or len(known) < 2:
-        raise PahclError(f'{where} is {given}; two classes or more are needed, with the numbers '
-                         f'0 to {max(1, len(known)-1)}, each once.')
-    return {str(c): int(i) for c, i in sorted(known.items(), key=lambda e: int(e[1]))}
-
-# %% ../../nbs/data/own_tasks.ipynb #own8ef33
-def _check_metrics(
-    entry: _TaskEntry, classes: int,
-    where: str,   # for messages
-):
-    "Raise `PahclError` for a metric that cannot choose an epoch, or a score of other tasks."
-    official = {m.name: m for m in CHALLENGE_METRICS.values()}
-    for key, known in dict(primary_metric=metric_names('primary'),
-                           official_score=list(official)).items():
-        if (name := getattr(entry, key)) not in (None, *known):
-            raise PahclError(f'{where}.{key} is {name!r}; choose {", ".join(known)}, '
-                             'or leave it out.')
-    score = official.get(entry.official_score)
-    if score and score.classes != classes:
-        raise PahclError(f'{where}.official_score: {score.name} is of {score.classes} classes, '
-                         f'and the task has {classes}. Leave it out.')
-
-# %% ../../nbs/data/own_tasks.ipynb #own83261
-def _check_classes(
-    table: _OwnTable, column: str, label_map: dict,
-    where: str,   # of the label map, for messages
-):
-    "Raise `PahclError` for a cell that holds no class of the label map."
-    for line, value in table.values(column):
-        if value in label_map: continue
-        parts = [p.strip() for p in re.split(r'[;|,+/&]', value)]
-        if len(parts) > 1 and all(p in label_map for p in parts):
-            raise table.error(line, column, value, 'holds several classes: multi-label tasks '
-                              'cannot be learned. Give each class a column of its own.')
-        raise table.error(line, column, value,
-                          f'is no class of {where}: {", ".join(label_map)}. Correct the cell, '
-                          'add the class, or empty the cell to leave the recording out.')
-
-# %% ../../nbs/data/own_tasks.ipynb #own49b7f
-def _define_tasks(
-    dataset: str, table: _OwnTable,
-    entries: dict,       # name -> `_TaskEntry`, of `dataset.yaml`
-    source,              # that file, for messages
-    allowed: list,       # clean names of columns that may be asked for
-) -> _OwnTasks:
-    "Make the tasks that `dataset.yaml` names."
-    found = _OwnTasks()
-    for key, entry in entries.items():
-        entry, where, short = entry or _TaskEntry(), f'{source}: tasks.{key}', _clean_column(key)
-        own = key == dataset or key.startswith(f'{dataset}_')
-        column = _clean_column(entry.column or short.removeprefix(_clean_column(dataset)+'_'))
-        if column not in allowed:
-            told = unknown_key_message(column, allowed, f'{where}.column')
-            raise PahclError(f'{told} It must be a column of {table.path} with classes.')
-        if entry.label_map is None:
-            values = [v for _, v in table.values(column)]
-            if why := _why_no_classes(values):
-                raise PahclError(f'{where}: column {table.columns[column]} of {table.path} {why}.')
-            _check_spelling(table, column)
-            label_map = _order_classes(values)
-        else: label_map = _read_label_map(entry.label_map, f'{where}.label_map')
-        _check_classes(table, column, label_map, f'{where}.label_map')
-        _check_metrics(entry, len(label_map), where)
-        found.add(key if own else f'{dataset}_{key}', table, column, label_map,
-                  entry.primary_metric, entry.official_score)
     return found

@@ -15,7 +15,8 @@ import soundfile
 from ..core.basics import get_logger, PahclError, require_path
 from .datasets import (
     DATASETS, get_class_columns, get_recording_columns, _read_rows, select_datasets)
-from .own_recordings import _list_audio, register_own_datasets
+from .own_recordings import register_own_datasets
+from .own_rows import _list_audio
 
 # %% ../../nbs/data/recordings.ipynb #fab91da3
 def _read_audio_header(path, unreadable=False):

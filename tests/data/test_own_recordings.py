@@ -14,8 +14,8 @@ from pahcl.cycles import pahcl_preprocess
 from pahcl.data.datasets import DATASETS, TASKS
 from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.labelled_audio import write_recordings_table
-from pahcl.data.own_recordings import (
-    _forget_own_datasets, _name_recordings, _OWN_PLACES, _read_persons, register_own_datasets)
+from pahcl.data.own_recordings import _forget_own_datasets, _OWN_PLACES, register_own_datasets
+from pahcl.data.own_rows import _name_recordings, _read_persons
 from pahcl.data.own_tables import _OwnTable, _read_own_table
 from pahcl.data.own_tasks import _order_classes, _why_no_classes
 from pahcl.data.recordings import load_recordings
@@ -69,7 +69,8 @@ def murmur(person): return ('absent', 'present')[person % 2]
 
 CELLS = st.text('aé心"\',;|0.', max_size=6)
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=8), st.sampled_from(',;\t'),
        st.booleans(), st.sampled_from(['\n', '\r\n']))
 def test_a_table_is_read_as_it_was_written(tmp_path, rows, separator, marked, ending):
@@ -257,12 +258,13 @@ def test_recordings_without_labels_are_pretrained_on(sounds, tmp_path, logged):
     assert persons == set() and 'has labels' in told
 
 def test_audio_and_labels_in_one_command(sounds, tmp_path, capsys):
-    rows = ['Patient ID;Recording;Sick', *(f'{i//2}.0;{p.stem};{i//2 % 2}'
-                                           for i, p in enumerate(sorted(sounds.iterdir())) if i < 4)]
+    some = sorted(sounds.iterdir())[:4]
+    rows = ['Patient ID;Recording;Sick',
+            *(f'{i//2}.0;{p.stem};{i//2 % 2}' for i, p in enumerate(some))]
     (tmp_path/'labels.csv').write_text('\ufeff'+'\n'.join(rows), encoding='utf-8')
-    flags = ['--audio-dir', str(sounds), '--labels', str(tmp_path/'labels.csv'), '--dataset', 'ward',
-             '--raw-dir', str(tmp_path/'raw'), '--output-dir', str(tmp_path/'processed'),
-             '--num-workers', '1']
+    flags = ['--audio-dir', str(sounds), '--labels', str(tmp_path/'labels.csv'),
+             '--dataset', 'ward', '--raw-dir', str(tmp_path/'raw'),
+             '--output-dir', str(tmp_path/'processed'), '--num-workers', '1']
     assert pahcl_preprocess(flags) == 0
     assert 'ward sick 1' in capsys.readouterr().out
     assert pahcl_preprocess(flags[:2]) == 2   # one without the other
