@@ -24,10 +24,11 @@ from pahcl.segmentation.preprocessing import preprocess
 from pahcl.training.finetuning import finetune
 
 VARIANTS = dict(cycles={}, phases={'classifier.pooling': 'phases'},
-                attention={'training.aggregation': 'attention'})
-TRIED = dict(circor_murmur=['cycles'], circor_outcome=['cycles'],
+                attention={'training.aggregation': 'attention'},
+                few_cycles={'training.cycles_per_recording': 3})
+TRIED = dict(circor_murmur=['cycles'], circor_outcome=['few_cycles'],
              physionet2016=['cycles'], pascal=['cycles'])
-EPOCHS = dict(circor_murmur=10, circor_outcome=3, physionet2016=5, pascal=10)
+EPOCHS = dict(circor_murmur=10, circor_outcome=3, physionet2016=4, pascal=10)
 SHOWN = ('accuracy', 'f1_macro', 'auroc', 'auprc', 'sensitivity', 'specificity')
 PACKAGE = Path(__file__).resolve().parents[1]/'pahcl'/'parameters'
 
