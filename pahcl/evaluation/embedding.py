@@ -20,7 +20,7 @@ from ..data.audio_files import _find_recordings
 from ..data.loader import Cycles
 from .prediction import _cycle_settings
 from ..models.classifier import encode_cycles
-from ..models.encoders import from_pretrained
+from ..models.hub import from_pretrained
 from ..models.pretrained import load_pretrained_encoder
 from ..segmentation.beat_counts import _NO_HEARTBEAT_FOUND
 from ..segmentation.heard_recordings import (
