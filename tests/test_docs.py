@@ -1,11 +1,16 @@
-"The site builds from the notebooks, every page is there and no link is broken"
+"The site builds from the notebooks, no link is broken, and every command on a page can be given"
+import importlib
+import inspect
 import json
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
 ROOT = Path(__file__).parents[1]
@@ -32,3 +37,45 @@ def test_modules_and_notebooks_match():
     assert len(set(names)) == len(names)
     paths = [p.relative_to(ROOT/'pahcl').with_suffix('') for p in (ROOT/'pahcl').rglob('*.py')]
     assert sorted(names) == sorted('.'.join(p.parts) for p in paths if not p.stem.startswith('_'))
+
+
+def read_pages():
+    "The text of README and of every notebook, by name."
+    notebooks = {p.name: ''.join(''.join(c['source'])+'\n'
+                                 for c in json.loads(p.read_text(encoding='utf-8'))['cells'])
+                 for p in nbglob(as_path=True)}
+    return notebooks | {'README.md': (ROOT/'README.md').read_text(encoding='utf-8')}
+
+
+def list_commands(text):
+    "Our commands in a text, as lists of words: lines of code blocks, and code between backticks."
+    blocks = '\n'.join(re.findall(r'```sh\n(.*?)```', text, re.S))
+    lines = [line.split(' #')[0] for line in blocks.splitlines()]
+    lines += re.findall(r'(?<!`)`(pahcl_\w+ [^`]*)`', text)
+    return [shlex.split(part) for line in lines for part in re.findall(r'pahcl_[a-z_]+ [^;|]*', line)]
+
+
+def test_every_flag_of_every_page_exists():
+    scripts = dict(s.split('=') for s in get_config().d['console_scripts'].split())
+    checked = 0
+    for page, text in read_pages().items():
+        for name, *words in list_commands(text):
+            module, function = scripts[name].split(':')
+            known = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+            for word in words:
+                if not re.match(r'--\w', word) or word == '--help': continue
+                checked += 1
+                flag = word[2:].split('=')[0].replace('-', '_')
+                assert flag in known, f'{page}: {name} has no flag {word}'
+    assert checked > 100
+
+
+def test_both_guides_have_the_same_commands():
+    pages = read_pages()
+    english, chinese = (sorted(map(tuple, list_commands(pages[p])))
+                        for p in ('guide.ipynb', 'guide_zh.ipynb'))
+    blocks = lambda page: [line.split(' #')[0].strip() for block in
+                           re.findall(r'```(?:sh|yaml)\n(.*?)```', pages[page], re.S)
+                           for line in block.splitlines()]
+    assert blocks('guide.ipynb') == blocks('guide_zh.ipynb') and len(english) > 40
+    assert len(chinese) > 40

@@ -76,10 +76,9 @@ def _open_encoder(
             raise PahclError(f'{type(encoder).__name__} is no encoder; give what build_encoder or '
                              'from_pretrained returns.')
         return _OpenedEncoder(encoder, PreprocessingSettings())
-    path = Path(encoder)
-    folder = str(encoder) != 'packaged' and not path.is_file() and (
-        path.suffix not in _CHECKPOINT_SUFFIXES)
-    if folder: return _OpenedEncoder(from_pretrained(encoder), PreprocessingSettings())
+    here = Path(encoder).exists() or Path(encoder).suffix in _CHECKPOINT_SUFFIXES
+    if not here and str(encoder) != 'packaged':
+        return _OpenedEncoder(from_pretrained(encoder, num_classes=0), PreprocessingSettings())
     opened = load_pretrained_encoder(encoder)
     return _OpenedEncoder(opened.encoder.eval(), _cycle_settings(opened.saved))
 
