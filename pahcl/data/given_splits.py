@@ -15,15 +15,13 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import first_few, get_logger, hash_file, PahclError, read_table, UsageError
-from .own_rows import _qualify_id
+from .own_rows import _qualify_id, _SPLIT_WORDS
 from .tasks import _find_separated_persons, SPLIT_FRACTIONS
 
 # %% ../../nbs/data/given_splits.ipynb #g010
 _ID_COLUMNS = dict(recording_id=('recording_id', 'recording', 'file'),
                    subject_id=('subject_id', 'subject', 'patient_id', 'patient'),
                    person_id=('person_id', 'person'))
-_SPLIT_WORDS = dict(train=('train', 'training'), val=('val', 'valid', 'validation', 'dev'),
-                    test=('test', 'testing'))
 _NO_SPLIT = ('', 'nan', 'na', 'none')
 
 def _plain_name(name):
