@@ -30,14 +30,23 @@ _Loader.add_implicit_resolver('tag:yaml.org,2002:float',
                               re.compile(r'^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'),
                               list('-+0123456789'))
 
+class _PlainWordsLoader(_Loader):
+    "Of the words that YAML 1.1 takes for yes and no, keep only true and false, as YAML 1.2."
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known
+                if not tag.endswith(':bool') or first in 'tTfF']
+        for first, known in _Loader.yaml_implicit_resolvers.items()}
+
 # %% ../../nbs/core/config.ipynb #c007
 def read_yaml(
-    path,      # a YAML file
-) -> dict:     # its content; an empty file is an empty dictionary
+    path,               # a YAML file
+    plain_words=False,  # yes, no, on and off are words: names of classes
+) -> dict:              # its content; an empty file is an empty dictionary
     "Read a YAML file in which `1e-3` is a number; a broken one is a `PahclError` with the line."
     path = require_path(path, 'configuration file',
                         'Give an existing path or the name of a packaged one.')
-    try: content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+    loader = _PlainWordsLoader if plain_words else _Loader
+    try: content = yaml.load(path.read_text(encoding='utf-8'), loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise PahclError(f'{path} is not valid YAML: {e}') from e
     if content is None: return {}

@@ -42,7 +42,7 @@ def _read_dataset_file(
 ) -> _DatasetFile:
     "Read what is known of a data set; a mistake is a `PahclError` with file and key."
     if not path.is_file(): return _DatasetFile()
-    try: return _DatasetFile.model_validate(read_yaml(path))
+    try: return _DatasetFile.model_validate(read_yaml(path, plain_words=True))
     except ValidationError as e:
         first = e.errors()[0]
         key = '.'.join(map(str, first['loc']))
@@ -60,7 +60,7 @@ def _read_label_map(
     "Check a label map."
     known = given if isinstance(given, dict) else {c: i for i, c in enumerate(given)}
     if odd := [c for c in known if isinstance(c, bool) or not isinstance(c, (str, int, float))]:
-        raise PahclError(f'{where}: {odd[0]!r} is no class. Put yes, no, true and false in quotes.')
+        raise PahclError(f'{where}: {odd[0]!r} is no class. Put true and false in quotes.')
     if sorted(map(str, known.values())) != sorted(map(str, range(len(known)))) or len(known) < 2:
         raise PahclError(f'{where} is {given}; two classes or more are needed, with the numbers '
                          f'0 to {max(1, len(known)-1)}, each once.')
