@@ -113,6 +113,9 @@ def pahcl_predict(
     if report:
         from pahcl.studies.prediction_report import _write_prediction_report
         _write_prediction_report(found, report, report_recordings)
+    from pahcl.core.basics import get_logger
+    get_logger().info(f'{found}. {found.operating_point.describe()} '
+                      'For research, not for diagnosis.')
 
 # %% ../nbs/06_eval.ipynb #cell22
 @console_script
