@@ -83,7 +83,7 @@ def pahcl_evaluate(
 def pahcl_predict(
     paths: Param('recordings: files, folders, or patterns in quotes', str, opt=False,
                  nargs='+') = None,
-    # checkpoint of pahcl_finetune, or the folder of its run (default: the packaged one of --task)
+    # checkpoint of pahcl_finetune, or the folder of its run; packaged: the model of --task
     checkpoint: str = 'packaged',
     task: str = None,            # whose packaged model to take, e.g. circor_murmur
     # regular expression: its first group in a file's name is the subject, e.g. '^([0-9]+)_'
