@@ -53,8 +53,8 @@ setuptools.setup(
     ext_modules=[scan], cmdclass={'build_ext': BuildOptional},
     include_package_data=True, python_requires='>='+cfg['min_python'],
     install_requires=shlex.split(cfg.get('requirements', '')),
-    extras_require={'dev': shlex.split(cfg.get('dev_requirements', '')),
-                    'cuda': shlex.split(cfg.get('cuda_requirements', ''))},
+    extras_require={name: shlex.split(cfg.get(f'{name}_requirements', ''))
+                    for name in ('dev', 'cuda', 'cluster')},
     long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists()
     else '', long_description_content_type='text/markdown', zip_safe=False,
     entry_points={'console_scripts': cfg.get('console_scripts', '').split(),

@@ -25,6 +25,8 @@ def _map_on_machine(
                          'Run it again with fewer workers.') from e
 
 # %% ../../nbs/core/parallel.ipynb #cell10
+_QUIET = 10.   # seconds without an answer or a result after which we look whether anybody is there
+
 def _connect_to_dask(
     scheduler,      # its address, e.g. `tcp://host:8786`
 ):                  # a client
@@ -32,18 +34,16 @@ def _connect_to_dask(
     try: from dask.distributed import Client, TimeoutError
     except ImportError as e:
         raise PahclError(f'scheduler is {scheduler}, but Dask is not installed; '
-                         'run pip install "dask[distributed]".') from e
+                         'run pip install "pahcl[cluster]".') from e
     try:
-        client = Client(scheduler, timeout=10)
-        client.wait_for_workers(1, timeout=30)
+        client = Client(scheduler, timeout=_QUIET)
+        client.wait_for_workers(1, timeout=3*_QUIET)
     except (OSError, ValueError, TimeoutError) as e:
         raise PahclError(f'no Dask scheduler with a worker answers at {scheduler} ({e}). '
                          'Start both where the same folders are seen.') from e
     return client
 
 # %% ../../nbs/core/parallel.ipynb #cell12
-_QUIET = 10.   # seconds without a result after which we look whether anybody still works
-
 def _fetch_result(
     client, future,
     name,        # of the job, for messages
@@ -64,33 +64,44 @@ def _fetch_result(
             if client.status == 'running': raise
             raise PahclError(f'the Dask scheduler has gone; {name} was not done. '
                              'Start it and run it again.') from e
+        except ModuleNotFoundError as e:
+            raise PahclError(f'a Dask worker has no module {e.name}. Install what is installed '
+                             'here on each machine, and start its workers again.') from e
 
-# %% ../../nbs/core/parallel.ipynb #cell13
+# %% ../../nbs/core/parallel.ipynb #cell14
+def _try_twice(
+    client, submit, future,
+    name,        # of the job, for messages
+):               # what the function gave
+    "Wait for a result; where Dask has given the job up, do it once more."
+    from dask.distributed import KilledWorker
+    try: return _fetch_result(client, future, name)
+    except KilledWorker: future = submit()
+    try: return _fetch_result(client, future, name)
+    except KilledWorker as e:
+        raise PahclError(f'{name}: each worker that took it was killed, perhaps because memory '
+                         'ran out.') from e
+
+# %% ../../nbs/core/parallel.ipynb #cell16
 def _map_on_cluster(
     function, jobs, scheduler, name_job,   # as in `map_in_parallel`
 ):  # generator of the results, in order
     "Call a function on the workers of a Dask cluster."
+    import cloudpickle, pickle
+    def call(packed):   # is sent itself, not its name: a worker without pahcl can read it
+        function, job = pickle.loads(packed)
+        return function(*job)
+    packed = [cloudpickle.dumps((function, job)) for job in jobs]
     client = _connect_to_dask(scheduler)
-    from dask.distributed import KilledWorker
-    call = lambda job: function(*job)
     try:
-        futures = client.map(call, jobs, pure=False)
+        futures = client.map(call, packed, pure=False)
         for i, job in enumerate(jobs):
-            name, future, futures[i] = name_job(*job), futures[i], None   # frees its result
-            try: result = _fetch_result(client, future, name)
-            except KilledWorker: result = _try_again(client, call, job, name)
-            yield result
+            future, futures[i] = futures[i], None   # when it has gone, Dask forgets the result
+            submit = lambda: client.submit(call, packed[i], pure=False)
+            yield _try_twice(client, submit, future, name_job(*job))
     finally: client.close()
 
-def _try_again(client, call, job, name):
-    "Do a job that Dask has given up; where it kills its workers again that is a `PahclError`."
-    from dask.distributed import KilledWorker
-    try: return _fetch_result(client, client.submit(call, job, pure=False), name)
-    except KilledWorker as e:
-        raise PahclError(f'{name}: each worker that took it was killed, perhaps because memory '
-                         'ran out. The others that were done are kept.') from e
-
-# %% ../../nbs/core/parallel.ipynb #cell15
+# %% ../../nbs/core/parallel.ipynb #cell18
 def map_in_parallel(
     function,         # it and its arguments can be pickled
     jobs,             # list of tuples, its arguments

@@ -67,7 +67,9 @@ def convolve(self: MambaBlock, x):
 
     In 2-D: on CPUs that one runs with the channels last, the 1-D one does not.
     """
-    image, weight = x.transpose(1, 2)[:, :, None], self.conv1d.weight[:, :, None]
+    image = x.transpose(1, 2)[:, :, None]
+    # not [:, :, None]: so the gradient has the weight's strides, as several processes want it
+    weight = self.conv1d.weight.reshape(self.d_inner, 1, 1, -1)
     padding = (0, self.conv1d.padding[0])
     x = F.conv2d(image, weight, self.conv1d.bias, padding=padding, groups=self.d_inner)
     return x.squeeze(2).transpose(1, 2)

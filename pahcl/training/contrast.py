@@ -103,6 +103,20 @@ def _row_counts(
     dist.all_gather(parts, torch.tensor([n], device=device))
     return [int(p) for p in parts]
 
+class _Gather(torch.autograd.Function):
+    "Stack everybody's rows [n, …] → [processes·n, …]; the gradient of ours is the sum of all."
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(_count_processes())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(_count_processes())[dist.get_rank()]
+
 def _gather_with_gradient(
     x,            # [n, …], n may differ between processes
     counts=None,  # rows of each process, of `_row_counts`; None: they are asked for
@@ -110,10 +124,10 @@ def _gather_with_gradient(
     "Gather everybody's rows; gradients flow back to their owners."
     counts = _row_counts(len(x), x.device) if counts is None else counts
     if len(counts) == 1: return x
-    from torch.distributed.nn.functional import all_gather   # not in every build of torch
     kind, x = x.dtype, x.to(torch.uint8) if x.dtype == torch.bool else x
     padded = torch.cat([x, x.new_zeros(max(counts)-len(x), *x.shape[1:])])
-    return torch.cat([part[:c] for part, c in zip(all_gather(padded), counts)]).to(kind)
+    parts = _Gather.apply(padded).split(max(counts))
+    return torch.cat([part[:c] for part, c in zip(parts, counts)]).to(kind)
 
 # %% ../../nbs/training/contrast.ipynb #cell22
 def _gather_rows(

@@ -6,6 +6,7 @@
 __all__ = ['Run']
 
 # %% ../../nbs/training/runs.ipynb #cell2
+import atexit
 import os
 import shutil
 from pathlib import Path
@@ -110,6 +111,11 @@ _PRECISION_NAMES = dict(no='float32', bf16='bfloat16 autocast',
                         fp16='float16 autocast, loss scaled')
 
 # %% ../../nbs/training/runs.ipynb #cell22
+def _leave_process_group():
+    "End the talk between processes while the interpreter is whole: later its threads may abort."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
 class Run:
     "One training run: its folder, devices, log and trackers. Use it in a `with` block."
     def __init__(self,
@@ -127,6 +133,8 @@ class Run:
         # torchrun without a GPU: gloo
         several = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.cuda.is_available()
         self.accelerator = Accelerator(mixed_precision=_choose_precision(use_amp), cpu=several)
+        # without waiting for the others: one may have failed
+        if self.accelerator.num_processes > 1: atexit.register(_leave_process_group)
         self.state = self.find_state(overwrite)
 
 # %% ../../nbs/training/runs.ipynb #cell23

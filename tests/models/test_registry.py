@@ -8,7 +8,7 @@ from pahcl.core.config import load_config, _to_yaml
 from pahcl.core.config_sections import _known_keys, ModelSection
 from pahcl.models.checkpoints import classifier_checkpoint, load_classifier, save_checkpoint
 from pahcl.models.classifier import Classifier
-from pahcl.models.encoder_base import Encoder, register_encoder
+from pahcl.models.encoder_base import Encoder, ENCODERS, register_encoder
 from pahcl.models.encoders import build_encoder, from_pretrained
 from pahcl.models.pretrained import load_pretrained_encoder
 
@@ -123,3 +123,10 @@ def test_a_command_finds_modules_that_the_environment_names(tmp_path, program):
         found.stderr)
     assert 'PahclError' in run().stderr and 'PAHCL_EXTENSIONS names nothing_here: No module' in run(
         PAHCL_EXTENSIONS='nothing_here').stderr
+
+@pytest.mark.parametrize('name', list(ENCODERS))
+def test_gradients_lie_as_their_weights_do(name):
+    "else PyTorch warns on several processes, and copies each gradient once more"
+    encoder = build_encoder(name).train()
+    encoder(torch.randn(2, 1, 1500), torch.tensor([1500, 1000])).square().sum().backward()
+    for key, p in encoder.named_parameters(): assert p.grad.stride() == p.stride(), key

@@ -229,33 +229,6 @@ def test_senseless_settings_are_refused(made, tmp_path, keys):
         preprocess(made[0], tmp_path, **keys)
     assert not list(tmp_path.iterdir())
 
-def test_dask_is_asked_for_when_missing(made, tmp_path):
-    try: import dask.distributed  # noqa: F401
-    except ImportError:
-        with pytest.raises(PahclError, match='pip install'):
-            preprocess(made[0], tmp_path, 'pascal', scheduler='tcp://localhost:1')
-    else: pytest.skip('Dask is installed')
-
-def test_a_dask_cluster_of_two_workers_gives_the_same_bytes(made, tmp_path):
-    distributed = pytest.importorskip('dask.distributed', reason='Dask is not installed')
-    raw, out, stats = made
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True,
-                                  dashboard_address=None) as cluster:
-        there = preprocess(raw, tmp_path/'cluster', 'pascal', scheduler=cluster.scheduler_address,
-                           num_workers=1)
-        assert there['datasets']['pascal'] == stats['datasets']['pascal']
-        # all of it is done
-        assert preprocess(raw, tmp_path/'cluster', 'pascal',
-                          scheduler=cluster.scheduler_address) == there
-    one = {k: v for k, v in content(out).items() if k.startswith('subject_pascal')}
-    assert one == {k: v for k, v in content(tmp_path/'cluster').items()
-                   if k.startswith('subject_')} and len(one) > 30
-
-def test_no_scheduler_answers(made, tmp_path):
-    pytest.importorskip('dask.distributed', reason='Dask is not installed')
-    with pytest.raises(PahclError, match='tcp://127.0.0.1:9'):
-        preprocess(made[0], tmp_path, 'pascal', scheduler='tcp://127.0.0.1:9')
-
 def test_states_as_files_of_their_own(made, tmp_path):
     """one file a recording, the states the beats were cut by, also from a folder that was done
     before; stems that two data sets share do not overwrite each other

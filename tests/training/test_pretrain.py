@@ -5,6 +5,7 @@ import pahcl.pretrain
 import pahcl.training.pretraining_data
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -494,6 +495,8 @@ def test_two_processes_learn_the_same(root, tmp_path):
     out = subprocess.run([sys.executable, *command], capture_output=True, text=True,
                          env=dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
     assert out.returncode == 0, out.stderr[-3000:]
+    assert not re.search(r'Warning:|strides|destroy_process_group|terminate called', out.stderr), (
+        out.stderr)
     for name, path in one.items():
         two = tmp_path/'two'/name/'best_model.pt'
         assert '2 process(es)' in (two.parent/'train.log').read_text()
