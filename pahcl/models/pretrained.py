@@ -83,11 +83,18 @@ def read_pretrained(
 _PACKAGED_CHECKPOINT = 'pahcl/parameters/pretrained_small.pt'
 
 def resolve_checkpoint(
-    source,   # a path, or `packaged`
+    source,     # a path, or `packaged`
+    task=None,  # of `packaged`: the classifier of this task; None: the encoder
 ) -> Path:
-    "Find the file of a checkpoint."
+    "Find the file of a checkpoint; a task that no packaged classifier knows is a `PahclError`."
     if str(source) != 'packaged': return Path(source)
-    return Path(str(files('pahcl')/'parameters'/'pretrained_small.pt'))
+    folder = Path(str(files('pahcl')/'parameters'))
+    encoder = folder/Path(_PACKAGED_CHECKPOINT).name
+    if task is None: return encoder
+    known = {p.stem: p for p in sorted(folder.glob('*.pt')) if p != encoder}
+    if task in known: return known[task]
+    raise PahclError(f'no classifier of {task} comes with pahcl, only of {", ".join(known)}. '
+                     'Train one with pahcl_finetune and give it with --checkpoint.')
 
 # %% ../../nbs/models/pretrained.ipynb #cell19
 class _LoadedWeights(NamedTuple):

@@ -29,8 +29,8 @@ from pahcl.training.finetuning_data import (
     _load_task_cycles)
 from .finetuning_setup import _build_starting_model, _pretrained_fingerprint
 from .objective import (
-    _ClassificationObjective, _score_cycles, _score_test_cycles, _score_training_cycles,
-    _select_validation_scores)
+    _ClassificationObjective, _keep_validation, _score_cycles, _score_test_cycles,
+    _score_training_cycles, _select_validation_scores)
 from .runs import Run
 from .schedule import _parameter_groups
 from .trainer import Trainer
@@ -106,7 +106,7 @@ class _FinetuneRecipe:
         self.frozen, self.settings = config.pretrain.freeze_encoder, config.training
         self.score_name = config.evaluation.primary_metric or task.primary_metric
         self.persons = {*persons, *data['train'].table['person_id']}
-        self.validation = data['val']
+        self.validation, self.validated = data['val'], None
         self.features = self.prepare_features(data)
         self.rows = self.make_sampler(data['train'])
         self.batch_rows = self.rows.batch_rows
@@ -120,13 +120,17 @@ class _FinetuneRecipe:
 
     def make_batch(self, rows, epoch): return self.rows.batch(rows, epoch)
 
-    def after_step(self, share): pass
+    def after_step(self, share): self.validated = None   # it was said by other weights
+
+    def resume(self, saved): self.validated = saved.get('validation')
 
     def training_scores(self, values): return _score_training_cycles(values)
 
     def checkpoint(self):
         name, settings = self.config.task.name, self.config.model_dump()
-        return classifier_checkpoint(self.model, name, self.task.label_map, settings, self.persons)
+        content = classifier_checkpoint(self.model, name, self.task.label_map, settings,
+                                        self.persons)
+        return content | (dict(validation=self.validated) if self.validated else {})
 
 # %% ../../nbs/training/finetuning.ipynb #cell37
 @patch
@@ -158,13 +162,14 @@ def make_sampler(self: _FinetuneRecipe,
 # %% ../../nbs/training/finetuning.ipynb #cell38
 @patch
 def validate(self: _FinetuneRecipe, epoch: int) -> dict:   # of `_select_validation_scores`
-    "Score the validation split, and draw figures where somebody watches."
+    "Score the validation split, keep what was said, and draw figures where somebody watches."
     table, label_map = self.validation.table, self.task.label_map
     level, trackers = self.config.evaluation.level, self.run.trackers
     probabilities = _predict_split(self.run, self.model, self.validation,
                                    self.settings.batch_size, self.features['val'])
+    predictions = Predictions(table, probabilities, label_map)
+    self.validated = _keep_validation(predictions)
     if trackers:
-        predictions = Predictions(table, probabilities, label_map)
         trackers.log_figures(_draw_validation_figures(predictions, level, f'epoch {epoch+1}'),
                              epoch+1)
     scores = _score_cycles(table, probabilities, len(label_map), level)

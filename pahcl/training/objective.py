@@ -101,6 +101,20 @@ def _select_validation_scores(
     tracked = dict.fromkeys(('loss', *metric_names('tracked'), primary))
     return {k: scores[k] for k in tracked} | dict(score=score)
 
+# %% ../../nbs/training/objective.ipynb #ab98e9fb
+def _keep_validation(
+    predictions: Predictions,   # of the validation split's cycles
+) -> dict:   # recording, subject -> `label`, `person` [n] int64; `probabilities` [n, classes]
+    "Return what a checkpoint keeps of its validation: units by sorted ids, persons as numbers."
+    names = sorted(set(predictions.persons.astype(str)))
+    number = {name: i for i, name in enumerate(names)}
+    def keep(units):
+        return dict(label=torch.tensor(units.table['label'].to_numpy('int64')),
+                    probabilities=torch.tensor(units.probabilities, dtype=torch.float32),
+                    person=torch.tensor([number[p] for p in units.persons.astype(str)]))
+    levels = predictions.at_levels()
+    return {level: keep(levels[level]) for level in ('recording', 'subject')}
+
 # %% ../../nbs/training/objective.ipynb #261526d3
 def _score_test_cycles(
     table, probabilities,   # of the test cycles, as in `_score_cycles`

@@ -109,6 +109,8 @@ class _PretrainRecipe:
 
     def after_step(self, share): self.objective.follow(share)
 
+    def resume(self, saved): pass
+
     def training_scores(self, values): return values
 
     def checkpoint(self):

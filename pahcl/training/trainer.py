@@ -216,11 +216,13 @@ def save_final(self: Trainer):
 @patch
 def resume(self: Trainer):
     "Take weights, optimiser and state from `last.pt`."
-    run, saved = self.run, load_checkpoint(self.run.folder/'last.pt')['training_state']
+    run, content = self.run, load_checkpoint(self.run.folder/'last.pt')
+    saved = content['training_state']
     self.objective.load_state_dict(saved.pop('objective'))
     self.optimiser.load_state_dict(saved.pop('optimiser'))
     scaler = saved.pop('scaler', None)
     if scaler and run.accelerator.scaler: run.accelerator.scaler.load_state_dict(scaler)
+    self.recipe.resume(content)
     self.state = _TrainingState(**saved)
     self.steps_done, within = self.state.step, ''
     if part := self.state.part:

@@ -15,8 +15,11 @@ import pytest
 import torch
 import yaml
 from pahcl.core.basics import PahclError, read_json
+from pahcl.models.packaged import _save_packaged, _strip_to_classifier
 from pahcl.models.pretrained import resolve_checkpoint
 from pahcl.models.encoders import build_encoder
+from pahcl.evaluate import pahcl_evaluate
+from pahcl.evaluation.evaluator import open_model, open_split
 from pahcl.finetune import pahcl_finetune
 from pahcl.training.finetuning import finetune
 from pahcl.training.objective import _cycle_losses
@@ -66,6 +69,44 @@ def tune(work, out, **given):
                                                 **{'training.warmup_epochs': 0}) | QUICK | given)
 
 
+def check_kept_validation(work, folder, task, names=('best_model', 'final_model')):
+    "What a checkpoint keeps of the validation split is what an evaluation of it says."
+    cycles, opened = open_split(task, work/'downstream', 'val')
+    for name in names:
+        kept = torch.load(folder/f'{name}.pt', weights_only=True)['validation']
+        levels = open_model(folder/f'{name}.pt', opened).predict(cycles).at_levels()
+        assert list(kept) == ['recording', 'subject']
+        numbers = {}
+        for level, units in kept.items():
+            assert units['label'].dtype == units['person'].dtype == torch.int64
+            assert units['probabilities'].dtype == torch.float32
+            said = levels[level]
+            assert units['label'].tolist() == said.table['label'].tolist()
+            assert units['probabilities'].numpy() == pytest.approx(said.probabilities, abs=2e-6)
+            for person, number in zip(said.persons, units['person'].tolist()):
+                assert numbers.setdefault(person, number) == number
+        assert sorted(numbers.values()) == list(range(len(numbers)))
+
+
+def test_the_kept_validation_is_what_the_command_writes(work):
+    "A model of bags of recordings: its own answers, and subjects by the rule `mean`."
+    tune(work, 'outputs', **{'task': 'pascal', 'pretrained': 'none', 'experiment_name': 'kept',
+                             'encoder_type': 'cnn_mamba_small', 'training.cycles_per_bag': 2,
+                             'training.aggregation': 'attention',
+                             'training.bag_level': 'recording'})
+    path = work/'outputs'/'pascal_kept'/'best_model.pt'
+    assert pahcl_evaluate(['--checkpoint', str(path), '--task', 'pascal', '--split', 'val',
+                           '--data-dir', str(work/'downstream')]) == 0
+    for level, units in load_checkpoint(path)['validation'].items():
+        said = pd.read_csv(path.parent/'evaluation_pascal_val'/f'predictions_{level}.csv')
+        assert units['label'].tolist() == said['label'].tolist()
+        assert units['probabilities'].numpy() == pytest.approx(
+            said.filter(regex='^probability_').to_numpy(), abs=2e-6)
+        same = np.equal.outer(said['person_id'].to_numpy(), said['person_id'].to_numpy())
+        person = units['person'].numpy()
+        assert (np.equal.outer(person, person) == same).all()
+
+
 @pytest.mark.parametrize('task', ['circor_murmur', 'circor_outcome', 'physionet2016', 'pascal'])
 def test_every_task_learns_from_a_pretrained_encoder(work, pretrained, task):
     metrics = tune(work, 'outputs', task=task, pretrained=pretrained['simclr'])
@@ -78,6 +119,7 @@ def test_every_task_learns_from_a_pretrained_encoder(work, pretrained, task):
     test = pd.read_csv(work/'downstream'/task/'test.csv', dtype=str)
     assert (matrix.to_numpy().sum() == test['subject_id'].nunique()
             and metrics['loaded']['loaded'] == 40)
+    if task == 'physionet2016': check_kept_validation(work, folder, task)
 
 
 def test_moco_checkpoint_loads_and_the_log_says_what_it_found(work, pretrained):
@@ -139,6 +181,12 @@ def test_a_run_is_repeated_by_its_config_and_never_overwritten(work, capsys):
     first = tune(work, 'outputs', **given)
     again = finetune(work/'outputs'/'pascal_again'/'config.yaml', output_dir=work/'repeated')
     assert first == again   # scores, history, all of it, to the last digit
+    packaged = []           # and the file that would be packaged, to the last byte
+    for out in ('outputs', 'repeated'):
+        saved = load_checkpoint(work/out/'pascal_again'/'best_model.pt')
+        _save_packaged(work/out/'packaged.pt', _strip_to_classifier(saved))
+        packaged.append((work/out/'packaged.pt').read_bytes())
+    assert packaged[0] == packaged[1]
     assert pahcl_finetune(['--config', str(work/'outputs'/'pascal_again'/'config.yaml'),
                            '--output-dir', str(work/'outputs'), '--overwrite']) == 0
     assert json.loads((work/'outputs'/'pascal_again'/'final_metrics.json').read_text()) == first
@@ -177,6 +225,7 @@ def test_two_processes_give_the_scores_of_one(work):
                  for line in (work/'downstream'/'pascal'/'test.csv').read_text().splitlines())
     assert one['levels']['cycle']['n'] == two['levels']['cycle']['n'] == cycles   # every cycle once
     assert two['levels']['cycle']['confusion_matrix'] == one['levels']['cycle']['confusion_matrix']
+    check_kept_validation(work, work/'two'/'pascal_downstream', 'pascal')
 
 
 def refused(capsys, *arguments, told):
@@ -315,6 +364,7 @@ def test_packaged_weights(work):
                    experiment_name='packaged', linear_eval=True)
     assert (metrics['encoder_type'], metrics['loaded']['loaded'],
             metrics['mode']) == ('cnn_mamba_small', 40, 'linear')
+    check_kept_validation(work, work/'outputs'/'pascal_packaged', 'pascal')
 
 
 def test_the_log_says_what_learns_and_what_chose_the_epoch(work, tmp_path, monkeypatch):
@@ -427,6 +477,30 @@ def test_the_linear_head_does_the_features_justice(work, monkeypatch):
     assert chance-head > .9*(chance-loss(oracle)), (chance, head, loss(oracle))
 
 
+def same_validation(work, *folders, names=('best_model', 'final_model')):
+    for name in names:
+        one, two = (load_checkpoint(work/'outputs'/f/f'{name}.pt')['validation'] for f in folders)
+        assert all(torch.equal(one[level][k], two[level][k]) for level in one for k in one[level])
+
+
+def test_a_run_killed_before_its_last_file_keeps_its_validation(work, monkeypatch):
+    "No epoch is left to be validated: what was said stands in `last.pt`, and only after an epoch."
+    from pahcl.training import trainer
+    given = {'task': 'pascal', 'pretrained': 'none', 'encoder_type': 'cnn_mamba_small',
+             'experiment_name': 'last', 'training.save_steps': 1, 'training.batch_size': 8}
+    real, within = trainer.save_checkpoint, []
+    def save(path, content):
+        if path.name == 'final_model.pt': raise KeyboardInterrupt
+        if content.get('training_state', {}).get('part'): within.append('validation' in content)
+        real(path, content)
+    monkeypatch.setattr(trainer, 'save_checkpoint', save)
+    with pytest.raises(KeyboardInterrupt): tune(work, 'outputs', **given)
+    assert within and not any(within)   # an epoch's middle is not what was validated
+    monkeypatch.setattr(trainer, 'save_checkpoint', real)
+    tune(work, 'outputs', **given)
+    check_kept_validation(work, work/'outputs'/'pascal_last', 'pascal')
+
+
 def test_a_killed_run_ends_as_one_that_was_not(work, monkeypatch):
     import pahcl.training.finetuning as module
     given = {'task': 'pascal', 'pretrained': 'none', 'encoder_type': 'cnn_mamba_small', 'epochs': 3,
@@ -445,6 +519,7 @@ def test_a_killed_run_ends_as_one_that_was_not(work, monkeypatch):
     monkeypatch.setattr(module, '_select_validation_scores', scores)
     resumed = tune(work, 'outputs', **given, experiment_name='killed')
     assert resumed['history'] == whole['history'] and resumed['levels'] == whole['levels']
+    same_validation(work, 'pascal_whole', 'pascal_killed')
     assert 'goes on after epoch 1' in (work/'outputs'/'pascal_killed'/'train.log').read_text()
 
 
@@ -506,6 +581,7 @@ def test_a_model_of_bags_from_training_to_ensemble(work, aggregation, level):
                 and results['levels'][at]['auroc'] == pytest.approx(metrics['levels'][at]['auroc']))
     assert any('bags of cycles that the model answers for itself' in note
                for note in results['notes'])
+    check_kept_validation(work, path.parent, 'circor_murmur')
     model, _ = load_classifier(path)
     assert model.bag_levels == ['recording', 'subject'][:1+(level == 'subject')]
     cycles = Cycles.from_task(work/'downstream'/'circor_murmur', 'test')

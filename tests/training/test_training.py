@@ -57,6 +57,7 @@ learning_rate=.05, warmup_epochs=1, num_workers=0, early_stopping_patience=0, sa
         def checkpoint(self): return dict(kind='pretrain', \
 model_state_dict=self.objective.state_dict())
         def after_step(self, share): assert share < stop_at, 'stopped on purpose'
+        def resume(self, saved): pass
     with Run(folder, Recipe.settings.model_dump()) as run:
         found = Trainer(run, Recipe()).fit()
         run.finish(dict(losses=[h['train/loss'] for h in found.history]))
@@ -216,6 +217,7 @@ class NetRecipe:
     def training_scores(self, values): return values
     def checkpoint(self): return dict(kind='pretrain', model_state_dict=self.objective.state_dict())
     def after_step(self, share): pass
+    def resume(self, saved): pass
 
 
 def train_net(folder, scaled=False, stop=False, **options):
