@@ -240,4 +240,5 @@ def test_packaged_models(house, task):
     found = predict(path, task=task)
     assert found.operating_point.thresholds and found.recordings.decision.notna().all()
     assert found.model['task'] == task and found.model['training_persons'] > 50
-    with pytest.raises(PahclError, match='no classifier of juggling'): predict(path, task='juggling')
+    with pytest.raises(PahclError, match='no classifier of juggling'):
+        predict(path, task='juggling')
