@@ -83,7 +83,7 @@ def pahcl_evaluate(
 def pahcl_predict(
     paths: Param('recordings: files, folders, or patterns in quotes', str, opt=False,
                  nargs='+') = None,
-    # checkpoint of pahcl_finetune, or the folder of its run (default: the packaged one of --task)
+    # checkpoint of pahcl_finetune, or the folder of its run; packaged: the model of --task
     checkpoint: str = 'packaged',
     task: str = None,            # whose packaged model to take, e.g. circor_murmur
     # regular expression: its first group in a file's name is the subject, e.g. '^([0-9]+)_'
@@ -113,6 +113,9 @@ def pahcl_predict(
     if report:
         from pahcl.studies.prediction_report import _write_prediction_report
         _write_prediction_report(found, report, report_recordings)
+    from pahcl.core.basics import get_logger
+    get_logger().info(f'{found}. {found.operating_point.describe()} '
+                      'For research, not for diagnosis.')
 
 # %% ../nbs/06_eval.ipynb #cell22
 @console_script

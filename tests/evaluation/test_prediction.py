@@ -233,3 +233,12 @@ def test_a_dask_cluster_says_the_same(house, tmp_path):
         there = predict(house/'clinic', best, subject_from=r'^(\d+)_',
                         scheduler=cluster.scheduler_address)
     assert here.to_csv() == there.to_csv() and here.beats.equals(there.beats)
+
+@pytest.mark.parametrize('task', ['circor_murmur', 'physionet2016', 'pascal'])
+def test_packaged_models(house, task):
+    path = sorted((house/'clinic').glob('*.wav'))[0]
+    found = predict(path, task=task)
+    assert found.operating_point.thresholds and found.recordings.decision.notna().all()
+    assert found.model['task'] == task and found.model['training_persons'] > 50
+    with pytest.raises(PahclError, match='no classifier of juggling'):
+        predict(path, task='juggling')
