@@ -75,5 +75,6 @@ def test_both_guides_have_the_same_commands():
     pages = read_pages()
     english, chinese = ([line.split(' #')[0].strip()
                          for block in re.findall(r'```(?:sh|yaml)\n(.*?)```', pages[name], re.S)
-                         for line in block.splitlines()] for name in ('guide.ipynb', 'guide_zh.ipynb'))
+                         for line in block.splitlines()]
+                        for name in ('guide.ipynb', 'guide_zh.ipynb'))
     assert english == chinese and len(english) > 40
