@@ -27,9 +27,9 @@ from pahcl.training.finetuning import finetune
 VARIANTS = dict(cycles={}, phases={'classifier.pooling': 'phases'},
                 attention={'training.aggregation': 'attention'},
                 few_cycles={'training.cycles_per_recording': 3})
-TRIED = dict(circor_murmur=['cycles'], circor_outcome=['few_cycles'],
+TRIED = dict(circor_murmur=['cycles'], circor_outcome=['cycles'],
              physionet2016=['cycles'], pascal=['cycles'])
-EPOCHS = dict(circor_murmur=10, circor_outcome=3, physionet2016=4, pascal=10)
+EPOCHS = dict(circor_murmur=10, circor_outcome=10, physionet2016=10, pascal=10)
 SHOWN = ('accuracy', 'f1_macro', 'auroc', 'auprc', 'sensitivity', 'specificity')
 PACKAGE = Path(__file__).resolve().parents[1]/'pahcl'/'parameters'
 

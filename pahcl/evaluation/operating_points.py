@@ -13,6 +13,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import PahclError, UsageError
+from ..core.metrics import CHALLENGE_METRICS
 from ..core.predictions import class_names, positive_class
 from ..core.standard_metrics import sensitivity_specificity
 from .statistics import bootstrap
@@ -37,11 +38,18 @@ class _OperatingPoint:
         return decide_classes(probabilities, self.thresholds.get(level), self.positive)
 
 # %% ../../nbs/evaluation/operating_points.ipynb #cell8
+def _official_score(
+    saved: dict,   # a checkpoint's content
+) -> str:          # '' where its task has none
+    "Name the official score of a checkpoint's task; older ones of public tasks do not say."
+    known = CHALLENGE_METRICS.get(saved['task'])
+    return saved.get('official_score') or (known.name if known else '')
+
 def _default_goal(
-    task: str, positive: int,   # name; number of the positive class
-) -> str:                       # `cost` or `youden`
+    saved: dict, positive: int,   # a checkpoint's content; number of the positive class
+) -> str:                         # `cost` or `youden`
     "Name what a threshold of the task is chosen by."
-    try: _threshold_goal('cost', positive, task)
+    try: _threshold_goal('cost', positive, _official_score(saved))
     except UsageError: return 'youden'
     return 'cost'
 
@@ -55,7 +63,7 @@ def _choose_from_validation(
         raise PahclError('the checkpoint keeps no predictions of validation persons, so no '
                          'threshold can be chosen: the most probable class is decided.')
     return {level: _choose_threshold(own['label'].numpy(), own['probabilities'].numpy(), how,
-                                     positive, saved['task'])
+                                     positive, _official_score(saved))
             for level, own in saved['validation'].items()}
 
 # %% ../../nbs/evaluation/operating_points.ipynb #cell9
@@ -78,7 +86,7 @@ def _choose_operating_point(
         except ValueError: return point(asked, _choose_from_validation(saved, asked, positive))
         if not 0 <= given <= 1: raise UsageError(f'--threshold is {asked}; give 0 to 1.')
         return point('given', dict(recording=given, subject=given))
-    how = _default_goal(saved['task'], positive)
+    how = _default_goal(saved, positive)
     try: return point(how, _choose_from_validation(saved, how, positive))
     except PahclError as e:
         return point('argmax', {}, str(e).replace(' Leave --threshold out.', ''))

@@ -130,7 +130,9 @@ class _FinetuneRecipe:
         name, settings = self.config.task.name, self.config.model_dump()
         content = classifier_checkpoint(self.model, name, self.task.label_map, settings,
                                         self.persons)
-        notes = dict(split_notes=self.task.split_notes, validation=self.validated)
+        official = self.task.official_metric
+        notes = dict(split_notes=self.task.split_notes, validation=self.validated,
+                     official_score=official and official.name)
         return content | {k: v for k, v in notes.items() if v}
 
 # %% ../../nbs/training/finetuning.ipynb #cell37
