@@ -44,17 +44,18 @@ def read_recording(
     """Read a recording; a truncated, empty, non-finite, too short or unreadable file is a
     `PahclError` that names it.
     """
-    path = require_path(path, 'recording', 'Check the raw folder, or download it again.')
+    path = require_path(path, 'recording', 'Check its name and folder.')
     missing = count_missing_bytes(path)
     if missing:
         raise PahclError(f'{path} is truncated: {missing} bytes that its header promises are not '
-                         'there. Download it again.')
+                         'there. Copy or download it again.')
     try: signal, sample_rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as e:
-        raise PahclError(f'{path} cannot be read as audio ({e}). Download it again.') from e
+        raise PahclError(f'{path} cannot be read as audio ({e}). Copy or download it again.') from e
     signal = signal.mean(1, dtype=np.float32) if signal.shape[1] > 1 else signal[:, 0]
     if not len(signal):
-        raise PahclError(f'{path} is empty: it has a header but no samples. Download it again.')
+        raise PahclError(f'{path} is empty: it has a header but no samples. '
+                         'Copy or download it again.')
     if not np.isfinite(signal).all():
         raise PahclError(f'{path} holds values that are no numbers (NaN or infinite). '
                          'Remove or repair it.')

@@ -41,7 +41,7 @@ def _find_file_problem(
                  or info.frames < 0.5*info.samplerate)
         if whole: read_recording(path)
     except soundfile.LibsndfileError as e:
-        return f'{path} cannot be read as audio ({e}). Download it again.'
+        return f'{path} cannot be read as audio ({e}). Copy or download it again.'
     except (PahclError, OSError) as e: return str(e)
     return ''
 
