@@ -5,6 +5,7 @@ import io, json, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile, torch
 from hypothesis import given, strategies as st
+from pandas.testing import assert_frame_equal
 from pahcl.core.basics import PahclError, UsageError
 from pahcl.cycles import pahcl_segment
 from pahcl.data.audio_files import _assign_subjects, _match_files, _subjects_from_names
@@ -84,7 +85,8 @@ def test_neither_workers_nor_neighbours_change_anything(house, tmp_path):
         alone = predict(row.file, best).recordings.iloc[0]
         assert np.allclose(alone[PROBABILITIES].tolist(),
                            one.recordings.loc[row.Index, PROBABILITIES].tolist(), atol=3e-7)
-        assert segment(row.file).equals(one.states[row.recording_id])
+        # several threads add in another order
+        assert_frame_equal(segment(row.file), one.states[row.recording_id], rtol=1e-5)
 
 def test_agreement_and_beats(house, tmp_path):
     best = small_checkpoint(tmp_path/'best_model.pt', MURMUR)

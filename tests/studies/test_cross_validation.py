@@ -221,7 +221,7 @@ def test_what_cannot_be_cross_validated_is_said(trained, monkeypatch, capsys):
                                          '--data-dir', data, *flags])
     for flags, why in [(['2'], 'give 3 or more'), (['folder'], "is 'folder'"),
                        (['3', '--threshold', 'best'], '--threshold is best'),
-                       (['3', '--threshold', 'cost'], 'have a cost')]:
+                       (['3', '--threshold', 'cost'], 'has a cost')]:
         assert run('--cross-validate', *flags) == 2 and why in capsys.readouterr().err
     assert (run('--cross-validate', '3', '--subject-rule', 'any_present') == 1
             and 'any_present' in capsys.readouterr().err)
