@@ -643,7 +643,7 @@ def test_silent_places_are_not_trained_as_present(work, tmp_path):
                        match='Prepare the task again with pahcl_prepare, or train on all places'):
         tune(work, 'murmurs', **older, experiment_name='lost',
              **{'data.processed_dir': str(tmp_path)})
-    with pytest.raises(PahclError, match='only circor_murmur'):
+    with pytest.raises(PahclError, match='do not say where a murmur was heard'):
         tune(work, 'murmurs', **given | {'task': 'pascal', 'training.use_murmur_locations': True})
     tune(work, 'murmurs', **given, **{'training.aggregation': 'mean', 'experiment.name': 'bags'})
     assert 'the label is true of the bag' in (
