@@ -234,7 +234,7 @@ def run(
     words,                        # of the command, see `Pipeline.parse_words`
     settings: PipelineSettings,
     dry_run=False,                # print the plan and do nothing
-):                                # DataFrame: the summary; None for `prepare` and a dry run
+):                                # DataFrame: the summary; None where nothing was trained
     "Print the plan and run the stages that `words` mean."
     command = self.parse_words(list(words))
     plan = self.plan(settings, command)
@@ -247,6 +247,9 @@ def run(
         if s.name not in ('fine-tune', 'evaluate'): run_stage(s, running)
     if command.stage == 'prepare': return None
     if command.stage == 'summarize': return self.report(settings, (), {})
+    if settings.dataset not in ('all', *self.tasks.values()):
+        return print(f'{settings.dataset} has no labels, so there is nothing to fine-tune on; '
+                     f'what it is good for is pretraining: {plan.pretrained}')
     tasks = [command.task] if command.task else self.expected_tasks(settings, False)
     return self.report(settings, tasks,
                        self.train_tasks(settings, tasks, command.mode, plan.pretrained))
