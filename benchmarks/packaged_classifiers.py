@@ -20,6 +20,7 @@ from pahcl.data.loader import Cycles
 from pahcl.data.splitting import prepare
 from pahcl.evaluation.evaluator import evaluate
 from pahcl.models.checkpoints import load_checkpoint, persons_trained_on
+from pahcl.models.model_card import _summarize_evaluation
 from pahcl.models.packaged import _save_packaged, _strip_to_classifier
 from pahcl.segmentation.preprocessing import preprocess
 from pahcl.training.finetuning import finetune
@@ -60,17 +61,12 @@ def split_sizes(task):
 
 def tested(results, level):
     "What a card says of a level of a metrics.json; intervals are 95 %, over persons."
-    scores, official = results['levels'][level], results['official'] or {}
-    values = {k: scores[k] for k in SHOWN if scores.get(k) is not None}
-    intervals = scores['intervals']
-    if official.get('level') == level:
-        values[official['name']] = official['value']
-        intervals = intervals | {official['name']: (official['low'], official['high'])}
-    intervals = {k: [round(float(v), 4) for v in intervals[k]] for k in values
-                 if intervals.get(k) and None not in intervals[k]}
-    return dict(task=results['task'], split=results['split'], level=level, n=scores['n'],
-                threshold='argmax', metrics={k: round(float(v), 4) for k, v in values.items()},
-                intervals=intervals, threshold_value=None)
+    card, official = _summarize_evaluation(results, level), (results['official'] or {}).get('name')
+    metrics = {k: round(float(card['metrics'][k]), 4) for k in (*SHOWN, official)
+               if k in card['metrics']}
+    intervals = {k: [round(float(v), 4) for v in card['intervals'][k]] for k in metrics
+                 if k in card['intervals']}
+    return card | dict(threshold='argmax', metrics=metrics, intervals=intervals)
 
 def make(task, raw):
     "Fine-tune, choose on validation, test the chosen one, write the two files."

@@ -20,7 +20,8 @@ from ..core.basics import first_few, get_logger, PahclError, read_table, UsageEr
 def _audio_endings() -> set:
     "List the endings of files that say by themselves what they hold."
     known = {f'.{name.lower()}' for name in soundfile.available_formats()}
-    return (known | {'.aif', '.opus'}) - {'.raw', '.mat4', '.mat5'}
+    more = {'.aif', '.aifc', '.oga', '.opus', '.snd'}
+    return (known | more) - {'.raw', '.mat4', '.mat5'}
 
 def _list_folder(
     folder,

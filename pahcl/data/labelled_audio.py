@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ..core.basics import first_few, get_logger, PahclError, require_path, write_text
 from ..core.scripts import require_flags
+from .audio_files import _list_folder
 from .own_recordings import _check_name
-from .own_rows import _list_audio
 from .own_tables import _clean_cell, _OwnTable, _read_own_table
 
 # %% ../../nbs/data/labelled_audio.ipynb #own4029a
@@ -148,7 +148,7 @@ def write_recordings_table(
     name = dataset if dataset not in (None, 'all') else re.sub(r'[^\w.-]+', '_', audio_dir.name)
     target = Path(raw_dir or 'data/raw')/name/'recordings.csv'
     _check_name(target.parent)
-    table, paths = _read_own_table(labels), _list_audio(audio_dir)
+    table, paths = _read_own_table(labels), _list_folder(audio_dir)
     subject = _find_subject_column(table)
     matched = _match_rows(table, audio_dir, paths, subject)
     _log_matches(table, paths, matched)

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..core.basics import get_logger, PahclError, read_json
 from .datasets import DATASETS, register_dataset, Source, TASKS
 from .own_rows import (
-    _find_files, _find_recordings, _KEY_COLUMNS, _list_labels, _name_recordings, _NEEDED_COLUMNS,
-    _qualify_id, _read_persons, _read_split, _rename_descriptions, _RESERVED)
+    _find_files, _find_listed_recordings, _KEY_COLUMNS, _list_labels, _make_recording_ids,
+    _NEEDED_COLUMNS, _qualify_id, _read_persons, _read_split, _rename_descriptions, _RESERVED)
 from .own_tables import _clean_cell, _OwnTable, _read_own_table, _require_columns
 from .dataset_file import _DatasetFile, _define_tasks, _read_dataset_file
 from .own_tasks import _derive_tasks, _OwnTasks
@@ -32,9 +32,9 @@ class _OwnDataset:
     def rows(self) -> list:   # of dict, as `register_dataset` has them
         "Give a row a recording; a mistake is a `PahclError` with file, row and column."
         table, name = self.table, self.name
-        persons, paths = _read_persons(table), _find_recordings(table)
+        persons, paths = _read_persons(table), _find_listed_recordings(table)
         annotations = _find_files(table, 'annotation')
-        ids = _name_recordings([row['file'] for _, row in table.rows])
+        ids = _make_recording_ids([row['file'] for _, row in table.rows])
         more = [c for c in table.columns if c not in (*_KEY_COLUMNS, *_RESERVED)]
         return [dict({c: _clean_cell(row[c]) for c in more},
                      subject_id=_qualify_id(name, subject), person_id=_qualify_id(name, person),
@@ -174,7 +174,7 @@ def _list_outside_files(
     "List the recordings that are not below their data set's folder."
     own = [Path(raw_dir)/n for n in names if n in _OWN_PLACES]
     return [p for f in own if (f/'recordings.csv').is_file()
-            for p in _find_recordings(_read_own_dataset(f).table)
+            for p in _find_listed_recordings(_read_own_dataset(f).table)
             if not p.resolve().is_relative_to(f.resolve())]
 
 def _recall_own_datasets(

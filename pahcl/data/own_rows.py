@@ -113,7 +113,7 @@ def _find_files(
         found.append(path)
     return found
 
-def _find_recordings(
+def _find_listed_recordings(
     table: _OwnTable,
 ) -> list:             # a path a row
     "Find the recordings; an empty cell, or a file that stands twice, is a `PahclError`."
@@ -126,19 +126,8 @@ def _find_recordings(
                               'Remove one of the rows.')
     return paths
 
-# %% ../../nbs/data/own_rows.ipynb #own35300
-_AUDIO_ENDINGS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.aifc', '.au',
-                  '.snd', '.caf', '.w64', '.rf64')
-
-def _list_audio(
-    folder,
-) -> list:    # paths, sorted
-    "List the audio files below a folder; hidden ones are none."
-    return sorted(p for p in Path(folder).rglob('*')
-                  if p.suffix.lower() in _AUDIO_ENDINGS and p.name[0] != '.')
-
 # %% ../../nbs/data/own_rows.ipynb #own41bf1
-def _name_recordings(
+def _make_recording_ids(
     files: list,   # as they stand in the table
 ) -> list:         # a name for each, all different, fit for a file
     "Name recordings."

@@ -16,7 +16,7 @@ from ..core.basics import get_logger, PahclError, require_path
 from .datasets import (
     DATASETS, get_class_columns, get_recording_columns, _read_rows, select_datasets)
 from .own_recordings import register_own_datasets
-from .own_rows import _list_audio
+from .audio_files import _list_folder
 
 # %% ../../nbs/data/recordings.ipynb #fab91da3
 def _read_audio_header(path, unreadable=False):
@@ -38,7 +38,7 @@ def _describe_own_audio(raw_dir):
     if (raw_dir/'recordings.csv').is_file():
         return (f' {raw_dir}/recordings.csv is that of one data set: give --raw-dir '
                 f'{raw_dir.parent} --dataset {raw_dir.name}.')
-    if not (found := _list_audio(raw_dir)): return ''
+    if not (found := _list_folder(raw_dir)): return ''
     place = found[0].parent
     name = place.name if place != raw_dir else 'NAME'
     return (f' There are {len(found)} recordings, e.g. {found[0]}. To use your own, write '

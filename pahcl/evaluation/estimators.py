@@ -10,7 +10,6 @@ import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from torch import nn
 
 from ..core.aggregation import _aggregate_probabilities
 from ..core.basics import fingerprint_files, hash_file, PahclError, progress
+from ..models.checkpoints import _checkpoint_files
 from ..models.classifier import encode_cycles
 from ..models.encoder_base import encoder_fingerprint
 from ..models.pretrained import resolve_checkpoint
@@ -124,12 +124,10 @@ def _open_once(
     "Open an encoder, files only when they have changed."
     if isinstance(encoder, nn.Module): return _open_unchanged.__wrapped__(encoder, None)
     path = resolve_checkpoint(encoder)
-    files = path.glob('*') if path.is_dir() else [path] if path.exists() else []
+    files = _checkpoint_files(path) if path.exists() else []
     return _open_unchanged(str(encoder), fingerprint_files(files))
 
 # %% ../../nbs/evaluation/estimators.ipynb #cell20
-_ENCODING = Lock()   # the number of torch's threads is the whole process's
-
 def _embed_recording(
     key,           # stands for the content of the recording, the encoder and how cycles are cut
     source,        # a path or a signal [T]
@@ -139,7 +137,7 @@ def _embed_recording(
 ) -> np.ndarray:   # [C] float64
     "Embed a recording by itself, in one thread."
     _, cycles = _cut_recording(source, name, sample_rate, opened.settings)
-    with _ENCODING, _one_thread(): features = encode_cycles(opened.encoder, cycles)
+    with _one_thread(): features = encode_cycles(opened.encoder, cycles)
     return _average_by_person(features, np.zeros(len(cycles), int))[0]
 
 # %% ../../nbs/evaluation/estimators.ipynb #cell21

@@ -27,8 +27,9 @@ from ..data.quality import clipped_fraction
 from ..data.tasks import BEAT_BOUNDARIES, CYCLE_SETTINGS
 from .operating_points import _choose_operating_point, _OperatingPoint
 from ..models.checkpoints import load_classifier, persons_trained_on
-from ..models.classifier import predict_probabilities
+from ..models.classifier import encode_cycles, predict_probabilities
 from ..models.pretrained import resolve_checkpoint
+from ..segmentation.beat_counts import _NO_HEARTBEAT_FOUND
 from ..segmentation.heard_recordings import (
     cut_recordings, hear_recording, PreprocessingSettings)
 from ..segmentation.segmenter import write_states
@@ -55,30 +56,24 @@ def _one_thread():
 # %% ../../nbs/evaluation/prediction.ipynb #cell8
 _BATCH, _LEAST_BATCH = 64, 8   # cycles; smaller batches are summed in another order
 
-@torch.no_grad()
 def _encode_beats(
     network,   # a `Classifier` in evaluation mode, on the CPU
     cycles,    # a `pahcl.data.loader.Cycles` of one recording
 ):             # float32 [n, features], to the bit as `encode_cycles` has them
     "Compute the features of a recording's beats."
-    parts = []
-    for start in range(0, len(cycles), _BATCH):
-        rows = np.arange(start, min(start+_BATCH, len(cycles)))
-        b = cycles.batch(np.resize(rows, max(len(rows), _LEAST_BATCH)))
-        found = network.features(b['x'], b['valid_length'], b['phases'])
-        parts.append(found[:len(rows)].numpy())
-    return np.concatenate(parts)
+    count, last = len(cycles), len(cycles) % _BATCH
+    more = max(0, _LEAST_BATCH-last) if last else 0
+    rows = np.resize(np.arange(count), count+more)
+    return encode_cycles(network.encoder, cycles, 'cpu', _BATCH, rows, network.pooling)[:count]
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell10
-_NO_HEARTBEAT = 'no heartbeat found'
-
 def _note_recording(
     heard,     # `HeardRecording`
 ) -> list:     # sentences
     "Say what speaks against a recording."
     clipped, kept = clipped_fraction(heard.recorded), int(heard.beats.kept.sum())
     highest = heard.sample_rate/2
-    said = [(not heard.heartbeat, f'{_NO_HEARTBEAT}: no decision'),
+    said = [(not heard.heartbeat, f'{_NO_HEARTBEAT_FOUND}: no decision'),
             (heard.heartbeat and heard.fallback, f'no beat is good: the best {kept} are used'),
             (clipped >= 0.001, f'clipped: {clipped:.1%} of the samples'),
             (heard.seconds < 5, f'short: {heard.seconds:.1f} s'),
@@ -279,7 +274,7 @@ def _tabulate_subjects(
     lost = by['error'].agg(lambda e: e.notna().sum()).to_numpy()
     def notes(n, h, e):
         return [*([f'{e} of {n} recordings could not be read'] if e else []),
-                *([f'{_NO_HEARTBEAT} in {n-e-h} of {n} recordings'] if h < n-e else [])]
+                *([f'{_NO_HEARTBEAT_FOUND} in {n-e-h} of {n} recordings'] if h < n-e else [])]
     return pd.concat([pd.DataFrame(dict(subject_id=ids)), own['decision'].where(heard > 0, None),
                       _probability_columns(levels['subject'], ids), own['agreement'],
                       pd.DataFrame(dict(recordings=total, with_heartbeat=heard), dtype='Int64'),

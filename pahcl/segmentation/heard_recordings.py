@@ -15,8 +15,6 @@ from fastcore.basics import patch
 
 from ..core.basics import PahclError, progress
 from ..data.audio_files import _name_recordings
-from ..data.audio_files import _name_recordings
-from ..data.audio_files import _name_recordings
 from ..data.packing import _quantise
 from ..data.quality import quality_index
 from ..data.recordings import read_annotation

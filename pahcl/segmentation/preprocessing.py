@@ -201,7 +201,7 @@ def _process_all(raw_dir, output_dir, table, broken, settings, names, num_worker
     jobs = [(away(r), output_dir.absolute(), settings, keys[r['folder']]) for r in rows]
     summaries = list(map_in_parallel(_process_recording, jobs, num_workers, scheduler, 'cutting',
                                      lambda row, *_: row['path']))
-    _remove_stale(output_dir, keys)   # what killed workers had begun
+    if scheduler: _remove_stale(output_dir, keys)   # what killed workers had begun
     return _write_results(raw_dir, results, table, summaries, settings, broken)
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell35

@@ -13,6 +13,7 @@ import pandas as pd
 from ..core.basics import atomic_path, get_logger, PahclError
 from ..core.parallel import map_in_parallel
 from ..data.audio_files import _find_recordings, _name_recordings
+from .beat_counts import _NO_HEARTBEAT_FOUND
 from .heard_recordings import hear_recording
 from .plots import _plot_states
 from .segmenter import write_states
@@ -65,7 +66,7 @@ def _format_segmented(
     read = table[table['error'].isna()]
     rows = [f'{r.recording_id}: '+(f'{r.heart_rate:.0f} beats a minute, {int(r.beats)} beats, '
                                   f'quality {r.quality:.2f}' if r.heart_rate == r.heart_rate
-                                  else 'no good beat' if r.heartbeat else 'no heartbeat found')
+                                  else 'no good beat' if r.heartbeat else _NO_HEARTBEAT_FOUND)
             for r in read.itertuples()]
     lost = f', {len(table)-len(read)} could not be read' if len(read) < len(table) else ''
     return '\n'.join([*rows, f'{len(read)} files of states in {output_dir}{lost}'])

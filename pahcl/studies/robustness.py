@@ -19,6 +19,7 @@ from ..core.resampling import bootstrap_interval, number_persons, resampling_wei
 from ..data.datasets import identify_devices
 from ..evaluation.evaluator import open_model, open_split
 from ..evaluation.pages import format_with_interval, write_table
+from ..models.checkpoints import _checkpoint_folder
 from .paired_tests import bootstrap_experiment, _paired_scores
 from .perturbations import _list_conditions, _PerturbedCycles
 
@@ -218,7 +219,7 @@ def evaluate_robustness(
                                      batch_size, draws, seed)
     notes = [*prepared.split_notes, *notes]
     path = Path(checkpoint)
-    folder = Path(output_dir) if output_dir else evaluation_folder(path.parent, task, split)
+    folder = Path(output_dir or evaluation_folder(_checkpoint_folder(path), task, split))
     title = f'{task}, {split}: robustness of {path.parent.name}/{path.name}'
     _write_robustness(folder, table, notes, title)
     print('\n'.join([_format_robustness(table).to_string(index=False), *(f'{n}.' for n in notes)]))

@@ -15,7 +15,7 @@ from pahcl.data.datasets import DATASETS, TASKS
 from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.labelled_audio import write_recordings_table
 from pahcl.data.own_recordings import _forget_own_datasets, _OWN_PLACES, register_own_datasets
-from pahcl.data.own_rows import _name_recordings, _read_persons
+from pahcl.data.own_rows import _make_recording_ids, _read_persons
 from pahcl.data.own_tables import _OwnTable, _read_own_table
 from pahcl.data.own_tasks import _order_classes, _why_no_classes
 from pahcl.data.recordings import load_recordings
@@ -87,7 +87,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path, rows, separator, marked, en
 
 @given(st.lists(st.text('ab./\\ é-', min_size=1).map(lambda t: t+'.wav'), unique=True, min_size=1))
 def test_names_of_recordings_are_different_and_fit_for_files(files):
-    names = _name_recordings(files)
+    names = _make_recording_ids(files)
     assert len({n.casefold() for n in names}) == len(files)
     assert all(n and '/' not in n and '\\' not in n and n[0] != '.' and ' ' not in n
                for n in names)
