@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Optional, Union
 
 from fastcore.basics import patch
 from pydantic import (
-    BaseModel, ConfigDict, create_model, Field, model_validator, PlainValidator)
+    AfterValidator, BaseModel, ConfigDict, create_model, Field, model_validator, PlainValidator)
 from pydantic_core import PydanticCustomError
 
 
@@ -61,10 +61,19 @@ class _TaskSection(_Section):
     name: str = 'default'
     type: Literal['classification'] = 'classification'
 
+# %% ../../nbs/core/config_sections.ipynb #c0141
+def _check_mel_range(
+    band,   # two numbers, Hz
+):          # the same
+    "Let a range through that goes upwards and that 4000 samples a second can carry."
+    if len(band) == 2 and 0 <= band[0] < band[1] <= 2000: return band
+    told = dict(expected='two rising numbers from 0 to 2000')
+    raise PydanticCustomError('mel_range', '{expected} (Hz) are expected', told)
+
 # %% ../../nbs/core/config_sections.ipynb #c015
 class _DataSection(_Section):
-    """Where the data are and how cycles were cut; the last four must agree with the data found,
-    which is checked.
+    """Where the data are, how cycles were cut, and what a model hears of them; `sample_rate`,
+    `target_length` and `length_mode` must agree with the data found, which is checked.
     """
     base_dir: str = 'data/downstream'
     raw_dir: str = 'data/raw'
@@ -75,6 +84,18 @@ class _DataSection(_Section):
     num_substructures: int = Field(4, ge=1)
     # crop or zero-pad, or stretch every cycle to the target length
     length_mode: Literal['pad', 'phase'] = 'pad'
+    # what a model hears: samples, or frames of a log-mel spectrum
+    frontend: Literal['waveform', 'logmel'] = 'waveform'
+    # what a row is: a kept cycle, some of them in a row, or a window of fixed length
+    unit: Literal['cycle', 'beats', 'window'] = 'cycle'
+    state_channels: bool = False                # S1, systole, S2, diastole as four channels more
+    mel_bands: int = Field(40, ge=4, le=128)    # of logmel
+    # Hz, what the bands divide; a recording is heard at 4000 Hz
+    mel_range_hz: Annotated[list[float], AfterValidator(_check_mel_range)] = [25, 900]
+    mel_frame_s: float = Field(0.05, ge=0.008, le=0.25)   # s, length of the Hann window
+    mel_hop_s: float = Field(0.016, ge=0.002, le=0.1)     # s from frame to frame: 62.5 a second
+    window_s: float = Field(4.096, ge=0.5, le=60)   # s, of `unit: window`; 256 frames
+    unit_beats: int = Field(4, ge=2, le=32)     # kept cycles in a row, of `unit: beats`
 
 # %% ../../nbs/core/config_sections.ipynb #c017
 class ModelSection(_OpenSection):

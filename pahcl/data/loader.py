@@ -40,6 +40,7 @@ class Cycles:
                                                    np.arange(len(table)) if rows is None else rows)
 
     recording_ids = property(lambda self: get_recording_ids(self.table))
+    channels = 1   # of `batch`'s x, see `pahcl.data.windows.Windows`
 
     def __len__(self): return len(self.table)
     def __repr__(self):

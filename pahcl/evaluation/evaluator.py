@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core.basics import first_few, get_logger, PahclError, require_path
 from ..core.predictions import Predictions
 from ..core.stages import evaluation_folder
+from ..data.inputs import open_cycles
 from ..data.loader import Cycles
 from ..data.tasks import find_met_persons, Task
 from .baselines import all_baseline_predictions
@@ -19,7 +20,8 @@ from .decisions import Decisions
 from .report import Evaluation
 from .subject_rules import check_rules, VALIDATION_RULES
 from .thresholds import check_threshold
-from ..models.checkpoints import _checkpoint_folder, load_classifier, persons_trained_on
+from ..models.checkpoints import (
+    _checkpoint_folder, _data_settings, load_classifier, persons_trained_on)
 from ..models.classifier import Classifier, predict_cycles
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell13
@@ -27,10 +29,11 @@ def open_split(
     task: str,     # a prepared task, e.g. `circor_murmur`
     data_dir,      # folder of all prepared tasks
     split: str,    # train, val or test
-):                 # (`pahcl.data.loader.Cycles`, `Task`)
+    data=None,     # what a model hears, see `pahcl.data.inputs.open_cycles`; None: cycles
+):                 # (`pahcl.data.loader.Cycles` or `pahcl.data.windows.Windows`, `Task`)
     "Open the cycles of a split of a prepared task; a `PahclError` where there are none."
     opened = Task.open(data_dir, task, split)
-    cycles = Cycles.from_task(opened.folder, split)
+    cycles = open_cycles(opened.folder, split, data)
     if len(cycles): return cycles, opened
     raise PahclError(f'split {split} of {task} in {data_dir} has no cycles. '
                      'Preprocess and prepare again.')
@@ -60,6 +63,8 @@ class _TaskModel:
     columns: list     # of its output, in the order of the task's classes
     matched: list     # sentences: which class stands for which
 
+    data = property(lambda self: _data_settings(self.saved))   # what it hears, for `open_split`
+
     def predict(self,
         cycles: Cycles,  # of the task
         batch_size=64,   # only speed and memory depend on it
@@ -81,7 +86,7 @@ def open_model(
     network, saved = load_classifier(checkpoint)
     trained = saved['label_map'], saved['task']
     columns, matched = task.match_columns(*trained), task.describe_match(*trained)
-    task.check_compatible((saved.get('config') or {}).get('data', {}))
+    task.check_compatible(_data_settings(saved))
     return _TaskModel(network, saved, task, columns, matched)
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell23
@@ -107,7 +112,7 @@ def predict_validation(
     "Predict the validation split, on which rules, thresholds and the temperature are chosen."
     folder = Path(model.task.folder)
     if split == 'val' or not (folder/'val.csv').is_file(): return None
-    cycles = Cycles.from_task(folder, 'val')
+    cycles = open_cycles(folder, 'val', model.data)
     return model.predict(cycles, batch_size) if len(cycles) else None
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell29
@@ -179,11 +184,12 @@ def evaluate(
     A `PahclError` where checkpoint, task, split or rule are not there or do not agree.
     """
     path = Path(require_path(checkpoint, 'checkpoint', 'Train one with pahcl_finetune.'))
-    cycles, prepared = open_split(task, data_dir, split)
+    prepared = Task.open(data_dir, task, split)
     # a misspelt rule is an error before anything is computed
     check_rules(prepared, rule, subject_rule)
     check_threshold(threshold, prepared)
     model = open_model(checkpoint, prepared)
+    cycles, _ = open_split(task, data_dir, split, model.data)
     scored = _predict_and_score(model, cycles, split, subject_rule, threshold, batch_size,
                                 rule=rule, draws=draws, seed=seed, raw_dir=raw_dir)
     about = dict(checkpoint=str(checkpoint), trained_on=model.saved['task'],

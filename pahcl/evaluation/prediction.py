@@ -26,7 +26,7 @@ from ..data.datasets import TASKS
 from ..data.quality import clipped_fraction
 from ..data.tasks import BEAT_BOUNDARIES, CYCLE_SETTINGS
 from .operating_points import _choose_operating_point, _OperatingPoint
-from ..models.checkpoints import load_classifier, persons_trained_on
+from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on
 from ..models.classifier import encode_cycles, predict_probabilities
 from ..models.pretrained import resolve_checkpoint
 from ..segmentation.beat_counts import _NO_HEARTBEAT_FOUND
@@ -39,7 +39,7 @@ def _cycle_settings(
     saved: dict,   # a checkpoint's content
 ) -> PreprocessingSettings:
     "Cut as the checkpoint's cycles were cut."
-    data = (saved.get('config') or {}).get('data', {})
+    data = _data_settings(saved)
     return PreprocessingSettings(**{k: data[k] for k in CYCLE_SETTINGS if data.get(k) is not None})
 
 _THREADS = threading.Lock()   # a worker of a cluster may have several threads

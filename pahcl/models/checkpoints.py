@@ -86,6 +86,12 @@ def load_classifier(
     model = _build_saved_classifier(saved, _build_saved_encoder(saved, path), path)
     return model.eval(), saved
 
+def _data_settings(
+    saved: dict,   # a checkpoint's content
+) -> dict:         # what it says of its data; older ones say less, foreign ones nothing
+    "Return the section `data` of the configuration that a checkpoint was trained with."
+    return (saved.get('config') or {}).get('data') or {}
+
 # %% ../../nbs/models/checkpoints.ipynb #k7fold01
 def _checkpoint_files(
     path,      # a checkpoint, or a folder of `save_pretrained`

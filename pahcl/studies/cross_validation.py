@@ -52,8 +52,9 @@ def _predict_fold(
     raw_dir=None,                     # folder of raw data, for the floor of demographics
 ) -> Decisions:  # with what the shortcuts say of the same subjects
     "Predict those whom a fold's model has not met, and decide."
-    cycles, prepared = open_split(task, data_dir, 'test')
+    prepared = Task.open(data_dir, task, 'test')
     model = open_model(checkpoint, prepared)
+    cycles, _ = open_split(task, data_dir, 'test', model.data)
     chosen_on_val = subject_rule in VALIDATION_RULES or threshold != 'argmax'
     validation = predict_validation(model, 'test') if chosen_on_val else None
     predictions = model.predict(cycles)

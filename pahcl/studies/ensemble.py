@@ -17,11 +17,13 @@ import pandas as pd
 from ..core.basics import first_few, get_logger, PahclError, write_text
 from ..core.metrics import metric_names
 from ..core.predictions import Predictions
+from ..data.inputs import open_cycles
 from ..data.tasks import find_met_persons, Task
+from ..data.windows import _InputSettings
 from ..evaluation.evaluator import (
     note_bag_levels, note_trained_persons, open_model, open_split, score_split)
 from ..evaluation.subject_rules import check_rules
-from ..models.checkpoints import load_classifier, persons_trained_on
+from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on
 from .disagreement import _disagreement_table
 
 # %% ../../nbs/studies/ensemble.ipynb #cell8
@@ -152,15 +154,35 @@ def _check_unseen(
                          'Leave --weighted out.')
 
 # %% ../../nbs/studies/ensemble.ipynb #cell34
+def _open_common_split(
+    members: dict,               # path -> content of the checkpoint
+    task: str, data_dir, split,  # see `open_split`
+):                               # as `open_split`
+    "Open a split as the members hear it."
+    return open_split(task, data_dir, split, _data_settings(next(iter(members.values()))))
+
+def _predict_by_members(
+    members,          # paths of checkpoints
+    task: Task,
+    split: str,       # that is predicted
+    batch_size=64,
+) -> list:            # `Predictions`, one a member
+    "Predict a split with each member, from what that member hears."
+    models, heard = [open_model(p, task) for p in members], {}
+    for model in models:
+        if (settings := _InputSettings.of(model.data)) not in heard:
+            heard[settings] = open_cycles(task.folder, split, model.data)
+    return [m.predict(heard[_InputSettings.of(m.data)], batch_size) for m in models]
+
 def _fit_validation_weights(
     members: dict,                        # path -> content of the checkpoint
     task: str, data_dir, batch_size=64,   # as in `ensemble`
     rule='mean', subject_rule=None,       # see `Predictions.at_levels`
 ):                                        # [members]
     "Learn the members' weights on the task's validation subjects, see `_fit_member_weights`."
-    cycles, prepared = open_split(task, data_dir, 'val')
+    cycles, prepared = _open_common_split(members, task, data_dir, 'val')
     _check_unseen(members, cycles.table, prepared.leaky_persons)
-    predictions = [open_model(p, prepared).predict(cycles, batch_size) for p in members]
+    predictions = _predict_by_members(members, prepared, 'val', batch_size)
     subjects = [p.at_level('subject', rule, subject_rule) for p in predictions]
     labels = subjects[0].table['label'].astype(int)
     return _fit_member_weights([s.probabilities for s in subjects], labels)
@@ -227,13 +249,13 @@ def ensemble(
 ) -> dict:            # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
     members, rules = _load_members(checkpoints), dict(rule=rule, subject_rule=subject_rule)
-    cycles, prepared = open_split(task, data_dir, split)
+    cycles, prepared = _open_common_split(members, task, data_dir, split)
     check_rules(prepared, rule, subject_rule, ())
     _check_test_persons(members, cycles.table, split)
     # predict with each member, score their mean
     weights = (_fit_validation_weights(members, task, data_dir, batch_size, **rules)
                if weighted else None)
-    predictions = [open_model(p, prepared).predict(cycles, batch_size) for p in members]
+    predictions = _predict_by_members(members, prepared, split, batch_size)
     together = Predictions.mean(predictions, **rules, weights=weights)
     scored = score_split(together, prepared, split, **rules, draws=draws, seed=seed,
                          raw_dir=raw_dir)

@@ -146,11 +146,12 @@ def _compatible_splits(
     task: str,   # a prepared task
     data_dir,    # folder of the prepared tasks
     split: str,  # train, val or test
+    data=None,   # what an encoder hears, see `open_split`
 ) -> dict:       # data set -> (cycles, `Task`), the task's own first
     "Open the task's cycles, and those of one task of each other data set that was cut alike."
     sets = {}
     for name in dict.fromkeys([task, *list_prepared_tasks(data_dir)]):
-        cycles, prepared = open_split(name, data_dir, split)
+        cycles, prepared = open_split(name, data_dir, split, data)
         first = next(iter(sets.values()))[1] if sets else prepared
         if not find_cut_difference(prepared.config, first.config):
             sets.setdefault(prepared.dataset, (cycles, prepared))
@@ -179,9 +180,10 @@ def _encode_map_cycles(
     processed_dir=None,   # see `_cycle_heart_rates`
     seed=0,               # of which cycles are taken
     batch_size=64,        # cycles at once
+    data=None,            # what the encoder hears, see `open_split`
 ):   # (features, DataFrame of `_map_figure`)
     "Encode cycles of the task, and as many of each other data set."
-    sets, parts = _compatible_splits(task, data_dir, split), []
+    sets, parts = _compatible_splits(task, data_dir, split, data), []
     for dataset, (cycles, prepared) in sets.items():
         cycles = _sample_cycles(cycles, 3, seed)
         cycles = cycles.subset(

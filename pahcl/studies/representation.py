@@ -18,7 +18,7 @@ from ..evaluation.evaluator import open_split
 from ..evaluation.pages import format_with_interval, write_page
 from ..models.checkpoints import persons_trained_on
 from ..models.classifier import encode_cycles
-from ..models.checkpoints import _checkpoint_folder
+from ..models.checkpoints import _checkpoint_folder, _data_settings
 from ..models.pretrained import load_pretrained_encoder, resolve_checkpoint
 from .anomaly import _CycleFeatures, _detect_anomalies
 from .feature_map import (
@@ -93,11 +93,12 @@ def _split_features(
     splits: list,               # names of splits
     cycles_per_recording: int,  # 0: all
     batch_size: int, seed: int,
+    data=None,                  # what the encoder hears, see `open_split`
 ):                              # ({split: `_CycleFeatures`}, the `Task`)
     "Encode a few cycles of each recording."
     features = {}
     for name in splits:
-        cycles, prepared = open_split(task, data_dir, name)
+        cycles, prepared = open_split(task, data_dir, name, data)
         cycles = _sample_cycles(cycles, cycles_per_recording, seed)
         encoded = encode_cycles(encoder.eval(), cycles, batch_size=batch_size)
         features[name] = _CycleFeatures(cycles.table, encoded)
@@ -144,15 +145,16 @@ def represent(
     saliency.
     """
     encoder, saved, _ = load_pretrained_encoder(checkpoint)
+    data = _data_settings(saved)
     splits, prepared = _split_features(encoder, task, data_dir,
                                        list(dict.fromkeys(('train', split))), cycles_per_recording,
-                                       batch_size, seed)
+                                       batch_size, seed, data)
     given = splits['train'], splits[split], prepared.label_map, draws, seed
     probed, (anomalies, subjects) = _score_probes(*given), _detect_anomalies(*given)
     notes = _representation_notes(saved, splits[split].table, cycles_per_recording, split,
                                   prepared.class_names)+prepared.split_notes
     features, about = _encode_map_cycles(encoder, task, data_dir, split, points, processed_dir,
-                                         seed, batch_size)
+                                         seed, batch_size, data)
     shown = _compute_tsne(features, seed), about, prepared.class_names
     beside = _checkpoint_folder(resolve_checkpoint(checkpoint))
     folder = Path(output_dir or beside/f'representation_{task}_{split}')

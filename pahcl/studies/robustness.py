@@ -17,6 +17,7 @@ from ..core.figures import COLOURS, save_figure, STYLE
 from ..core.stages import evaluation_folder
 from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
 from ..data.datasets import identify_devices
+from ..data.tasks import Task
 from ..evaluation.evaluator import open_model, open_split
 from ..evaluation.pages import format_with_interval, write_table
 from ..models.checkpoints import _checkpoint_folder
@@ -213,8 +214,10 @@ def evaluate_robustness(
     draws=2000, seed=0,               # of the bootstrap over persons; seed also of the noise
 ):   # DataFrame, a row a condition: kind, condition, scores, intervals, differences
     "Score a checkpoint under every condition and write the table into the evaluation's folder."
-    cycles, prepared = open_split(task, data_dir, split)
-    model, cycles.table = open_model(checkpoint, prepared), prepared.add_devices(cycles.table)
+    prepared = Task.open(data_dir, task, split)
+    model = open_model(checkpoint, prepared)
+    cycles, _ = open_split(task, data_dir, split, model.data)
+    cycles.table = prepared.add_devices(cycles.table)
     table, notes = _robustness_table(model, cycles, prepared.dataset, rule, subject_rule,
                                      batch_size, draws, seed)
     notes = [*prepared.split_notes, *notes]

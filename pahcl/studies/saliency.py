@@ -17,7 +17,7 @@ from ..core.basics import generator, get_logger, progress, write_text
 from ..core.figures import save_figure, STYLE
 from ..data.sampling import sample_rows_per_group
 from ..evaluation.evaluator import open_split
-from ..models.checkpoints import load_classifier
+from ..models.checkpoints import _data_settings, load_classifier
 from ..segmentation.plots import STATE_COLOURS
 
 # %% ../../nbs/studies/saliency.ipynb #cell8
@@ -225,7 +225,7 @@ def _explain_split(
 ) -> _ExplainedSplit:
     "Explain a few cycles of each subject for their true class."
     model, saved = load_classifier(checkpoint)
-    cycles, prepared = open_split(task, data_dir, split)
+    cycles, prepared = open_split(task, data_dir, split, _data_settings(saved))
     columns = prepared.match_columns(saved['label_map'], saved['task'])
     rows = sample_rows_per_group(cycles.table['subject_id'].astype(str), cycles_per_subject,
                                  generator(seed, 'saliency'))

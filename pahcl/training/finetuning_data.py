@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..core.basics import atomic_path, generator, PahclError, read_table, UsageError
 from ..data.datasets import TASKS
-from ..data.loader import Cycles
+from ..data.inputs import open_cycles
 from ..data.sampling import (
     bag_ids, bag_table, draw_epoch_rows, draw_few_shot_rows, sample_bag_cycles,
     sample_rows_per_group)
@@ -120,12 +120,12 @@ def _drop_inaudible_recordings(
 # %% ../../nbs/training/finetuning_data.ipynb #cell20
 def _load_task_cycles(
     config,        # a `FinetuneConfig`
-):                 # ({'train', 'val', 'test': Cycles}, the `Task`)
+):                 # ({'train', 'val', 'test': Cycles or Windows}, the `Task`)
     """Read the three splits, few-shot reduced where asked for, after a check that no person is in
     two of them.
     """
     task = _open_configured_task(config)
-    data = {s: Cycles.from_task(task.folder, s) for s in ('train', 'val', 'test')}
+    data = {s: open_cycles(task.folder, s, config.data) for s in ('train', 'val', 'test')}
     for split, cycles in data.items():
         if not len(cycles):
             raise PahclError(
