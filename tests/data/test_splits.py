@@ -171,7 +171,8 @@ def test_folder(house):
         assert ((written['of'] == written['split']).all() and written['file_path'].tolist()
                 == cycles.set_index('split').loc[list(SPLIT_FRACTIONS)]['file_path'].tolist())
         assert sorted(written['file_path']) == sorted(
-            str(p.relative_to(folder)) for s in SPLIT_FRACTIONS for p in (folder/s).rglob('cycle_*.npy'))
+            str(p.relative_to(folder)) for s in SPLIT_FRACTIONS
+            for p in (folder/s).rglob('cycle_*.npy'))
         assert all(p.split('/')[0] == s for p, s in zip(written['file_path'], written['split']))
         assert (
             written['label'].astype(int) == written['label_name'].map(config['label_map'])).all()
