@@ -300,3 +300,19 @@ def batch(self: Windows,
     out = dict(x=x, phases=phases, valid_length=valid.long(), index=to(rows))
     return out | (dict(label=to(self.table['label'].to_numpy(np.int64)[rows]))
                   if 'label' in self.table else {})
+
+# %% ../../nbs/data/windows.ipynb #w0171
+def _join_windows(
+    parts: list,     # `Windows` of different recordings, heard alike
+) -> Windows:
+    "Put the rows of several recordings into one table."
+    steps = [p.steps for p in parts]
+    join = lambda name: np.concatenate([getattr(s, name) for s in steps])
+    before = np.cumsum([0]+[len(s.states) for s in steps])
+    recordings = np.cumsum([0]+[len(s.bounds)-1 for s in steps])
+    bounds = np.concatenate([s.bounds[:-1]+b for s, b in zip(steps, before)]+[before[-1:]])
+    at = [(p.stretches.start+b, p.stretches.valid, p.stretches.recording+r, p.stretches.first)
+          for p, b, r in zip(parts, before, recordings)]
+    packed = _PackedSteps(join('values'), join('states'), join('statistics'), bounds)
+    return Windows(pd.concat([p.table for p in parts]), parts[0].settings, packed,
+                   _Stretches(*map(np.concatenate, zip(*at))))

@@ -18,7 +18,10 @@ from ..core.parallel import map_in_parallel
 from ..core.predictions import LEVELS
 from ..data.audio_files import _find_recordings
 from ..data.loader import Cycles
+from ..data.steps import _InputSettings
+from ..data.windows import _join_windows, Windows
 from .prediction import _cycle_settings
+from ..models.checkpoints import _data_settings
 from ..models.classifier import encode_cycles
 from ..models.hub import from_pretrained
 from ..models.pretrained import load_pretrained_encoder
@@ -62,6 +65,7 @@ class _OpenedEncoder:
     "An encoder, and how the cycles are cut that it takes."
     encoder: nn.Module                # an `Encoder`
     settings: PreprocessingSettings
+    heard: _InputSettings = _InputSettings()
 
 _CHECKPOINT_SUFFIXES = ('.pt', '.pth', '.ckpt', '.bin')
 
@@ -80,7 +84,8 @@ def _open_encoder(
     if not here and str(encoder) != 'packaged':
         return _OpenedEncoder(from_pretrained(encoder, num_classes=0), PreprocessingSettings())
     opened = load_pretrained_encoder(encoder)
-    return _OpenedEncoder(opened.encoder.eval(), _cycle_settings(opened.saved))
+    return _OpenedEncoder(opened.encoder.eval(), _cycle_settings(opened.saved),
+                          _InputSettings.of(_data_settings(opened.saved)))
 
 # %% ../../nbs/evaluation/embedding.ipynb #cell17
 def _cut_recording(
@@ -88,24 +93,26 @@ def _cut_recording(
     name: str,     # of the recording, for messages
     sample_rate,   # Hz, of a signal
     settings,      # `PreprocessingSettings`
-):                 # (dict: what was heard, `Cycles`)
+    heard=None,    # `_InputSettings`; None: cycles
+):                 # (dict: what was heard, `Cycles` or `Windows`)
     "Cut one recording."
     is_file = isinstance(source, (str, Path))
-    try: heard = hear_recording(source, sample_rate, settings)
+    try: found = hear_recording(source, sample_rate, settings)
     except PahclError as e: raise (e if is_file else PahclError(f'{name}: {e}')) from e
-    cycles = cut_recordings([heard], settings=settings)
-    told = dict(path=str(source) if is_file else None, seconds=round(heard.seconds, 3),
-                heart_rate=heard.heart_rate, quality=round(heard.quality, 4),
-                heartbeat=bool(heard.heartbeat), fallback=heard.fallback, cycles=len(cycles))
+    cycles = cut_recordings([found], settings=settings, heard=heard)
+    told = dict(path=str(source) if is_file else None, seconds=round(found.seconds, 3),
+                heart_rate=found.heart_rate, quality=round(found.quality, 4),
+                heartbeat=bool(found.heartbeat), fallback=found.fallback, cycles=len(cycles))
     return told, cycles
 
 # %% ../../nbs/evaluation/embedding.ipynb #cell18
 def _cut_all(
     sources: list,   # of `_list_recordings`
     sample_rate, settings, num_workers,   # as of `embed`; `PreprocessingSettings`
+    heard=None,      # as of `_cut_recording`
 ):                   # (DataFrame, a row a recording; `Cycles` of all, in this order)
     "Cut recordings beside each other."
-    jobs = [(s, f'recording {i}', sample_rate, settings) for i, s in enumerate(sources)]
+    jobs = [(s, f'recording {i}', sample_rate, settings, heard) for i, s in enumerate(sources)]
     told, parts = zip(*map_in_parallel(_cut_recording, jobs, num_workers, label='cutting'))
     told, joined = pd.DataFrame(told), lambda name: np.concatenate([getattr(c, name)
                                                                     for c in parts])
@@ -114,6 +121,7 @@ def _cut_all(
         get_logger().warning(f'{_NO_HEARTBEAT_FOUND} in {len(silent)} of {len(told)} recordings ('
                              f'{first_few(told["path"].fillna("a signal")[silent], 3)}); '
                              'of each at most three cycles count')
+    if isinstance(parts[0], Windows): return told, _join_windows(parts)
     return told, Cycles(pd.concat([c.table for c in parts]), joined('boundaries'),
                         parts[0].settings, joined('packed'), joined('statistics'))
 
@@ -178,7 +186,7 @@ def embed(
     sources = _list_recordings(paths)
     _check_level(level, subjects, len(sources))
     opened = _open_encoder(encoder)
-    told, cycles = _cut_all(sources, sample_rate, opened.settings, num_workers)
+    told, cycles = _cut_all(sources, sample_rate, opened.settings, num_workers, opened.heard)
     features = encode_cycles(opened.encoder, cycles, batch_size=batch_size)
     group, rows = _group_cycles(level, told, subjects)
     if level != 'cycle': features = _average_by_person(features, group)

@@ -111,12 +111,14 @@ class _KnownEncoder(NamedTuple):
     encoder: nn.Module
     settings: object    # `PreprocessingSettings`
     fingerprint: str
+    heard: object       # `pahcl.data.steps._InputSettings`
 
 @lru_cache(maxsize=4)
 def _open_unchanged(encoder, stamp):
     "Open an encoder; `stamp` stands for the content of its files."
     opened = _open_encoder(encoder)
-    return _KnownEncoder(opened.encoder, opened.settings, encoder_fingerprint(opened.encoder))
+    return _KnownEncoder(opened.encoder, opened.settings, encoder_fingerprint(opened.encoder),
+                         opened.heard)
 
 def _open_once(
     encoder,   # as of `HeartSoundEmbedder`
@@ -136,7 +138,7 @@ def _embed_recording(
     opened,        # of `_open_once`
 ) -> np.ndarray:   # [C] float64
     "Embed a recording by itself, in one thread."
-    _, cycles = _cut_recording(source, name, sample_rate, opened.settings)
+    _, cycles = _cut_recording(source, name, sample_rate, opened.settings, opened.heard)
     with _one_thread(): features = encode_cycles(opened.encoder, cycles)
     return _average_by_person(features, np.zeros(len(cycles), int))[0]
 
@@ -150,7 +152,7 @@ def _embed_rows(
     n_jobs,          # of joblib
 ):                   # [n, C] float64
     "Embed recordings; one that is remembered is not heard again."
-    base = f'{opened.fingerprint} {opened.settings}'
+    base = f'{opened.fingerprint} {opened.settings}{"" if opened.heard.is_plain else opened.heard}'
     keys = [f'{_hash_source(s, sample_rate)} {base}' for s in sources]
     new = {k: i for i, k in enumerate(keys) if k not in _REMEMBERED}
     ignored = ['source', 'name', 'sample_rate', 'opened']   # the key stands for them

@@ -24,6 +24,7 @@ from ..core.predictions import Predictions
 from ..data.audio_files import _assign_subjects, _find_recordings
 from ..data.datasets import TASKS
 from ..data.quality import clipped_fraction
+from ..data.steps import _InputSettings
 from ..data.tasks import BEAT_BOUNDARIES, CYCLE_SETTINGS
 from .operating_points import _choose_operating_point, _OperatingPoint
 from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on
@@ -102,7 +103,8 @@ class _EncodedRecording:
     "A recording as the head of a model needs it, and what else is known of it."
     facts: dict                      # `beats, heart_rate, …`, or `error`
     states: pd.DataFrame = None      # `start_s, end_s, state, confidence`
-    beats: pd.DataFrame = None       # of the kept: `BEAT_BOUNDARIES`, confidence
+    # of the kept: `BEAT_BOUNDARIES`, confidence; of what hears windows: `start_s`, `end_s` of each
+    beats: pd.DataFrame = None
     table: pd.DataFrame = None       # of the cycles, as `Cycles` has it
     features: np.ndarray = None      # [kept, features]
 
@@ -118,7 +120,8 @@ def _encode_recording(
         heard = hear_recording(file, settings=_cycle_settings(saved))
         with _one_thread():
             cycles = cut_recordings([heard], settings=_cycle_settings(saved),
-                                    table=pd.DataFrame([who]))
+                                    table=pd.DataFrame([who]),
+                                    heard=_InputSettings.of(_data_settings(saved)))
             features = _encode_beats(network, cycles)
     except (PahclError, OSError) as e:
         return _EncodedRecording(dict(error=' '.join(str(e).split()), notes=[]))
@@ -128,8 +131,9 @@ def _encode_recording(
                  seconds=about['seconds'], sample_rate=heard.sample_rate,
                  notes=_note_recording(heard), error=None)
     beats = heard.beats[heard.beats.kept].reset_index(drop=True)
-    return _EncodedRecording(facts, heard.states, beats[[*BEAT_BOUNDARIES, 'confidence']],
-                             cycles.table, features)
+    rows = (cycles.table[['start_s', 'end_s']] if 'start_s' in cycles.table
+            else beats[[*BEAT_BOUNDARIES, 'confidence']])
+    return _EncodedRecording(facts, heard.states, rows, cycles.table, features)
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell15
 @dataclass(frozen=True, eq=False)
@@ -143,7 +147,9 @@ class Prediction:
     # a row a subject: subject_id, decision, probability_<class>, agreement (share of recordings),
     # recordings, with_heartbeat, notes
     subjects: pd.DataFrame
-    beats: pd.DataFrame      # a row a kept beat: recording_id, its boundaries in s, probabilities
+    # a row a kept beat, or a window where the model hears those: recording_id, its boundaries in s,
+    # probabilities
+    beats: pd.DataFrame
     states: dict             # recording_id -> DataFrame `start_s, end_s, state, confidence`
     # checkpoint, task, dataset, classes, encoder_type, epochs, training_persons, decisions
     model: dict

@@ -18,7 +18,8 @@ from ..data.audio_files import _name_recordings
 from ..data.packing import _quantise
 from ..data.quality import quality_index
 from ..data.recordings import read_annotation
-from ..data.signal import bandpass, _read_signal, resample
+from ..data.signal import bandpass, _read_signal, resample, _store_signal, _stored_rate
+from ..data.steps import _compute_steps, _PackedSteps, _StepSettings
 from ..data.tasks import _KEPT_CYCLE_COLUMNS, _tabulate_cycles
 from .beats import (
     cut_beat, _fallback_beats, find_whole_beats, MINIMUM_CONFIDENCE, _reject_beats)
@@ -169,6 +170,16 @@ def _kept_rows(
     return [[str(v) for v in row] for row in zip(*(list(columns[c]) for c in _KEPT_CYCLE_COLUMNS))]
 
 # %% ../../nbs/segmentation/heard_recordings.ipynb #cell25
+def _hear_steps(
+    found: HeardRecording,
+    settings,               # `PreprocessingSettings`
+    heard,                  # `pahcl.data.steps._InputSettings`
+):                          # `pahcl.data.steps._RecordingSteps`
+    "Hear a recording as a model does that hears windows: from what `preprocess` would keep of it."
+    numbers = _store_signal(found.recorded, found.sample_rate)
+    return _compute_steps(numbers, _stored_rate(found.sample_rate), found.states,
+                          _StepSettings.of(heard, asdict(settings)))
+
 def cut_recordings(
     sources,            # paths, signals [T], or recordings that `hear_recording` has heard
     sample_rate=None,   # Hz, of signals; files say their own
@@ -176,26 +187,32 @@ def cut_recordings(
     # DataFrame, a row a recording: any of subject_id, person_id, recording_id, location; None: each
     # recording is a subject of its own
     table=None,
-):                      # a `pahcl.data.loader.Cycles`, without labels
-    """Cut recordings into cycles in memory, to the bit those of `preprocess` and
-    `Cycles.from_processed`.
+    heard=None,         # a `pahcl.data.steps._InputSettings`: what a model hears; None: cycles
+):                      # a `pahcl.data.loader.Cycles` or a `pahcl.data.windows.Windows`, no labels
+    """Cut recordings into cycles, or lay windows over them, in memory: to the bit those of
+    `preprocess` and `from_processed`.
 
     What cannot be heard is a `PahclError`, see `hear_recording`.
     """
     # it imports torch, which preprocessing need not wait for
     from pahcl.data.loader import _BOUNDARY_COLUMNS, _CYCLE_IDS, Cycles
-    sources, packed, rows, owner = list(sources), [], [], []
+    sources, packed, rows, owner, whole = list(sources), [], [], [], heard and not heard.is_plain
     recordings = _complete_table(sources, table)
     if not len(recordings): raise PahclError('there are no recordings to cut; give at least one.')
     for i, source in enumerate(progress(sources, 'hearing')):
-        heard = (source if isinstance(source, HeardRecording)
+        found = (source if isinstance(source, HeardRecording)
                  else hear_recording(source, sample_rate, settings))
-        cycles, valid = heard.cut_cycles(settings)
-        packed += [_quantise(cycle, length) for cycle, length in zip(cycles, valid)]
-        rows += _kept_rows(heard, valid)
+        cycles, valid = found.cut_cycles(settings)
+        packed += ([_hear_steps(found, settings, heard)] if whole
+                   else [_quantise(cycle, length) for cycle, length in zip(cycles, valid)])
+        rows += _kept_rows(found, valid)
         owner += [i]*len(valid)
     found = _tabulate_cycles(rows, owner, recordings, asdict(settings))
     found['file_path'] = found['folder']+'/'+found['file']
+    if whole:
+        from pahcl.data.windows import _lay_out
+        return _lay_out(found, [*_CYCLE_IDS, 'dataset'], _PackedSteps.of(packed), heard,
+                        asdict(settings))
     numbers, statistics = zip(*packed)
     return Cycles(found[[*_CYCLE_IDS, 'dataset']], found[_BOUNDARY_COLUMNS].to_numpy(np.int32),
                   asdict(settings), np.stack(numbers), np.array(statistics, np.float32))

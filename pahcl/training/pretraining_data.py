@@ -20,6 +20,7 @@ from ..data.loader import Cycles
 from ..data.sampling import draw_epoch_rows, get_recording_ids
 from ..data.random_numbers import sample_keys
 from ..data.own_recordings import _holds_no_task
+from ..data.steps import _InputSettings
 from ..data.tasks import find_cut_difference, find_held_out_persons, list_prepared_tasks
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell6
@@ -91,6 +92,10 @@ def _check_pretrain_settings(
         raise PahclError('contrast.second_view is other, but contrast.positives is view: '
                          'there is no other cycle that counts as the same. '
                          'Set positives to recording or subject.')
+    if not (heard := _InputSettings.of(config.data)).is_plain:
+        raise PahclError(f'data.frontend is {heard.frontend}, data.unit {heard.unit} and '
+                         f'data.state_channels {str(heard.state_channels).lower()}, but '
+                         'pretraining hears cycles as samples. Leave the keys out.')
     _check_unused_keys(config.training)
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell18
