@@ -319,7 +319,7 @@ class _FinetuneAugmentation(AugmentationSection):
     equaliser_waves: int = Field(4, ge=1)                 # half waves over the bands, at most
     noise_floor_probability: float = Field(0., ge=0, le=1)
     # where the floor comes to lie, dB above what the recording is half of the time
-    noise_floor_db: list[float] = [-10.0, 10.0]
+    noise_floor_db: list[float] = [-10.0, 5.0]
     spec_augment_probability: float = Field(0., ge=0, le=1)
     spec_augment_masks: int = Field(2, ge=0)              # as many in time and over bands
     spec_augment_time: float = Field(0.1, ge=0, le=1)     # largest width, share of the valid frames
