@@ -7,7 +7,8 @@ __all__ = ['open_cycles']
 
 # %% ../../nbs/data/inputs.ipynb #i002
 from .loader import Cycles
-from .windows import _InputSettings, Windows
+from .steps import _InputSettings
+from .windows import Windows
 
 # %% ../../nbs/data/inputs.ipynb #i003
 def open_cycles(

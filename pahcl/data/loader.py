@@ -91,12 +91,11 @@ def _read_split_table(
     return table.astype({c: int for c in ['label', *_BOUNDARY_COLUMNS]})
 
 # %% ../../nbs/data/loader.ipynb #c012
-@patch(cls_method=True)
-def from_task(cls: Cycles,
-    folder,       # of a prepared task, e.g. data/downstream/circor_murmur
+def _read_task_table(
+    folder,       # of a prepared task
     split: str,   # train, val or test
-) -> Cycles:      # with `label` in its table, integers of the task's label map
-    "The cycles of a task's split."
+):                # (DataFrame of `_read_split_table`, content of task_config.json)
+    "Read the cycles of a split and the task's settings; a `PahclError` where they are not whole."
     settings = read_json(Path(folder)/'task_config.json', 'task configuration',
                          'Make it with pahcl_prepare.')
     lost = [k for k in ('num_classes', 'target_length', 'length_mode') if k not in settings]
@@ -109,14 +108,56 @@ def from_task(cls: Cycles,
                              'of PASCAL\'s set A counted as a person: '
                              'one person may be on both sides of its split. '
                              'Run pahcl_preprocess and pahcl_prepare again.')
+    return table, settings
+
+def _label_columns(
+    table,   # of `_read_split_table`
+) -> list:   # tasks prepared before it existed have no `subject_label`
+    "Name the columns of labels."
+    return ['label', *(['subject_label'] if 'subject_label' in table else [])]
+
+@patch(cls_method=True)
+def from_task(cls: Cycles,
+    folder,       # of a prepared task, e.g. data/downstream/circor_murmur
+    split: str,   # train, val or test
+) -> Cycles:      # with `label` in its table, integers of the task's label map
+    "The cycles of a task's split."
+    table, settings = _read_task_table(folder, split)
     packed = _open_pack(folder, split, table['file_path'].tolist(), table['valid_length'].tolist(),
                         settings['target_length'])
-    # tasks prepared before it existed have none
-    labels = ['label', *(['subject_label'] if 'subject_label' in table else [])]
+    labels = _label_columns(table)
     return cls(table[[*_CYCLE_IDS, *labels]].astype(dict.fromkeys(labels, int)),
                table[_BOUNDARY_COLUMNS].to_numpy(np.int32), settings, *packed)
 
 # %% ../../nbs/data/loader.ipynb #c015
+def _read_processed_table(
+    processed_dir,   # output of pahcl_preprocess
+    datasets=None,   # names of data sets that must be there; None: any
+):                   # (DataFrame of `read_kept_cycles` with `file_path`, the folder's settings)
+    "Read the cycles of a processed folder."
+    recordings, settings = read_processed(processed_dir)
+    unknown = set(datasets or ())-set(recordings['dataset'])
+    if unknown:
+        raise PahclError(f'{processed_dir} holds nothing of {first_few(sorted(unknown))}; there '
+                         f'are {first_few(sorted(set(recordings["dataset"])))}.')
+    table = read_kept_cycles(processed_dir, recordings, settings)
+    return table.assign(file_path=table['folder']+'/'+table['file']), settings
+
+def _keep_persons(
+    cycles,            # `Cycles`, or what else has `table` and `subset`
+    exclude_persons,   # person or subject ids
+    datasets=None,     # names of data sets; None: all
+    folder='',         # where they come from, for messages
+):                     # those that are left
+    "Leave out persons, and data sets that are not asked for."
+    table, out = cycles.table, {str(p) for p in exclude_persons}
+    left = ~(table['person_id'].isin(out) | table['subject_id'].isin(out)) & (
+        table['dataset'].isin(datasets) if datasets else True)
+    if not left.any():
+        raise PahclError(f'no cycle of {folder} is left: {len(out)} persons or subjects '
+                         f'left out of {len(table)} cycles. Preprocess more recordings.')
+    return cycles.subset(left.to_numpy())
+
 @patch(cls_method=True)
 def from_processed(cls: Cycles,
     processed_dir,        # output of pahcl_preprocess
@@ -124,23 +165,12 @@ def from_processed(cls: Cycles,
     datasets=None,        # names of data sets; None: all
 ) -> Cycles:              # with `dataset` in its table, without labels
     "The cycles of a processed folder."
-    recordings, settings = read_processed(processed_dir)
-    unknown = set(datasets or ())-set(recordings['dataset'])
-    if unknown:
-        raise PahclError(f'{processed_dir} holds nothing of {first_few(sorted(unknown))}; there '
-                         f'are {first_few(sorted(set(recordings["dataset"])))}.')
-    table = read_kept_cycles(processed_dir, recordings, settings)
-    table = table.assign(file_path=table['folder']+'/'+table['file'])
+    table, settings = _read_processed_table(processed_dir, datasets)
     packed = _open_pack(processed_dir, 'all', table['file_path'].tolist(),
                         table['valid_length'].tolist(), settings['target_length'])
-    cycles, out = cls(table[[*_CYCLE_IDS, 'dataset']], table[_BOUNDARY_COLUMNS].to_numpy(np.int32),
-                      settings, *packed), {str(p) for p in exclude_persons}
-    left = ~(table['person_id'].isin(out) | table['subject_id'].isin(out)) & (
-        table['dataset'].isin(datasets) if datasets else True)
-    if not left.any():
-        raise PahclError(f'no cycle of {processed_dir} is left: {len(out)} persons or subjects '
-                         f'left out of {len(table)} cycles. Preprocess more recordings.')
-    return cycles.subset(left.to_numpy())
+    cycles = cls(table[[*_CYCLE_IDS, 'dataset']], table[_BOUNDARY_COLUMNS].to_numpy(np.int32),
+                 settings, *packed)
+    return _keep_persons(cycles, exclude_persons, datasets, processed_dir)
 
 # %% ../../nbs/data/loader.ipynb #c018
 def _label_phases(

@@ -105,6 +105,28 @@ def _fingerprint_pack(
     return fingerprint([_PACK_FORMAT, length, there, '\n'.join(files), ' '.join(map(str, valid))])
 
 # %% ../../nbs/data/packing.ipynb #c013
+def _open_or_pack(
+    root,         # folder of the data; the pack is made in `.packed` below it
+    name: str,    # of the pack
+    key: str,     # fingerprint of all that it is made from
+    read,         # function of the pack's folder -> what it holds, or None where it is damaged
+    write,        # function that fills an empty folder
+    what: str,    # is packed, for the log
+):                # what `read` returns
+    "Open a pack, made first where there is none or its inputs have changed."
+    packs = Path(root)/'.packed'
+    target, temporary = packs/f'{name}-{key}', packs/f'.{name}.tmp'
+    with lock_folder(root):
+        if found := read(target): return found
+        get_logger().info(f'packing {what} of {root}')
+        for old in [temporary, *packs.glob(f'{name}-*')]: shutil.rmtree(old, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write(temporary)
+            os.rename(temporary, target)
+        finally: shutil.rmtree(temporary, ignore_errors=True)
+        return read(target)
+
 def _open_pack(
     root,         # folder of the data; the pack is made in `.packed` below it
     name: str,    # of the pack: the split, or `all`
@@ -113,15 +135,8 @@ def _open_pack(
     length: int,  # samples of a cycle
 ):                # (int16 [n, length] mapped from disk, float32 [n, 3])
     "Open the pack of these files, made first where there is none or its inputs have changed."
-    packs, key = Path(root)/'.packed', _fingerprint_pack(root, files, valid, length)
-    target, temporary = packs/f'{name}-{key}', packs/f'.{name}.tmp'
-    with lock_folder(root):
-        if found := _read_pack(target, len(files), length): return found
-        get_logger().info(f'packing {len(files)} cycles of {root}')
-        for old in [temporary, *packs.glob(f'{name}-*')]: shutil.rmtree(old, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            _write_pack(temporary, [os.path.join(root, f) for f in files], valid, length)
-            os.rename(temporary, target)
-        finally: shutil.rmtree(temporary, ignore_errors=True)
-        return _read_pack(target, len(files), length)
+    key, paths = _fingerprint_pack(root, files, valid, length), [os.path.join(root, f)
+                                                                 for f in files]
+    return _open_or_pack(root, name, key, lambda folder: _read_pack(folder, len(files), length),
+                         lambda folder: _write_pack(folder, paths, valid, length),
+                         f'{len(files)} cycles')

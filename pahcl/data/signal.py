@@ -101,6 +101,25 @@ def resample(
     out = soxr.resample(np.asarray(signal, np.float32), from_rate, to_rate)
     return np.pad(out[:length], (0, max(0, length-len(out))))
 
+# %% ../../nbs/data/signal.ipynb #store1
+_STORED_RATE = 4000   # Hz, at most: nothing of a heart sound lies above 2000 Hz
+
+def _stored_rate(
+    sample_rate,   # Hz, of a recording
+) -> int:          # Hz
+    "Return the rate at which a recording is kept."
+    return min(int(sample_rate), _STORED_RATE)
+
+def _store_signal(
+    signal,            # [T] float32, as recorded, usually in ±1
+    sample_rate,       # Hz
+) -> np.ndarray:       # int16 [T at `_stored_rate`]: round(32768·amplitude)
+    "Turn a recording into integers; one that goes beyond ±1 is made softer as a whole."
+    kept = resample(signal, sample_rate, _stored_rate(sample_rate))
+    loudest = float(np.abs(kept).max())
+    numbers = np.rint(kept*np.float32(32768/max(loudest, 1)))
+    return numbers.clip(-32768, 32767).astype('<i2')
+
 # %% ../../nbs/data/signal.ipynb #7e2464de
 CYCLE_SAMPLE_RATE = 5000   # Hz
 

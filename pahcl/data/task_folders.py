@@ -112,9 +112,9 @@ def _make_task_config(
 # %% ../../nbs/data/task_folders.ipynb #c013
 _TASK_CYCLE_COLUMNS = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location',
                        'label', 's1_end', 's2_start', 's2_end', 'valid_length',
-                       'duration_s', 'confidence', 'quality', 'subject_label']
-_OPTIONAL_RECORDING_COLUMNS = ['subject_label', 'murmur_locations', 'signal_quality', 'seconds',
-                               'cycles_found', 'quality', 'confidence',
+                       'onset_s', 'duration_s', 'confidence', 'quality', 'subject_label']
+_OPTIONAL_RECORDING_COLUMNS = ['subject_label', 'murmur_locations', 'signal_quality', 'sample_rate',
+                               'seconds', 'cycles_found', 'quality', 'confidence',
                                # of own data sets
                                'age', 'sex', 'height', 'weight', 'pregnant', 'device', 'site']
 _TASK_RECORDING_COLUMNS = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label',
@@ -129,6 +129,10 @@ def _select_recording_columns(
     return recordings.rename(columns=dict(cycles_kept='cycles'))[[*_TASK_RECORDING_COLUMNS, *more]]
 
 # %% ../../nbs/data/task_folders.ipynb #c015
+# of a recording, beside its cycles: what `pahcl.data.windows.Windows` reads. A folder that was
+# preprocessed before the recording was kept has no signal
+_RECORDING_FILES = ('signal.npy', 'states.tsv')
+
 def _write_task(
     folder,                     # an empty folder
     config: dict,               # of `_make_task_config`
@@ -139,10 +143,12 @@ def _write_task(
     cycles = cycles.assign(file_path=cycles['split']+'/'+cycles['folder']+'/'+cycles['file'])
     for s in SPLIT_FRACTIONS: (folder/s).mkdir()
     for place in (cycles['split']+'/'+cycles['folder']).unique(): (folder/place).mkdir(parents=True)
-    sources = [Path(processed_dir)/place/file
-               for place, file in zip(cycles['folder'], cycles['file'])]
-    copied = sum(_link_or_copy(s, folder/t, copy)
-                 for s, t in zip(progress(sources, config['task_name']), cycles['file_path']))
+    places = cycles[['folder', 'split']].drop_duplicates('folder')
+    heard = [(f'{p}/{file}', f'{s}/{p}/{file}') for p, s in zip(places['folder'], places['split'])
+             for file in _RECORDING_FILES if (Path(processed_dir)/p/file).exists()]
+    links = [*zip(cycles['folder']+'/'+cycles['file'], cycles['file_path']), *heard]
+    copied = sum(_link_or_copy(Path(processed_dir)/s, folder/t, copy)
+                 for s, t in progress(links, config['task_name']))
     for s in SPLIT_FRACTIONS:
         write_text(folder/f'{s}.csv',
                    _format_split(cycles, config['label_map'], config['class_weights'], s))

@@ -10,21 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.fft import rfft
 
 from ..data.loader import Cycles
+from ..data.log_mel import _even_samples, _mel_bank, _mel_power
 from ..data.sampling import split_into_batches
 from ..training.finetuning_data import cache_features
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell7
 _MEL_BANDS = 32
 _FRAME_S, _HOP_S = 0.0512, 0.0128   # about half a heart sound; at 5000 Hz 256 samples, every 64
-
-def _frame_samples(
-    sample_rate,   # Hz
-) -> int:          # even
-    "Return the samples of a frame."
-    return 2*round(_FRAME_S*sample_rate/2)
 
 def _hop_samples(
     sample_rate,   # Hz
@@ -33,32 +27,16 @@ def _hop_samples(
     return round(_HOP_S*sample_rate)
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell8
-def _mel_bank(
-    sample_rate,         # Hz
-    points: int,         # of the Fourier transform
-    band: tuple,         # Hz, what the bands divide
-) -> np.ndarray:         # [bands, points/2 + 1]
-    "Return the triangular filters that make mel bands of a spectrum."
-    import librosa
-    about = dict(sr=sample_rate, n_fft=points, n_mels=_MEL_BANDS, fmin=band[0], fmax=band[1])
-    return librosa.filters.mel(**about)
-
-# %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell9
 def _log_mel_spectrum(
     x,                  # [n, T], cycles of zero mean and unit variance, zeros in the padding
     sample_rate,        # Hz
     band=(25., 400.),   # Hz, what the bands divide
 ) -> np.ndarray:        # [n, frames, bands] float32, log of power; frame i is centred at i·hop
     "Compute the log-mel spectrum of each frame of some cycles."
-    frame, hop = _frame_samples(sample_rate), _hop_samples(sample_rate)
+    frame = _even_samples(_FRAME_S, sample_rate)
     points = 2**int(np.ceil(np.log2(2*frame)))
-    bank = _mel_bank(sample_rate, points, band)
-    low, high = np.flatnonzero(bank.any(0))[[0, -1]]+[0, 1]
-    padded = np.pad(np.asarray(x, np.float32), ((0, 0), (frame//2, frame//2)))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, frame, axis=1)[:, :x.shape[1]:hop]
-    spectrum = rfft(frames*np.hanning(frame+1)[:-1].astype(np.float32), points)[..., low:high]
-    power = spectrum.real**2+spectrum.imag**2
-    return np.log(power@bank[:, low:high].T.astype(np.float32)+np.float32(1e-6))
+    bank = _mel_bank(sample_rate, points, tuple(band), _MEL_BANDS)
+    return np.log(_mel_power(x, frame, _hop_samples(sample_rate), points, bank)+np.float32(1e-6))
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell14
 def _state_statistics(

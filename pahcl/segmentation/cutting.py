@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.basics import PahclError, read_json, write_json
+from ..data.signal import _store_signal
 from ..data.tasks import BEAT_BOUNDARIES
 from .heard_recordings import hear_recording, PreprocessingSettings
 from .segmenter import write_states
@@ -61,7 +62,7 @@ def _read_cut_record(
     "Read what a finished folder says about itself."
     try: done = read_json(folder/'.done.json')
     except PahclError: return {}
-    complete = (folder/'cycles.csv').exists() and (folder/'states.tsv').exists()
+    complete = all((folder/f).exists() for f in ('cycles.csv', 'states.tsv', 'signal.npy'))
     kept = len(list(folder.glob('cycle_*.npy')))
     return done if complete and kept == done['summary']['kept'] else {}
 
@@ -81,6 +82,7 @@ def _process_recording(
         heard = hear_recording(row['path'], settings=settings, annotation=row['annotation_path'])
         temporary.mkdir(parents=True)
         write_states(temporary/'states.tsv', heard.states)
+        np.save(temporary/'signal.npy', _store_signal(heard.recorded, heard.sample_rate))
         _write_beats(temporary, heard, settings)
         done = dict(key=key, dataset=row['dataset'], summary=heard.summary())
         write_json(temporary/'.done.json', done)

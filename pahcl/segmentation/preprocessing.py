@@ -67,8 +67,8 @@ def _make_key_function(
     settings,       # `PreprocessingSettings`
 ):                  # a function row → key
     "Make the function that fingerprints settings, fitted parameters and files."
-    # 4: raise when the cutting changes
-    base = [4, asdict(settings), fingerprint(load_parameters().fitted())]
+    # 5: raise when the cutting changes
+    base = [5, asdict(settings), fingerprint(load_parameters().fitted())]
     annotated = settings.states == 'annotated'
     def key(row):
         used = [row['path']]

@@ -18,8 +18,8 @@ from ..core.basics import first_few, get_logger, PahclError, write_text
 from ..core.metrics import metric_names
 from ..core.predictions import Predictions
 from ..data.inputs import open_cycles
+from ..data.steps import _InputSettings
 from ..data.tasks import find_met_persons, Task
-from ..data.windows import _InputSettings
 from ..evaluation.evaluator import (
     note_bag_levels, note_trained_persons, open_model, open_split, score_split)
 from ..evaluation.subject_rules import check_rules

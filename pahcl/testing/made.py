@@ -61,6 +61,23 @@ def _make_cycle(
     return whole[:length].astype(np.float32), edges
 
 # %% ../../nbs/testing/made.ipynb #cell8
+def _write_made_signal(
+    folder,   # of a recording
+    rows,     # of its `cycles.csv`: number, file, the five edges in s, …
+    random,   # a numpy generator
+):
+    "Write a recording that fits its beats: bursts in noise, 4000 Hz, and its states."
+    sound = 300*random.normal(size=round(4800*len(rows)))
+    states = []
+    for _, _, *edges in (row[:7] for row in rows):
+        for start, end in (edges[0:2], edges[2:4]):
+            t = np.arange(round(4000*start), round(4000*end))
+            sound[t] += 9000*np.hanning(len(t))*np.sin(2*np.pi*60/4000*(t-t[0]))
+        states += [f'{a:.6f}\t{b:.6f}\t{k}\n'
+                   for k, (a, b) in enumerate(zip(edges, edges[1:]), 1)]
+    np.save(folder/'signal.npy', sound.clip(-32768, 32767).astype('<i2'))
+    (folder/'states.tsv').write_text(''.join(states), encoding='utf-8')
+
 def _make_processed_folder(
     folder,             # the processed folder to write
     recordings,         # of `_make_recordings`
@@ -68,6 +85,7 @@ def _make_processed_folder(
     length=4000,        # samples of a stored cycle at 5000 Hz
     length_mode='pad',  # pad or phase
     seed=0,             # of the sounds
+    signals=False,      # write `signal.npy` and `states.tsv` of each recording too, as at 4000 Hz
 ) -> Path:              # the folder
     "Write made cycles in the format of `pahcl.cycles`."
     import numpy as np
@@ -86,8 +104,9 @@ def _make_processed_folder(
         columns = ['cycle', 'file', *BEAT_BOUNDARIES, 'valid_length', 'confidence', 'quality',
                    'kept', 'reason']
         pd.DataFrame(rows, columns=columns).to_csv(folder/place/'cycles.csv', index=False)
+        if signals: _write_made_signal(folder/place, rows, random)
     how = dict(seconds=1.2*(cycles+1), cycles_found=cycles+1, cycles_kept=cycles, quality=0.7,
-               confidence=0.9)
+               confidence=0.9) | (dict(sample_rate=4000) if signals else {})
     recordings.assign(**how).to_csv(folder/'recordings.csv', index=False)
     settings = dict(sample_rate=5000, target_length=length, length_mode=length_mode,
                     states='detected', band_hz=[25, 400])

@@ -16,20 +16,27 @@ from ..core.basics import PahclError
 from ..data.augmentation import Augmenter
 from ..data.augmentation_steps import AUGMENTATIONS
 from ..data.frame_augmentation import _FrameAugmenter
-from ..data.phases import phase_masks, valid_lengths
+from ..data.phases import phase_masks, valid_lengths, valid_mask
 from ..data.random_numbers import _draw_uniforms, _hash_words, sample_keys
 
 # %% ../../nbs/training/batch_changes.ipynb #bc07
+_UNKNOWN = 255   # stands for a state that is not known, while sound and states are moved
+
 def _change_sound(
     views,         # an `Augmenter`
     sample_rate,   # Hz
     batch: dict,   # x [B, 1 or 5, T], phases, …: sound, and states where the model is told them
     seed, keys,    # of the draws
 ) -> dict:         # the same with others of x, phases and valid_length
-    "Change the sound of a batch, and its states along with it."
-    x, phases = views(batch['x'], batch['phases'], sample_rate, seed, keys)
+    """Change the sound of a batch, and its states along with it; where no state is known there is
+    none afterwards.
+    """
+    inside = valid_mask(batch['valid_length'], batch['x'].shape[-1]).bool()
+    phases = batch['phases'].masked_fill(inside & (batch['phases'] == 0), _UNKNOWN)
+    x, phases = views(batch['x'], phases, sample_rate, seed, keys)
+    length, phases = valid_lengths(phases), phases.masked_fill(phases == _UNKNOWN, 0)
     if batch['x'].shape[1] > 1: x = torch.cat([x, phase_masks(phases).to(x)], 1)
-    return batch | dict(x=x, phases=phases, valid_length=valid_lengths(phases))
+    return batch | dict(x=x, phases=phases, valid_length=length)
 
 # %% ../../nbs/training/batch_changes.ipynb #bc08
 def _check_changes(

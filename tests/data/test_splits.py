@@ -160,7 +160,7 @@ def test_folder(house):
         cycles, recordings = read_table(folder/'cycles.csv'), read_table(folder/'recordings.csv')
         assert list(cycles) == ['file_path', 'split', 'subject_id', 'person_id', 'recording_id',
                                 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length',
-                                'duration_s', 'confidence', 'quality', 'subject_label']
+                                'onset_s', 'duration_s', 'confidence', 'quality', 'subject_label']
         known = ['subject_label']+(['murmur_locations'] if config['dataset'] == 'circor'
                                    else [])+['seconds', 'cycles_found', 'quality', 'confidence']
         assert list(recordings) == ['recording_id', 'folder', 'subject_id', 'person_id', 'location',
@@ -171,7 +171,8 @@ def test_folder(house):
         assert ((written['of'] == written['split']).all() and written['file_path'].tolist()
                 == cycles.set_index('split').loc[list(SPLIT_FRACTIONS)]['file_path'].tolist())
         assert sorted(written['file_path']) == sorted(
-            str(p.relative_to(folder)) for s in SPLIT_FRACTIONS for p in (folder/s).rglob('*.npy'))
+            str(p.relative_to(folder)) for s in SPLIT_FRACTIONS
+            for p in (folder/s).rglob('cycle_*.npy'))
         assert all(p.split('/')[0] == s for p, s in zip(written['file_path'], written['split']))
         assert (
             written['label'].astype(int) == written['label_name'].map(config['label_map'])).all()

@@ -55,7 +55,7 @@ def test_layout(made):
         t = table_of(out/r.folder)
         assert (list(t.columns) == _CYCLES_CSV_COLUMNS
                 and len(t) == r.cycles_found+(t.reason == 'no whole beat').sum()
-                and t.kept.sum() == r.cycles_kept == len(list((out/r.folder).glob('*.npy'))))
+                and t.kept.sum() == r.cycles_kept == len(list((out/r.folder).glob('cycle_*.npy'))))
         assert ((t.file[t.kept] == [f'cycle_{i:03d}.npy' for i in range(t.kept.sum())]).all()
                 and (t.file[~t.kept] == '').all() and (t.reason[~t.kept] != '').all())
         assert ((np.diff(t[BEAT_BOUNDARIES].to_numpy(), axis=1) > 0).all()
@@ -135,7 +135,7 @@ def test_nothing_stale_survives(raw, tmp_path):
             and len(table_of(out/changed.folder)) > len(before))
     assert (mine/'a.txt').exists()
     preprocess(raw, out, num_workers=1, target_length=2500)
-    assert {np.load(p).shape for p in out.rglob('*.npy')} == {(2500,)}
+    assert {np.load(p).shape for p in out.rglob('cycle_*.npy')} == {(2500,)}
 
 def test_data_sets_are_added_one_after_the_other(made, tmp_path):
     raw, out, stats = made
