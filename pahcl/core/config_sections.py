@@ -24,6 +24,14 @@ class _Section(BaseModel):
 # %% ../../nbs/core/config_sections.ipynb #c007
 _REGISTERED_KEYS = {}   # name of a section's class -> {key: (type, pydantic `Field`)}
 
+def _registered_keys(
+    section: type,   # a section's class
+) -> dict:           # key -> (type, pydantic `Field`)
+    "Return what was registered for a section, or for one that it is made of."
+    found = {}
+    for c in reversed(section.__mro__): found |= _REGISTERED_KEYS.get(c.__name__, {})
+    return {k: v for k, v in found.items() if k not in section.model_fields}
+
 class _OpenSection(_Section):
     "A section to which keys are added by what is registered."
     model_config = ConfigDict(extra='allow')
@@ -31,7 +39,7 @@ class _OpenSection(_Section):
     @model_validator(mode='after')
     def check_registered_keys(self):
         "Check the keys that no section has, and give defaults to those that are left out."
-        keys = _REGISTERED_KEYS.get(type(self).__name__, {})
+        keys = _registered_keys(type(self))
         if keys or self.model_extra:
             own = create_model('RegisteredKeys', __base__=_Section, **keys)
             self.__pydantic_extra__.update(own.model_validate(self.model_extra).model_dump())
@@ -165,6 +173,17 @@ class _TrainingSection(_Section):
     # optimiser steps between two states to go on from within a long epoch; 0: at its end only
     save_steps: int = Field(200, ge=0)
 
+# %% ../../nbs/core/config_sections.ipynb #murloc1
+def _check_murmur_locations(
+    value,   # as it stands in a file
+):           # the same
+    "Let false, true and `absent` through."
+    if value in (False, True, 'absent') and type(value) is not int: return value
+    raise PydanticCustomError('literal_error', 'Input should be {expected}',
+                              dict(expected="false or true or 'absent'"))
+
+_MurmurLocations = Annotated[Union[bool, str], PlainValidator(_check_murmur_locations)]
+
 # %% ../../nbs/core/config_sections.ipynb #c022
 class _FinetuningSection(_TrainingSection):
     "The training loop, and what carries a label in it."
@@ -175,8 +194,21 @@ class _FinetuningSection(_TrainingSection):
     # cycles of a bag in an epoch, drawn afresh from all its recordings; 0: all
     cycles_per_bag: int = Field(16, ge=0)
     # circor_murmur, where it is on: recordings of a Present subject where no murmur is
-    # heard are left out of training
-    use_murmur_locations: bool = False
+    # heard are left out of training; `absent`: they are trained as Absent
+    use_murmur_locations: _MurmurLocations = False
+    # rows are drawn with replacement, a class of n rows with a chance ∝ n^(1-exponent): 0 as
+    # often as it is, 1 all classes equally often; None: every row once
+    balance_exponent: Optional[float] = Field(None, ge=0, le=1)
+    rows_per_epoch: Optional[int] = Field(None, ge=1)   # None: as many as there are
+    # two rows are mixed, and their labels, with shares of Beta(mixup, mixup); 0: none
+    mixup: float = Field(0., ge=0)
+    # what a running mean of the weights keeps of itself a step; it is validated, saved and
+    # tested in their place; 0: none
+    ema_decay: float = Field(0., ge=0, lt=1)
+    # best_model.pt is the best epoch on validation, or the last one, and nothing stops early
+    epoch_choice: Literal['best', 'last'] = 'best'
+    # the validation persons are trained on too, and choose nothing; needs `epoch_choice: last`
+    include_validation: bool = False
 
 # %% ../../nbs/core/config_sections.ipynb #c023
 class _DownstreamSection(_Section):
@@ -263,6 +295,37 @@ class AugmentationSection(_OpenSection):
     band_filter_low_hz: list[float] = [25.0, 60.0]
     band_filter_high_hz: list[float] = [200.0, 400.0]   # likewise
 
+# %% ../../nbs/core/config_sections.ipynb #ftaug2
+class _FinetuneAugmentation(AugmentationSection):
+    """How the rows of fine-tuning are changed while they are learnt: nothing, unless it is asked
+    for (see `pahcl.data.augmentation` and, of log-mel frames, `pahcl.data.frame_augmentation`).
+    """
+    time_shift: float = Field(0., ge=0, le=0.5)
+    time_stretch: float = Field(0., ge=0, lt=0.5)
+    polarity_probability: float = Field(0., ge=0, le=1)
+    noise_probability: float = Field(0., ge=0, le=1)
+    respiration_probability: float = Field(0., ge=0, le=1)
+    time_mask_probability: float = Field(0., ge=0, le=1)
+    frequency_mask_probability: float = Field(0., ge=0, le=1)
+    band_filter_probability: float = Field(0., ge=0, le=1)
+    # largest shift of where a window begins, share of its length; 0.25: of windows that overlap
+    # by half, every position
+    window_shift: float = Field(0., ge=0, le=0.5)
+    # of log-mel frames
+    rate_probability: float = Field(0., ge=0, le=1)
+    rate_change: float = Field(0.1, ge=0, lt=0.5)         # largest, share of the tempo
+    equaliser_probability: float = Field(0., ge=0, le=1)
+    equaliser_db: float = Field(3., ge=0)                 # standard deviation over bands and draws
+    equaliser_waves: int = Field(4, ge=1)                 # half waves over the bands, at most
+    noise_floor_probability: float = Field(0., ge=0, le=1)
+    # where the floor comes to lie, dB above what the recording is half of the time
+    noise_floor_db: list[float] = [-10.0, 5.0]
+    spec_augment_probability: float = Field(0., ge=0, le=1)
+    spec_augment_masks: int = Field(2, ge=0)              # as many in time and over bands
+    spec_augment_time: float = Field(0.1, ge=0, le=1)     # largest width, share of the valid frames
+    spec_augment_bands: float = Field(0.2, ge=0, le=1)    # likewise, share of the bands
+    state_drop_probability: float = Field(0., ge=0, le=1)   # of hiding the state channels
+
 # %% ../../nbs/core/config_sections.ipynb #c031
 class _ProbeSection(_Section):
     """What judges the epochs of a pretraining: small classifiers on the frozen features of the
@@ -284,6 +347,8 @@ class _FinetuneConfig(_Section):
     model: ModelSection = Field(default_factory=ModelSection)  # anew: keys may have been registered
     classifier: _ClassifierSection = _ClassifierSection()
     downstream: _DownstreamSection = _DownstreamSection()
+    # anew, as `model`
+    augmentation: _FinetuneAugmentation = Field(default_factory=_FinetuneAugmentation)
     training: _FinetuningSection = _FinetuningSection()
     pretrain: _PretrainSection = _PretrainSection()
     evaluation: _EvaluationSection = _EvaluationSection()
@@ -324,4 +389,4 @@ def _known_keys(
     for name, field in model.model_fields.items():
         inner = isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
         keys += _known_keys(field.annotation, f'{before}{name}.') if inner else [before+name]
-    return keys+[before+k for k in _REGISTERED_KEYS.get(model.__name__, {})]
+    return keys+[before+k for k in _registered_keys(model)]

@@ -33,7 +33,8 @@ class Augmenter:
         band=(25.0, 400.0),
     ):
         self.config, self.band = config, tuple(band)
-        self.augmentations = [make(config, self.band) for make in AUGMENTATIONS.values()]
+        self.augmentations = [make(config, self.band) for make in AUGMENTATIONS.values()
+                              if not make.of_frames]
         active = [a for a in self.augmentations if a.active]
         self.steps, self.changes_sound = _join_filters(active), any(a.changes_sound for a in active)
         self.limits = {k: v for a in self.augmentations for k, v in a.limits.items()}

@@ -89,6 +89,8 @@ class Augmentation:
     columns = ()           # its random numbers; by default one of its name: does it happen?
     defaults = {}          # keys that it adds to the configuration -> values
     changes_sound = True   # False: standardised cycles stay standardised
+    of_frames = False      # True: it changes log-mel frames, not sound
+    section = AugmentationSection   # of configurations, in which its keys are
 
     def __init__(self,
         config,   # any object with the fields of `AugmentationSection`
@@ -156,7 +158,7 @@ def register_augmentation(
         cls.defaults = by_chance | defaults
         limits = {k: dict(ge=0, le=1) for k in by_chance}
         keys = {k: (type(v), Field(v, **limits.get(k, {}))) for k, v in cls.defaults.items()}
-        register_keys(AugmentationSection, **keys)
+        register_keys(cls.section, **keys)
         AUGMENTATIONS[name] = cls
         return cls
     return add

@@ -45,6 +45,24 @@ def _balance_classes(
         out += [np.tile(own, share//len(own)), random.permutation(own)[:share % len(own)]]
     return np.concatenate(out)
 
+def _row_chances(
+    labels,            # class of each row [n]
+    exponent: float,   # 0: every row equally often; 1: every class
+):                     # [n], they sum to 1
+    "The chance of each row to be drawn: a class of n rows has one ∝ n^(1-exponent)."
+    _, row_class, count = np.unique(labels, return_inverse=True, return_counts=True)
+    chance = count[row_class]**-float(exponent)
+    return chance/chance.sum()
+
+def _repeat_rows(
+    rows,         # row numbers
+    count: int,   # that are wanted; more than there are: all of them again and again
+    random,       # a numpy generator
+):                # `count` row numbers, shuffled
+    "So many rows, none of them more than once more often than another."
+    turns = -(-count//len(rows))
+    return np.concatenate([random.permutation(rows) for _ in range(turns)])[:count]
+
 # %% ../../nbs/data/sampling.ipynb #c006
 def draw_epoch_rows(
     table,                     # of a `Cycles`
@@ -52,16 +70,36 @@ def draw_epoch_rows(
     epoch: int,                # another order for each
     balanced=False,            # equally many rows of each class; needs `label`
     cycles_per_recording=None, # at most so many rows of each recording, drawn afresh; None: all
+    exponent=None,             # of `_row_chances`: drawn with replacement; needs `label`
+    count=None,                # how many rows an epoch has; None: as many as there are
 ) -> np.ndarray:               # row numbers, shuffled
-    "The rows of one epoch."
+    "The rows of one epoch; `balanced` and an `exponent` at once are a `PahclError`."
     random, rows = generator(seed, 'epoch', epoch), np.arange(len(table))
     if cycles_per_recording:
         rows = sample_rows_per_group(get_recording_ids(table), cycles_per_recording, random)
-    if balanced and 'label' not in table:
+    if balanced and exponent is not None:
+        raise PahclError('classes are balanced by use_balanced_sampling or by balance_exponent, '
+                         'not by both: leave one of them out.')
+    if (balanced or exponent is not None) and 'label' not in table:
         raise PahclError('balanced sampling needs labels: use the cycles of a task.')
-    if balanced and len(rows):
-        rows = rows[_balance_classes(table['label'].to_numpy()[rows], random)]
-    return random.permutation(rows)
+    if not len(rows): return rows
+    if exponent is not None:
+        chances = _row_chances(table['label'].to_numpy()[rows], exponent)
+        return random.choice(rows, count or len(rows), p=chances)
+    if balanced: rows = rows[_balance_classes(table['label'].to_numpy()[rows], random)]
+    return _repeat_rows(rows, count or len(rows), random)
+
+# %% ../../nbs/data/sampling.ipynb #num1
+def _number_draws(
+    rows,         # row numbers of an epoch, in their order
+    total: int,   # rows that there are
+):                # [n] int: row + total·(how often it was drawn before in the epoch)
+    "Give each draw a number of its own: the row's the first time."
+    rows = np.asarray(rows)
+    order = np.argsort(rows, kind='stable')
+    turn = np.empty(len(rows), np.int64)
+    turn[order] = np.arange(len(rows))-np.searchsorted(rows[order], rows[order])
+    return rows+total*turn
 
 # %% ../../nbs/data/sampling.ipynb #c008
 def split_into_batches(

@@ -104,6 +104,13 @@ def note_bag_levels(
     return [f'{level} bags of cycles that the model answers for itself, by {head["aggregation"]}']
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell26
+def _trained_on_validation(
+    saved: dict,   # a checkpoint's content
+) -> bool:         # by `training.include_validation`
+    "Whether the persons of the validation split trained the model: nothing is chosen on them."
+    training = (saved.get('config') or {}).get('training') or {}
+    return bool(training.get('include_validation'))
+
 def predict_validation(
     model: _TaskModel,
     split: str,       # that is reported
@@ -111,6 +118,7 @@ def predict_validation(
 ):                    # `Predictions`, or None where there is no validation split beside `split`
     "Predict the validation split, on which rules, thresholds and the temperature are chosen."
     folder = Path(model.task.folder)
+    if _trained_on_validation(model.saved): return None
     if split == 'val' or not (folder/'val.csv').is_file(): return None
     cycles = open_cycles(folder, 'val', model.data)
     return model.predict(cycles, batch_size) if len(cycles) else None
@@ -145,6 +153,9 @@ def _collect_notes(
                   'this flatters']
     notes = [*across, *note_bag_levels(saved, subject_rule, used),
              *note_trained_persons(saved, table)]
+    if _trained_on_validation(saved):
+        notes.append('the validation persons trained the model (training.include_validation): '
+                     'no rule, threshold or temperature is chosen on them')
     return notes + (optimistic if reported else [])
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell36

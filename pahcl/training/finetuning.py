@@ -23,9 +23,10 @@ from ..data.tasks import map_ids_to_persons
 from ..models.checkpoints import classifier_checkpoint, load_classifier
 from ..models.classifier import encode_cycles, predict_probabilities
 from ..models.mamba_block import slow_scan_warnings
+from .batch_changes import _check_recipe, _make_changes
 from .batches import _explain_out_of_memory, _predict_distributed
 from pahcl.training.finetuning_data import (
-    BagSampler, _compute_features_cached, CycleSampler, _drop_inaudible_recordings,
+    _apply_murmur_locations, BagSampler, _compute_features_cached, CycleSampler,
     _load_task_cycles)
 from .finetuning_setup import _build_starting_model, _pretrained_fingerprint
 from .objective import (
@@ -104,7 +105,10 @@ class _FinetuneRecipe:
     ):
         self.run, self.config, self.model, self.task = run, config, model, task
         self.frozen, self.settings = config.pretrain.freeze_encoder, config.training
-        self.score_name = config.evaluation.primary_metric or task.primary_metric
+        self.metric = config.evaluation.primary_metric or task.primary_metric
+        self.seen = config.training.include_validation
+        # of persons who train the score is no estimate: the log says so in each line
+        self.score_name = self.metric+(' (of persons who train)' if self.seen else '')
         self.persons = {*persons, *data['train'].table['person_id']}
         self.validation, self.validated = data['val'], None
         self.features = self.prepare_features(data)
@@ -120,7 +124,9 @@ class _FinetuneRecipe:
 
     def make_batch(self, rows, epoch): return self.rows.batch(rows, epoch)
 
-    def after_step(self, share): self.validated = None   # it was said by other weights
+    def after_step(self, share):
+        self.objective.follow()
+        self.validated = None   # it was said by other weights
 
     def resume(self, saved): self.validated = saved.get('validation')
 
@@ -128,7 +134,7 @@ class _FinetuneRecipe:
 
     def checkpoint(self):
         name, settings = self.config.task.name, self.config.model_dump()
-        content = classifier_checkpoint(self.model, name, self.task.label_map, settings,
+        content = classifier_checkpoint(self.objective.judged, name, self.task.label_map, settings,
                                         self.persons)
         official = self.task.official_metric
         notes = dict(split_notes=self.task.split_notes, validation=self.validated,
@@ -168,15 +174,16 @@ def validate(self: _FinetuneRecipe, epoch: int) -> dict:   # of `_select_validat
     "Score the validation split, keep what was said, and draw figures where somebody watches."
     table, label_map = self.validation.table, self.task.label_map
     level, trackers = self.config.evaluation.level, self.run.trackers
-    probabilities = _predict_split(self.run, self.model, self.validation,
+    probabilities = _predict_split(self.run, self.objective.judged, self.validation,
                                    self.settings.batch_size, self.features['val'])
     predictions = Predictions(table, probabilities, label_map)
-    self.validated = _keep_validation(predictions)
+    # on persons who train nothing may be chosen, so nothing is kept
+    self.validated = None if self.seen else _keep_validation(predictions)
     if trackers:
         trackers.log_figures(_draw_validation_figures(predictions, level, f'epoch {epoch+1}'),
                              epoch+1)
     scores = _score_cycles(table, probabilities, len(label_map), level)
-    return _select_validation_scores(scores, self.score_name)
+    return _select_validation_scores(scores, self.metric)
 
 # %% ../../nbs/training/finetuning.ipynb #cell39
 def _finetune_mode(config) -> str:
@@ -185,6 +192,14 @@ def _finetune_mode(config) -> str:
             else 'finetune')
 
 # %% ../../nbs/training/finetuning.ipynb #644cc650
+def _note_validation(
+    training,   # section `training` of a `FinetuneConfig`
+) -> list:      # no or one sentence
+    "Say that the validation persons train."
+    if not training.include_validation: return []
+    return ['the validation persons are trained on too (training.include_validation): scores of '
+            'the validation split say nothing about others, and nothing can be chosen on it']
+
 def _describe_finetuning(
     config,        # a `FinetuneConfig`
     train,         # DataFrame of the training cycles
@@ -198,10 +213,14 @@ def _describe_finetuning(
             f'{count(True):,} parameters learn, {count(False):,} are frozen')
     sentences = [*([description] if description else []), *messages,
                  f'{config.task.name}, {_finetune_mode(config)}: {size}']
-    if training.use_class_weights and training.use_balanced_sampling:
-        sentences.append('WARNING: use_class_weights and use_balanced_sampling are both on: '
+    balanced = dict(use_balanced_sampling=training.use_balanced_sampling,
+                    balance_exponent=training.balance_exponent)
+    for key in [k for k, on in balanced.items() if on and training.use_class_weights]:
+        sentences.append(f'WARNING: use_class_weights and {key} are both on: '
                          'rare classes count twice over. Set one of them to false.')
-    return sentences
+    if training.epoch_choice == 'last':
+        sentences.append('best_model.pt is the last epoch, whatever the validation says')
+    return sentences+_note_validation(training)
 
 # %% ../../nbs/training/finetuning.ipynb #76a0cf7f
 def _describe_result(
@@ -269,10 +288,10 @@ def _run_finetuning(
     history = Trainer(run, recipe).fit().history
     run.accelerator.wait_for_everyone()
     best, saved = load_classifier(run.folder/'best_model.pt')
-    facts = _describe_result(config, train, saved, recipe.score_name, start.loaded, history)
+    facts = _describe_result(config, train, saved, recipe.metric, start.loaded, history)
     scores = _test_best_epoch(run, config, best, data['test'], task)
-    notes = dict(notes=task.split_notes) if task.split_notes else {}
-    return facts | scores | notes | dict(history=history)
+    notes = [*task.split_notes, *_note_validation(config.training)]
+    return facts | scores | (dict(notes=notes) if notes else {}) | dict(history=history)
 
 # %% ../../nbs/training/finetuning.ipynb #cell44
 def _load_finetune_config(
@@ -308,9 +327,12 @@ def finetune(
     data, checkpoint and folder do not fit each other.
     """
     config = _load_finetune_config(config, overrides)
+    _check_recipe(config)
     data, task = _load_task_cycles(config)
-    data['train'], messages = _drop_inaudible_recordings(config, data['train'])
-    heldout = map_ids_to_persons(data['val'].table, data['test'].table)
+    data['train'], messages = _apply_murmur_locations(config, data['train'])
+    _make_changes(config, data['train'])   # a change that cannot act is an error here
+    held_out = ['test'] if config.training.include_validation else ['val', 'test']
+    heldout = map_ids_to_persons(*(data[split].table for split in held_out))
     start = _build_starting_model(config, task.num_classes, heldout)
     inputs = {name: c.fingerprint() for name, c in data.items()}
     inputs |= dict(pretrained=_pretrained_fingerprint(config.pretrain.checkpoint_path))

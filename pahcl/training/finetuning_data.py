@@ -15,12 +15,14 @@ from fastcore.basics import patch
 from ..core.basics import atomic_path, generator, PahclError, read_table, UsageError
 from ..data.datasets import TASKS
 from ..data.inputs import open_cycles
+from ..data.joined_cycles import _JoinedCycles
 from ..data.sampling import (
-    bag_ids, bag_table, draw_epoch_rows, draw_few_shot_rows, sample_bag_cycles,
+    bag_ids, bag_table, draw_epoch_rows, draw_few_shot_rows, _number_draws, sample_bag_cycles,
     sample_rows_per_group)
 from ..data.tasks import check_leaks, CYCLE_SETTINGS, list_prepared_tasks, Task
 from ..models.classifier import encode_cycles
 from ..models.encoder_base import encoder_fingerprint
+from .batch_changes import _ChangedRows, _mix_batches, _plan_mixup
 from .batches import _predict_distributed
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell6
@@ -98,24 +100,42 @@ def _read_murmur_locations(
                             how='left')
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell18
-def _drop_inaudible_recordings(
+def _label_as(
+    cycles,       # `Cycles`, `Windows` or `_JoinedCycles`
+    rows,         # boolean [n]
+    label: int,   # of these rows from now on
+):                # the same with other labels
+    "Give some rows another label; the cycles that were given keep theirs."
+    out = cycles.subset(np.ones(len(cycles.table), bool))
+    out.table = out.table.assign(label=np.where(rows, label, out.table['label']))
+    return out
+
+def _apply_murmur_locations(
     config, cycles,   # a `FinetuneConfig`, the training `Cycles`
 ):                    # (training cycles, lines for the log)
-    "Leave out recordings where the label cannot be heard, unless `use_murmur_locations` is false."
-    if not config.training.use_murmur_locations: return cycles, []
+    """Where the label Present cannot be heard, leave recordings out, or call them Absent, as
+    `use_murmur_locations` says.
+    """
+    asked = config.training.use_murmur_locations
+    if not asked: return cycles, []
+    task = Task.open(config.data.base_dir, config.task.name)
+    if asked == 'absent' and 'Absent' not in task.label_map: return cycles, []
     recordings = _read_murmur_locations(config)
     if config.training.aggregation != 'cycle' and config.training.bag_level == 'subject':
         return cycles, ['use_murmur_locations: nothing is left out where a bag is a whole subject: '
                         'the label is true of the bag.']
     recording_ids = cycles.table['recording_id']
     find = lambda rows: recording_ids.isin(recordings.loc[rows, 'recording_id']).to_numpy()
-    positive = Task.open(config.data.base_dir, config.task.name).positive_class
+    positive = task.positive_class
     silent = find(_find_silent_places(recordings, positive))
     present = find(recordings['label'].astype(int) == positive)
     count = lambda rows: f'{recording_ids[rows].nunique()} recordings ({rows.sum():,} cycles)'
     message = (f'use_murmur_locations: {count(silent)} of {count(present)} of Present subjects are '
-               'from places where no murmur was heard and are left out of training')
-    return cycles.subset(~silent), [message]
+               'from places where no murmur was heard and are ')
+    if asked == 'absent':
+        return (_label_as(cycles, silent, task.label_map['Absent']),
+                [message+'trained as Absent'])
+    return cycles.subset(~silent), [message+'left out of training']
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell20
 def _load_task_cycles(
@@ -131,6 +151,8 @@ def _load_task_cycles(
             raise PahclError(
                 f'split {split} of {task.folder} has no cycles. Preprocess and prepare again.')
     check_leaks({s: c.table['person_id'] for s, c in data.items()}, marked=task.leaky_persons)
+    if config.training.include_validation:
+        data['train'] = _JoinedCycles([data['train'], data['val']])
     if config.few_shot:
         rows = draw_few_shot_rows(data['train'].table, config.few_shot, config.seed)
         data['train'] = data['train'].subset(rows)
@@ -186,18 +208,33 @@ class CycleSampler:
         self.cycles, self.device = cycles, device
         self.labels, self.batch_rows = cycles.table['label'].to_numpy(), self.settings.batch_size
         self.features = None if features is None else torch.as_tensor(features).to(device)
-        self.targets = torch.tensor(self.labels.copy()).to(device)
+        self.targets, self.plan = torch.tensor(self.labels.copy()).to(device), None
+        self.changed = _ChangedRows(config, cycles, device)
 
     def rows_of(self, epoch):
-        return draw_epoch_rows(self.cycles.table, self.seed, epoch,
-                               self.settings.use_balanced_sampling,
-                               self.settings.cycles_per_recording)
+        return self.draw(self.cycles.table, epoch, self.settings.cycles_per_recording)
 
-    def inputs(self, rows):
-        return (self.cycles.batch(rows, device=self.device) if self.features is None
-                else dict(features=self.features[rows]))
+    def draw(self, table, epoch, cycles_per_recording=None):
+        settings = self.settings
+        rows = draw_epoch_rows(table, self.seed, epoch, settings.use_balanced_sampling,
+                               cycles_per_recording, settings.balance_exponent,
+                               settings.rows_per_epoch)
+        draws, random = _number_draws(rows, len(table)), generator(self.seed, 'mixup', epoch)
+        if settings.mixup: self.plan = _plan_mixup(draws, settings.mixup, random)
+        return draws
 
-    def batch(self, rows, epoch): return self.inputs(rows) | dict(label=self.targets[rows])
+    def inputs(self, draws, epoch):
+        if self.features is None: return self.changed.batch(draws, epoch)
+        return dict(features=self.features[draws % len(self.features)])
+
+    def labelled(self, draws, epoch):
+        return self.inputs(draws, epoch) | dict(label=self.targets[draws % len(self.targets)])
+
+    def batch(self, draws, epoch):
+        own = self.labelled(draws, epoch)
+        if not self.plan: return own
+        partners, shares = self.plan.of(draws)
+        return _mix_batches(own, self.labelled(partners, epoch), shares)
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell33
 class BagSampler(CycleSampler):
@@ -221,13 +258,14 @@ def rows_of(self: BagSampler, epoch: int):
     rows = rows[sample_bag_cycles(table.iloc[rows], self.bag[rows],
                                   self.settings.cycles_per_bag, random)]
     self.drawn = np.split(rows, np.flatnonzero(np.diff(self.bag[rows]))+1)
-    return draw_epoch_rows(self.bags, self.seed, epoch, self.settings.use_balanced_sampling)
+    return self.draw(self.bags, epoch)
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell36
 @patch
-def batch(self: BagSampler, rows, epoch: int):
+def batch(self: BagSampler, draws, epoch: int):
     "Return the cycles of some bags, which bag each is of, and a label a bag."
-    drawn = [self.drawn[r] for r in rows]
+    draws, bags, cycles = np.asarray(draws), len(self.bags), len(self.cycles.table)
+    drawn = [self.drawn[d % bags]+cycles*(d//bags) for d in draws]
     bag = torch.from_numpy(np.repeat(np.arange(len(drawn)), [len(d) for d in drawn]))
-    return (self.inputs(np.concatenate(drawn))
-            | dict(bag=bag.to(self.device), label=self.targets[rows]))
+    return (self.inputs(np.concatenate(drawn), epoch)
+            | dict(bag=bag.to(self.device), label=self.targets[draws % bags]))

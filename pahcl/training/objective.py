@@ -15,6 +15,7 @@ from ..core.basics import get_logger
 from ..core.metrics import classification_metrics, FROM_MATRICES, metric_names, METRICS
 from ..core.predictions import Predictions
 from ..data.tasks import compute_class_weights
+from .weight_average import _WeightAverage
 
 # %% ../../nbs/training/objective.ipynb #36b8668e
 def _cycle_losses(
@@ -47,6 +48,14 @@ class _ClassificationObjective(nn.Module):
         weights = compute_class_weights(labels, label_map) if settings.use_class_weights else None
         self.register_buffer('weights', torch.tensor(weights) if weights else None,
                              persistent=False)
+        decay = settings.ema_decay
+        self.average = _WeightAverage(model, decay) if decay else None
+
+    # the model that is validated and saved
+    judged = property(lambda self: self.average.model if self.average else self.model)
+
+    def follow(self):
+        if self.average: self.average.update(self.model)
 
     def train(self, mode=True):
         super().train(mode)
@@ -58,10 +67,13 @@ class _ClassificationObjective(nn.Module):
         return self.model.features(batch['x'], batch['valid_length'], batch.get('phases'))
 
     def forward(self, batch):
-        logits, labels = self.model.head(self.features(batch), batch.get('bag')), batch['label']
+        logits = self.model.head(self.features(batch), batch.get('bag'))
         smoothing, loss_type = self.settings.label_smoothing, self.settings.loss_type
-        loss = _cycle_losses(logits, labels, self.weights, smoothing, loss_type).mean()
-        return loss, dict(probabilities=logits.softmax(-1), label=labels)
+        losses = lambda labels: _cycle_losses(logits, labels, self.weights, smoothing, loss_type)
+        loss = losses(batch['label'])
+        if 'share' in batch:   # of the label; the other one's is what is left
+            loss = batch['share']*loss+(1-batch['share'])*losses(batch['other_label'])
+        return loss.mean(), dict(probabilities=logits.softmax(-1), label=batch['label'])
 
 # %% ../../nbs/training/objective.ipynb #63bd32d6
 def _score_training_cycles(

@@ -108,11 +108,12 @@ class _TrainingState:
         score,           # of the validation; None: it was not asked for
         step: int,       # optimiser steps done
         numbers: dict,   # what is kept of the epoch
+        last=False,      # the last epoch counts as the best
     ) -> bool:           # whether it is the best so far
         "Add an epoch to the history."
         score = -math.inf if score is None else score
         self.step, self.part = step, None
-        better = score > self.best or self.best_epoch < 0
+        better = last or score > self.best or self.best_epoch < 0
         if better: self.best, self.best_epoch = score, self.epoch
         self.epoch += 1
         self.history.append(dict(epoch=self.epoch, **numbers))

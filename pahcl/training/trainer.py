@@ -172,7 +172,8 @@ def note_epoch(self: Trainer,
     kinds = dict(train=dict(loss=merged.loss, **training), validation=scores,
                  learning_rate={g['part']: g['lr'] for g in self.optimiser.param_groups})
     numbers = {f'{kind}/{k}': v for kind, values in kinds.items() for k, v in values.items()}
-    better = state.note_epoch(score, self.steps_done, numbers)
+    last = getattr(self.settings, 'epoch_choice', 'best') == 'last'
+    better = state.note_epoch(score, self.steps_done, numbers, last)
     run.track(numbers, state.epoch)
     run.say(_format_epoch(state, self.settings.num_epochs, merged, score, recipe.score_name,
                           sums.seconds))

@@ -8,9 +8,12 @@ import re
 import pytest
 import torch
 from pahcl.core.basics import fingerprint, PahclError
+from pahcl.core.config import load_config
 from pahcl.core.config_checks import _LEGACY_KEYS
 from pahcl.core.config_sections import _FinetuneConfig, _known_keys
 from pahcl.training.finetuning import finetune
+from pahcl.training.finetuning_data import CycleSampler
+from pahcl.data.inputs import open_cycles
 from pahcl.data.splitting import prepare
 from pahcl.testing.made import _make_processed_folder, _make_recordings
 from pahcl.models.checkpoints import load_checkpoint
@@ -81,6 +84,32 @@ CASES = {
     'evaluation.metrics': (['accuracy', 'mcc'], 'metrics'),
     'evaluation.level': ('cycle', 'scores'), 'evaluation.save_confusion_matrix': (False, 'files'),
     'few_shot': (0.5, 'files'), 'seed': (7, 'weights')}
+CASES |= {
+    'training.balance_exponent': (1., 'losses'), 'training.rows_per_epoch': (10, 'losses'),
+    'training.mixup': (.3, 'losses'), 'training.ema_decay': (.9, 'weights'),
+    'training.epoch_choice': ('last', 'best epoch', {
+        'training.learning_rate': 1e-9, 'training.min_lr': 0.}),
+    'training.include_validation': (True, 'losses', {'training.epoch_choice': 'last'})}
+# how rows are changed is seen in a batch, without a training
+FRAMES = {'data.frontend': 'logmel', 'data.unit': 'window', 'data.window_s': 1.,
+          'data.state_channels': True}
+SOUND = dict(
+    time_shift=.2, time_stretch=.2, polarity_probability=1., noise_probability=1.,
+    noise_snr_db=[0., 5.], noise_colour=2., respiration_probability=1., respiration_depth=.3,
+    time_mask_probability=1., time_mask_fraction=.4, frequency_mask_probability=1.,
+    frequency_mask_width_hz=150., band_filter_probability=1., band_filter_low_hz=[80., 90.],
+    band_filter_high_hz=[100., 150.])
+OF_FRAMES = dict(
+    window_shift=.25, rate_probability=1., rate_change=.3, equaliser_probability=1.,
+    equaliser_db=6., equaliser_waves=2, noise_floor_probability=1., noise_floor_db=[5., 6.],
+    spec_augment_probability=1., spec_augment_masks=1, spec_augment_time=.4,
+    spec_augment_bands=.5, state_drop_probability=1.)
+for given, common in ((SOUND, {}), (OF_FRAMES, FRAMES)):
+    chances = [k for k in given if k.endswith('_probability')]
+    for key, value in given.items():
+        on = [k for k in chances if key.startswith(k.removesuffix('probability')) and k != key]
+        CASES[f'augmentation.{key}'] = (value, 'batch', common | {f'augmentation.{k}': 1.
+                                                                   for k in on})
 CASES |= {old: CASES[new] for old, new in _LEGACY_KEYS.items()}
 
 
@@ -90,7 +119,7 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp('keys')
     recordings = _make_recordings(('circor', 'pascal'), persons=24)
     recordings['murmur_locations'] = recordings['murmur'].map(dict(Present='AV'))
-    _make_processed_folder(folder/'processed', recordings, cycles=2)
+    _make_processed_folder(folder/'processed', recordings, cycles=2, signals=True)
     prepare('all', folder/'no raw', folder/'processed', folder/'downstream')
     return folder
 
@@ -105,7 +134,8 @@ def observe(folder, metrics):
                 weights={k: v.tolist() for k, v in state.items()},
                 losses=[h['train/loss'] for h in history],
                 rates=[{k: v for k, v in h.items() if 'rate' in k} for h in history],
-                epochs=len(history), metrics={k for k in metrics if k.startswith('test_')},
+                epochs=len(history), **{'best epoch': metrics['best_epoch']},
+                metrics={k for k in metrics if k.startswith('test_')},
                 scores={k: v for k, v in metrics.items() if k.startswith('test_')})
 
 
@@ -145,6 +175,14 @@ def spied(monkeypatch):
     return seen
 
 
+def batch_of(tasks, given):
+    "The sound, or frames, of the first rows of an epoch, as they are learnt."
+    config = load_config('finetune', None, overrides={'data_dir': str(tasks/'downstream'), **given})
+    folder = tasks/'downstream'/config.task.name
+    rows = CycleSampler(config, open_cycles(folder, 'train', config.data), 'cpu')
+    return rows.batch(rows.rows_of(0)[:8], 0)['x'].tolist()
+
+
 def test_every_key_has_a_case(): assert set(CASES) == set(_known_keys(_FinetuneConfig))
 
 
@@ -161,6 +199,8 @@ def test_every_key_is_seen(key, tasks, run, monkeypatch):
     if changes.startswith('refused: '):
         with pytest.raises(PahclError, match=re.escape(changes.removeprefix('refused: '))):
             run(**given, **{flag: value})
+    elif changes == 'batch':
+        assert batch_of(tasks, base) != batch_of(tasks, {**given, flag: value})
     elif changes in ('threads', 'precision', 'saved'):
         first = spied(monkeypatch)[changes]
         finetune(output_dir=tasks/'spied'/key/'a', data_dir=tasks/'downstream', **base)
