@@ -311,7 +311,8 @@ def finetune(
     data, task = _load_task_cycles(config)
     data['train'], messages = _drop_inaudible_recordings(config, data['train'])
     heldout = map_ids_to_persons(data['val'].table, data['test'].table)
-    start = _build_starting_model(config, task.num_classes, heldout)
+    channels = getattr(data['train'], 'channels', 1)
+    start = _build_starting_model(config, task.num_classes, heldout, channels)
     inputs = {name: c.fingerprint() for name, c in data.items()}
     inputs |= dict(pretrained=_pretrained_fingerprint(config.pretrain.checkpoint_path))
     name, folder = config.task.name, Path(output_dir)/f'{config.task.name}_{config.experiment.name}'
