@@ -14,13 +14,15 @@ from fastcore.basics import patch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from ..core.basics import first_few, PahclError, UsageError
+from ..core.aggregation import pick_rarest_labels
+from ..core.basics import first_few, generator, PahclError, UsageError
 from ..core.metric_registry import Metric, METRICS
 from ..core.metrics import classification_metrics
 from ..core.predictions import class_names, Predictions
+from ..data.stratification import _deal_folds
 from .subject_evidence import _subject_evidence, _subject_places
 
-# %% ../../nbs/models/decision_layer.ipynb #d009
+# %% ../../nbs/models/decision_layer.ipynb #d010
 _FARTHEST = 5.   # standard deviations: no number outside what was seen in training decides alone
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class DecisionLayer:
         return (f'DecisionLayer({len(self.features)} features, {self.persons} persons, '
                 f'{", ".join(class_names(self.label_map))}, goal {self.goal})')
 
-# %% ../../nbs/models/decision_layer.ipynb #d010
+# %% ../../nbs/models/decision_layer.ipynb #d011
 @patch
 def standardise(self: DecisionLayer,
     evidence,   # DataFrame of `_subject_evidence`; NaN, or no column, where unknown
@@ -78,7 +80,7 @@ def _decide_weighted(
     p = np.asarray(probabilities, float)
     return (p if weights is None else p*np.asarray(weights)).argmax(1)
 
-# %% ../../nbs/models/decision_layer.ipynb #d012
+# %% ../../nbs/models/decision_layer.ipynb #d013
 def _fit_coefficients(
     x, labels,          # standardised evidence [n, features]; classes [n]
     num_classes: int,
@@ -109,19 +111,18 @@ def _fit_layer(
                                penalty)
     return replace(blank, coefficients=fitted[:, :-1], intercept=fitted[:, -1])
 
-# %% ../../nbs/models/decision_layer.ipynb #d016
+# %% ../../nbs/models/decision_layer.ipynb #d017
 def _hold_out(
     labels, persons,   # classes, ids [n]
-    seed=0, folds=5,   # fewer where a class has fewer persons
+    seed=0, folds=5,   # fewer where there are fewer persons
 ) -> list:             # of (rows to fit on, rows held out); empty with a single person
     "Deal rows out to folds, whole persons and as far as can be all classes in each."
-    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
-    labels, persons = np.asarray(labels, int), np.asarray(persons).astype(str)
-    if len(set(persons)) < 2: return []
-    rarest = min(len(set(persons[labels == c])) for c in np.unique(labels))
-    if rarest < 2: split = GroupKFold(min(folds, len(set(persons))))
-    else: split = StratifiedGroupKFold(min(folds, rarest), shuffle=True, random_state=seed)
-    return list(split.split(labels[:, None], labels, persons))
+    persons = np.asarray(persons).astype(str)
+    known = pick_rarest_labels(labels, persons).to_dict()
+    if len(known) < 2: return []
+    dealt = _deal_folds(known, min(folds, len(known)), generator(seed, 'decision layer'))
+    fold = np.array([dealt[p] for p in persons])
+    return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(fold.max()+1)]
 
 def _answer_held_out(
     fit,                 # function of rows -> `DecisionLayer`
@@ -134,7 +135,7 @@ def _answer_held_out(
     order = np.concatenate([held for _, held in parts])
     return logits[np.argsort(order)]
 
-# %% ../../nbs/models/decision_layer.ipynb #d020
+# %% ../../nbs/models/decision_layer.ipynb #d021
 def _fit_logit_temperature(
     logits, labels,   # of held-out persons [n, classes], [n]
 ) -> float:           # 0.2 to 5; the logits are divided by it
@@ -143,7 +144,7 @@ def _fit_logit_temperature(
     loss = lambda t: -log_softmax(logits/np.exp(t), axis=1)[rows, np.asarray(labels, int)].mean()
     return float(np.exp(minimize_scalar(loss, bounds=np.log([.2, 5]), method='bounded').x))
 
-# %% ../../nbs/models/decision_layer.ipynb #d024
+# %% ../../nbs/models/decision_layer.ipynb #d025
 def _expected_matrices(
     probabilities,   # [n, classes]
     weights,         # [m, classes]
@@ -170,7 +171,7 @@ def _goal_values(
         value = (value-blind)/(perfect-blind)
     return value if goal == 'official' else (value+recall)/2
 
-# %% ../../nbs/models/decision_layer.ipynb #d026
+# %% ../../nbs/models/decision_layer.ipynb #d027
 def _pick_plateau(
     values,   # [m]
 ) -> int:     # row
@@ -205,7 +206,7 @@ def _search_weights(
             weights = tried[_pick_plateau(value(_expected_matrices(probabilities, tried)))]
     return weights/weights.min()
 
-# %% ../../nbs/models/decision_layer.ipynb #d029
+# %% ../../nbs/models/decision_layer.ipynb #d030
 GOALS = ('official', 'compromise', 'argmax')   # of a decision layer; or the weights themselves
 
 def _choose_weights(
@@ -227,7 +228,7 @@ def _choose_weights(
     value = lambda m: np.nan_to_num(_goal_values(m, goal, official), nan=-1e9)
     return _search_weights(probabilities, value)
 
-# %% ../../nbs/models/decision_layer.ipynb #d032
+# %% ../../nbs/models/decision_layer.ipynb #d033
 def _fit_whole_layer(
     evidence, labels, persons,   # see `DecisionLayer.fit`
     label_map: dict, goal, penalty, seed,
@@ -256,7 +257,7 @@ def _score_answers(
     if not official: return out
     return {official.name: official.of_decisions(labels, decided, classes)} | out
 
-# %% ../../nbs/models/decision_layer.ipynb #d033
+# %% ../../nbs/models/decision_layer.ipynb #d034
 @dataclass(frozen=True, eq=False)
 class _FittedLayer:
     "A layer, and what layers like it answer about the persons it was fitted on."
@@ -296,7 +297,7 @@ def fit(cls: DecisionLayer,
     fitted = _fit_and_answer(evidence, labels, persons, label_map, goal, penalty, seed, official)
     return fitted.layer
 
-# %% ../../nbs/models/decision_layer.ipynb #d037
+# %% ../../nbs/models/decision_layer.ipynb #d038
 @patch
 def contributions(self: DecisionLayer,
     evidence,   # DataFrame of `_subject_evidence`
@@ -322,7 +323,7 @@ def describe(self: DecisionLayer,
         return f'{names[c]}: for it {name(spoke)}; against it {name(against)}'
     return {i: sentence(c, own) for (i, own), c in zip(added.iterrows(), decided)}
 
-# %% ../../nbs/models/decision_layer.ipynb #d041
+# %% ../../nbs/models/decision_layer.ipynb #d042
 _ARRAYS = ('means', 'deviations', 'coefficients', 'intercept', 'class_weights')
 
 @patch
@@ -347,7 +348,7 @@ def from_plain(cls: DecisionLayer,
     return cls(**known | arrays | dict(features=tuple(plain['features']),
                                        places=tuple(plain.get('places', ()))))
 
-# %% ../../nbs/models/decision_layer.ipynb #d044
+# %% ../../nbs/models/decision_layer.ipynb #d046
 @dataclass(frozen=True, eq=False)
 class _SubjectAnswers:
     "What a layer, or the mean of some, answers about subjects."
@@ -401,7 +402,7 @@ def about(self: DecisionLayer) -> str:
             f'{f" ({self.official})" if self.official and goal != "given weights" else ""}, '
             f'weights {weights}')
 
-# %% ../../nbs/models/decision_layer.ipynb #d048
+# %% ../../nbs/models/decision_layer.ipynb #d050
 def _average_answers(
     members: list,   # of `_SubjectAnswers` about the same subjects
     weights=None,    # of the members, summing to 1; None: all alike
