@@ -340,6 +340,20 @@ class _ProbeSection(_Section):
     # a few speak for a recording, so that judging costs little
     cycles_per_recording: int = Field(2, ge=1)
 
+# %% ../../nbs/core/config_sections.ipynb #dec01
+class _DecisionSection(_Section):
+    """Who decides about subjects: a layer that is fitted on predictions of training persons by
+    models that have not met them.
+    """
+    # models that are trained on some of the training persons and predict the others;
+    # 0: no layer, 1 is none
+    folds: int = Field(0, ge=0)
+    penalty: float = Field(0.03, gt=0)   # inverse of the layer's L2 penalty
+    # what its decisions are to maximise: the task's official score, the mean of it and of the mean
+    # recall, nothing (the most probable class), or a given weight a class
+    goal: Union[Literal['official', 'compromise', 'argmax'], list[float]] = 'compromise'
+    jobs: int = Field(1, ge=1)           # folds that are trained at a time, a thread each
+
 # %% ../../nbs/core/config_sections.ipynb #c032
 class _FinetuneConfig(_Section):
     "Everything `pahcl_finetune` reads."
@@ -354,6 +368,7 @@ class _FinetuneConfig(_Section):
     training: _FinetuningSection = _FinetuningSection()
     pretrain: _PretrainSection = _PretrainSection()
     evaluation: _EvaluationSection = _EvaluationSection()
+    decision: _DecisionSection = _DecisionSection()
     few_shot: Optional[float] = Field(None, gt=0, le=1)  # share of the training subjects; None: all
     seed: int = Field(42, ge=0)
 

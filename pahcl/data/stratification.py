@@ -127,3 +127,16 @@ def _split_persons_stratified(
     for split in tried:
         if not _find_gaps(classes, closed := _close_gaps(classes, split)): return closed
     return min(tried, key=lambda split: _weigh_gaps(classes, split))
+
+# %% ../../nbs/data/stratification.ipynb #s024
+def _deal_folds(
+    persons: dict,   # person -> class
+    folds: int,
+    random,          # a numpy generator
+) -> dict:           # person -> fold, 0 … folds - 1
+    "Deal persons out to folds, class by class."
+    order = []
+    for label in sorted(set(persons.values())):
+        own = sorted(p for p, l in persons.items() if l == label)
+        order += [own[i] for i in random.permutation(len(own))]
+    return {p: i % folds for i, p in enumerate(order)}

@@ -9,6 +9,7 @@ __all__ = []
 from ..core.basics import generator, PahclError, UsageError
 from ..core.aggregation import pick_rarest_labels
 from ..data.datasets import identify_devices
+from ..data.stratification import _deal_folds
 
 # %% ../../nbs/studies/fold_plans.ipynb #cell8
 def _assign_folds(
@@ -25,11 +26,7 @@ def _assign_folds(
                          'all others took part in pretraining, and nobody is tested who did. '
                          'Cross-validate a checkpoint that was fine-tuned from none, '
                          'or from a pretraining on other data.')
-    random, order = generator(seed, 'cross-validation'), []
-    for label in sorted(set(persons.values())):
-        own = sorted(p for p, l in persons.items() if l == label)
-        order += [own[i] for i in random.permutation(len(own))]
-    return {p: i % folds for i, p in enumerate(order)}
+    return _deal_folds(persons, folds, generator(seed, 'cross-validation'))
 
 # %% ../../nbs/studies/fold_plans.ipynb #cell10
 def _assign_fold_splits(

@@ -32,6 +32,7 @@ from .finetuning_setup import _build_starting_model, _pretrained_fingerprint
 from .objective import (
     _ClassificationObjective, _keep_validation, _score_cycles, _score_test_cycles,
     _score_training_cycles, _select_validation_scores)
+from .out_of_fold import _fit_decision
 from .runs import Run
 from .schedule import _parameter_groups
 from .trainer import Trainer
@@ -102,8 +103,11 @@ class _FinetuneRecipe:
         data: dict,        # 'train', 'val' -> `Cycles`
         task,              # the `pahcl.data.tasks.Task`
         persons=(),        # whom the model has learnt from before
+        features=None,     # 'train', 'val' -> [n, C] of a frozen encoder; None: they are computed
+        decision=None,     # of `pahcl.training.out_of_fold._fit_decision`, for the checkpoint
     ):
         self.run, self.config, self.model, self.task = run, config, model, task
+        self.given, self.decision = features, decision or {}
         self.frozen, self.settings = config.pretrain.freeze_encoder, config.training
         self.metric = config.evaluation.primary_metric or task.primary_metric
         self.seen = config.training.include_validation
@@ -139,7 +143,7 @@ class _FinetuneRecipe:
         official = self.task.official_metric
         notes = dict(split_notes=self.task.split_notes, validation=self.validated,
                      official_score=official and official.name)
-        return content | {k: v for k, v in notes.items() if v}
+        return content | {k: v for k, v in notes.items() if v} | self.decision
 
 # %% ../../nbs/training/finetuning.ipynb #cell37
 @patch
@@ -148,7 +152,8 @@ def prepare_features(self: _FinetuneRecipe,
 ) -> dict:        # 'train', 'val' -> [n, C], or None where the encoder learns
     "Compute once what a frozen encoder says, and fit the normalisation of features."
     model, device, features = self.model, self.run.accelerator.device, dict(train=None, val=None)
-    if self.frozen:
+    if self.given: features = self.given
+    elif self.frozen:
         features = {split: _split_features(self.run, self.config, model, data[split])
                     for split in features}
     model.to(device)
@@ -277,6 +282,7 @@ def _run_finetuning(
     task,             # the `pahcl.data.tasks.Task`
     start,            # a `pahcl.training.finetuning_setup._StartingPoint`
     messages=(),      # for the log
+    decision=None,    # of `pahcl.training.out_of_fold._fit_decision`
 ) -> dict:            # what stands in final_metrics.json
     "Train, take the best epoch, test it once."
     train, model = data['train'].table, start.model
@@ -284,14 +290,48 @@ def _run_finetuning(
     for line in (*slow_scan_warnings(model, run.accelerator.device), *opening): run.say(line)
     if config.few_shot and run.is_main:
         write_text(run.folder/'few_shot.csv', train.to_csv(index=False))
-    recipe = _FinetuneRecipe(run, config, model, data, task, start.persons)
+    recipe = _FinetuneRecipe(run, config, model, data, task, start.persons, decision=decision)
     history = Trainer(run, recipe).fit().history
     run.accelerator.wait_for_everyone()
     best, saved = load_classifier(run.folder/'best_model.pt')
     facts = _describe_result(config, train, saved, recipe.metric, start.loaded, history)
     scores = _test_best_epoch(run, config, best, data['test'], task)
     notes = [*task.split_notes, *_note_validation(config.training)]
-    return facts | scores | (dict(notes=notes) if notes else {}) | dict(history=history)
+    decided = dict(decision=decision['decision_layer']['scores']) if decision else {}
+    return facts | scores | decided | (dict(notes=notes) if notes else {}) | dict(history=history)
+
+# %% ../../nbs/training/finetuning.ipynb #fold02
+def _build_start(
+    config, data: dict, task,   # a `FinetuneConfig`; split -> cycles; the `Task`
+):                              # a `pahcl.training.finetuning_setup._StartingPoint`
+    "Build what training starts from; nobody whom it has learnt from may be held out here."
+    heldout = ['test'] if config.training.include_validation else ['val', 'test']
+    ids = map_ids_to_persons(*(data[split].table for split in heldout))
+    return _build_starting_model(config, task.num_classes, ids, data['train'].channels)
+
+def _train_fold(
+    run: Run,     # an entered one, of the fold
+    config,       # a `FinetuneConfig`
+    fold,         # a `pahcl.training.out_of_fold._Fold`
+    task,         # the `pahcl.data.tasks.Task`
+) -> dict:        # split -> what `predict_probabilities` gives for those held out
+    "Train on a fold, and predict the persons that it holds out."
+    start, data = _build_start(config, fold.whole, task), dict(fold.learn)
+    data['train'], messages = _apply_murmur_locations(config, data['train'])
+    for line in _describe_finetuning(config, data['train'].table, start.model, messages):
+        run.say(line)
+    def of_frozen(split, cycles):   # features are computed once for all folds
+        features = _split_features(run, config, start.model, fold.whole[split])
+        return features[cycles.table['whole_row'].to_numpy()]
+    frozen = config.pretrain.freeze_encoder
+    features = {s: of_frozen(s, data[s]) for s in data} if frozen else None
+    recipe = _FinetuneRecipe(run, config, start.model, data, task, start.persons, features)
+    Trainer(run, recipe).fit()
+    best, _ = load_classifier(run.folder/'best_model.pt')
+    best, size = best.to(run.accelerator.device), config.training.batch_size
+    return {split: _predict_split(run, best, cycles, size,
+                                  of_frozen(split, cycles) if frozen else None)
+            for split, cycles in fold.held.items()}
 
 # %% ../../nbs/training/finetuning.ipynb #cell44
 def _load_finetune_config(
@@ -329,12 +369,10 @@ def finetune(
     config = _load_finetune_config(config, overrides)
     _check_recipe(config)
     data, task = _load_task_cycles(config)
+    whole = dict(data)
     data['train'], messages = _apply_murmur_locations(config, data['train'])
     _make_changes(config, data['train'])   # a change that cannot act is an error here
-    held_out = ['test'] if config.training.include_validation else ['val', 'test']
-    heldout = map_ids_to_persons(*(data[split].table for split in held_out))
-    channels = getattr(data['train'], 'channels', 1)
-    start = _build_starting_model(config, task.num_classes, heldout, channels)
+    start = _build_start(config, data, task)
     inputs = {name: c.fingerprint() for name, c in data.items()}
     inputs |= dict(pretrained=_pretrained_fingerprint(config.pretrain.checkpoint_path))
     name, folder = config.task.name, Path(output_dir)/f'{config.task.name}_{config.experiment.name}'
@@ -343,7 +381,8 @@ def finetune(
     if run.finished: return run.metrics()
     with run:
         with _explain_out_of_memory(config.training.batch_size):
-            metrics = _run_finetuning(run, config, data, task, start, messages)
+            decision = _fit_decision(run, config, whole, task, start.persons, _train_fold)
+            metrics = _run_finetuning(run, config, data, task, start, messages, decision)
         run.finish(metrics)
         run.say(', '.join(f'{k} {v:.4f}' for k, v in metrics.items()
                           if k.startswith('test_') and isinstance(v, float)))
