@@ -37,10 +37,11 @@ def _mel_bank(
     sample_rate,         # Hz
     points: int,         # of the Fourier transform
     band: tuple,         # Hz, what the bands divide
+    bands=_MEL_BANDS,    # how many
 ) -> np.ndarray:         # [bands, points/2 + 1]
     "Return the triangular filters that make mel bands of a spectrum."
     import librosa
-    about = dict(sr=sample_rate, n_fft=points, n_mels=_MEL_BANDS, fmin=band[0], fmax=band[1])
+    about = dict(sr=sample_rate, n_fft=points, n_mels=bands, fmin=band[0], fmax=band[1])
     return librosa.filters.mel(**about)
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell9
@@ -48,11 +49,12 @@ def _log_mel_spectrum(
     x,                  # [n, T], cycles of zero mean and unit variance, zeros in the padding
     sample_rate,        # Hz
     band=(25., 400.),   # Hz, what the bands divide
+    bands=_MEL_BANDS,   # how many
 ) -> np.ndarray:        # [n, frames, bands] float32, log of power; frame i is centred at i·hop
     "Compute the log-mel spectrum of each frame of some cycles."
     frame, hop = _frame_samples(sample_rate), _hop_samples(sample_rate)
     points = 2**int(np.ceil(np.log2(2*frame)))
-    bank = _mel_bank(sample_rate, points, band)
+    bank = _mel_bank(sample_rate, points, band, bands)
     low, high = np.flatnonzero(bank.any(0))[[0, -1]]+[0, 1]
     padded = np.pad(np.asarray(x, np.float32), ((0, 0), (frame//2, frame//2)))
     frames = np.lib.stride_tricks.sliding_window_view(padded, frame, axis=1)[:, :x.shape[1]:hop]
