@@ -6,155 +6,16 @@
 __all__ = ['all_baseline_predictions', 'score_baselines', 'compare_with_baselines']
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell2
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
-from ..core.basics import PahclError, read_table
+from ..core.basics import PahclError
 from ..core.aggregation import group_labels
 from ..core.metrics import classification_metrics, metric_names, METRICS
 from ..data.tasks import Task
-from .spectrum_baseline import spectrum_features
+from .baseline_features import _baseline_features
+from .beat_model import _predict_beat_statistics
 from ..training.probe import fit_probe
-
-# %% ../../nbs/evaluation/baselines.ipynb #cell8
-# CirCor's order of ages
-_AGE_ORDER = dict(Neonate=0., Infant=1., Child=2., Adolescent=3., **{'Young Adult': 4.})
-
-def _demographic_features(
-    raw_dir,   # the folder of all raw data
-):             # DataFrame by subject id: age, no_age, female, height, weight, no_size, pregnant
-    """Read age group, sex, height (cm), weight (kg) and pregnancy of CirCor's subjects.
-
-    NaN where not recorded; a `PahclError` where the table is not there.
-    """
-    path = Path(raw_dir or 'the raw folder')/'circor'/'training_data.csv'
-    if not path.is_file(): raise PahclError(f'{path} is not there: give its folder with --raw-dir.')
-    raw = read_table(path, ['Patient ID', 'Age', 'Sex', 'Height', 'Weight', 'Pregnancy status'],
-                     'table of CirCor')
-    number = lambda column: pd.to_numeric(raw[column], errors='coerce').to_numpy(float)
-    equals = lambda column, value: raw[column].astype(str).str.casefold().eq(
-        value.casefold()).to_numpy(float)
-    age = raw['Age'].map(_AGE_ORDER).to_numpy(float)
-    sizes = dict(height=number('Height'), weight=number('Weight'),
-                 no_size=np.isnan(number('Height'))*1.)
-    table = pd.DataFrame(dict(age=age, no_age=np.isnan(age)*1., female=equals('Sex', 'Female'),
-                              **sizes, pregnant=equals('Pregnancy status', 'True')))
-    return table.set_index(raw['Patient ID'].astype(str))
-
-# columns of an own data set, see `pahcl.data.own_recordings`
-_DESCRIBED_PERSONS = ('age', 'sex', 'height', 'weight', 'pregnant')
-
-def _described_features(
-    recordings,   # an own task's `recordings.csv`: `subject_id` and some of `_DESCRIBED_PERSONS`
-):                # DataFrame by subject id; NaN where not recorded
-    "Read what a table of recordings says of its subjects: numbers, CirCor's ages, yes or no."
-    text = recordings.reindex(columns=_DESCRIBED_PERSONS).astype('string')
-    number = lambda c: pd.to_numeric(text[c].str.replace(',', '.'), errors='coerce').astype(float)
-    def is_one_of(c, *words):
-        return text[c].str.casefold().isin(words).astype(float).where(text[c].notna())
-    age = number('age').fillna(text['age'].map(_AGE_ORDER).astype(float))
-    table = pd.DataFrame(dict(
-        age=age, female=is_one_of('sex', 'female', 'f', 'woman', 'w', 'girl'),
-        height=number('height'), weight=number('weight'),
-        pregnant=is_one_of('pregnant', 'true', 'yes', 'y', '1')))
-    table = table.loc[:, table.notna().any()]
-    if table.empty: raise PahclError(f'no column of {", ".join(_DESCRIBED_PERSONS)} can be read.')
-    missing = table.isna().add_prefix('no_').astype(float)
-    table = table.join(missing.loc[:, missing.any()])
-    return table.groupby(recordings['subject_id'].astype(str)).first()
-
-# %% ../../nbs/evaluation/baselines.ipynb #cell12
-def _heart_rate_features(
-    cycles,        # a row a cycle: `subject_id`, `s2_end`, `valid_length` (samples), `duration_s`
-    target=4000,   # samples at which a cycle is cut
-):  # DataFrame by subject id: median `length`, its tenth percentile `short`, `systole`, maybe `cut`
-    """Compute how fast a subject's heart beats, and how long its systole is.
-
-    Without `duration_s` (older tasks) the length is the stored one, and `cut` the share of cycles
-    that were cut.
-    """
-    known = 'duration_s' in cycles
-    by = cycles.assign(whole=cycles['duration_s' if known else 'valid_length'],
-                       cut=cycles['valid_length'] >= target).groupby(
-                           cycles['subject_id'].astype(str))
-    rates = pd.DataFrame(dict(length=by['whole'].median(), short=by['whole'].quantile(.1),
-                              systole=by['s2_end'].median()))
-    return rates if known else rates.assign(cut=by['cut'].mean())
-
-# %% ../../nbs/evaluation/baselines.ipynb #cell15
-def _read_cycle_times(
-    task: Task,
-):                # DataFrame of numbers for `_heart_rate_features`
-    """Read the times of the task's cycles; the end of S2 counts from the onset, unstretched.
-
-    A `PahclError` for stretched cycles whose duration is not known.
-    """
-    numbers = ['s2_end', 'valid_length', 'duration_s']
-    cycles = task.read_cycles('subject_id', *numbers[:2])
-    cycles = cycles.assign(**{c: pd.to_numeric(cycles[c], errors='coerce') for c in numbers
-                              if c in cycles})
-    if task.config.get('length_mode') != 'phase': return cycles
-    if 'duration_s' not in cycles:
-        raise PahclError('the cycles were stretched to one length, which hides the rate: '
-                         'prepare the task again.')
-    return cycles.assign(s2_end=cycles['s2_end']*cycles['duration_s'])
-
-# %% ../../nbs/evaluation/baselines.ipynb #cell19
-def _device_features(
-    recordings,   # an own task's `recordings.csv`: `subject_id`, and `device` or `site`
-):                # DataFrame by subject id, a column a device
-    "Return what a subject was recorded with, or where."
-    column = 'device' if 'device' in recordings else 'site'
-    first = recordings[column].groupby(recordings['subject_id'].astype(str)).first()
-    return pd.get_dummies(first, dtype=float)
-
-def _folder_features(
-    recordings,   # the task's `recordings.csv`: `subject_id, recording_id`
-):                # DataFrame by subject id, a column a letter
-    "Return which of 2016's folders a subject's recordings are in."
-    letters = recordings['recording_id'].astype(str).str[0].groupby(
-        recordings['subject_id'].astype(str)).first()
-    return pd.get_dummies(letters, dtype=float)
-
-# %% ../../nbs/evaluation/baselines.ipynb #cell22
-def _segmentation_features(
-    task: Task,
-):            # DataFrame by subject id
-    "Summarise confidence of beats, quality of recordings and their number by subject."
-    beats = task.read_cycles('subject_id', 'confidence', 'quality')
-    recordings = task.read_recordings('subject_id', 'cycles', 'cycles_found', 'quality', 'seconds')
-    numbers = lambda table, columns: table[columns].apply(pd.to_numeric, errors='coerce')
-    values = numbers(recordings, ['cycles', 'cycles_found', 'quality', 'seconds'])
-    values['share'] = values['cycles']/values['cycles_found'].clip(lower=1)
-    spread, subject = ['mean', 'min', 'max'], recordings['subject_id'].astype(str)
-    amounts = values.groupby(subject).agg(dict(cycles='sum', seconds='sum', quality='size'))
-    of_beats = numbers(beats, ['confidence', 'quality']).groupby(beats['subject_id'].astype(str))
-    of_recordings = values[['quality', 'share']].groupby(subject)
-    named = lambda groups, name: groups.agg(spread).pipe(
-        lambda t: t.set_axis([f'{name}_{"_".join(c)}' for c in t], axis=1))
-    table = pd.concat([named(of_beats, 'beats'), named(of_recordings, 'recordings')], axis=1)
-    return table.join(amounts.rename(columns=dict(quality='recordings')), how='outer')
-
-# %% ../../nbs/evaluation/baselines.ipynb #cell26
-def _baseline_features(
-    task: Task,
-    raw_dir=None,   # the folder of all raw data, for the demographics
-) -> dict:  # name -> function () -> DataFrame by subject id, or a `PahclError` that says why not
-    "Collect the baselines that this task's data offer."
-    out = {'heart rate': lambda: _heart_rate_features(_read_cycle_times(task),
-                                                      task.config.get('target_length', 4000))}
-    recordings, described = task.recordings, _DESCRIBED_PERSONS
-    if task.dataset == 'circor': out['demographics'] = lambda: _demographic_features(raw_dir)
-    elif any(c in recordings for c in described):
-        out['demographics'] = lambda: _described_features(recordings)
-    if task.dataset == 'physionet2016':
-        out['folder letter'] = lambda: _folder_features(recordings)
-    elif 'device' in recordings or 'site' in recordings:
-        out['device'] = lambda: _device_features(recordings)
-    out['segmentation'] = lambda: _segmentation_features(task)
-    return out | {'log-mel statistics': lambda: spectrum_features(task.folder)}
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell28
 def _predict_baseline(
@@ -213,6 +74,14 @@ def _baseline_predictions(
     except PahclError as e: return dict(reason=str(e).rstrip('.'))
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell39
+def _beat_predictions(
+    task: Task, train,   # the task; of `_subject_labels`
+    subjects,            # ids of those who are predicted
+) -> dict:  # probabilities [subjects, classes], without, train_subjects; or reason
+    "Predict by the statistics of beats; where they cannot be computed say why."
+    try: return _predict_beat_statistics(task, train, subjects) | dict(train_subjects=len(train))
+    except PahclError as e: return dict(reason=str(e).rstrip('.'))
+
 def all_baseline_predictions(
     task: Task,
     subjects,             # ids of those who are predicted
@@ -220,8 +89,9 @@ def all_baseline_predictions(
 ) -> dict:                # name -> of `_baseline_predictions`
     "Predict subjects by each baseline, fitted on the training subjects."
     train, val = _subject_labels(task), _subject_labels(task, 'val')
-    return {name: _baseline_predictions(features, train, val, subjects, task.num_classes)
-            for name, features in _baseline_features(task, raw_dir).items()}
+    out = {name: _baseline_predictions(features, train, val, subjects, task.num_classes)
+           for name, features in _baseline_features(task, raw_dir).items()}
+    return out | {'beat statistics': _beat_predictions(task, train, subjects)}
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell41
 def _score_baseline(

@@ -31,11 +31,12 @@ def _log_mel_spectrum(
     x,                  # [n, T], cycles of zero mean and unit variance, zeros in the padding
     sample_rate,        # Hz
     band=(25., 400.),   # Hz, what the bands divide
+    bands=_MEL_BANDS,   # how many
 ) -> np.ndarray:        # [n, frames, bands] float32, log of power; frame i is centred at i·hop
     "Compute the log-mel spectrum of each frame of some cycles."
     frame = _even_samples(_FRAME_S, sample_rate)
     points = 2**int(np.ceil(np.log2(2*frame)))
-    bank = _mel_bank(sample_rate, points, tuple(band), _MEL_BANDS)
+    bank = _mel_bank(sample_rate, points, tuple(band), bands)
     return np.log(_mel_power(x, frame, _hop_samples(sample_rate), points, bank)+np.float32(1e-6))
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell14

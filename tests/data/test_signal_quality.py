@@ -10,7 +10,7 @@ from pahcl.evaluation.challenge_rules import _quality_weighted_mean, _resolve_un
 from pahcl.segmentation.preprocessing import preprocess
 from pahcl.evaluation.evaluator import score_split
 from pahcl.evaluation.scoring import Evaluation
-from pahcl.evaluation.baselines import _heart_rate_features
+from pahcl.evaluation.baseline_features import _heart_rate_features
 from pahcl.core.challenge_metrics import _sensitivity_specificity_mean
 from pahcl.core.predictions import Predictions
 from pahcl.data.simulation import simulate_dataset

@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from pahcl.core.basics import read_json
+from pahcl.evaluation.baseline_features import _segmentation_features
 from pahcl.evaluation.baselines import (
-    all_baseline_predictions, _PENALTY_STRENGTHS, score_baselines, _segmentation_features,
-    _subject_labels)
+    all_baseline_predictions, _PENALTY_STRENGTHS, score_baselines, _subject_labels)
 from pahcl.core.predictions import Predictions
 from pahcl.evaluation.spectrum_baseline import spectrum_features
 from pahcl.data.splitting import prepare
@@ -61,9 +61,11 @@ def score(task, levels):
 
 def test_each_baseline_finds_what_it_can_know(task, levels):
     baselines = score(Task.open(task.parent, task.name), levels)
-    assert list(baselines) == ['heart rate', 'demographics', 'segmentation', 'log-mel statistics']
+    assert list(baselines) == ['heart rate', 'demographics', 'segmentation', 'log-mel statistics',
+                               'beat statistics']
     area = {name: s['per_class']['auroc'] for name, s in baselines.items() if 'reason' not in s}
     assert area['log-mel statistics'][0] == 1 and area['segmentation'][2] == 1
+    assert area['beat statistics'][0] == area['beat statistics'][2] == 1
     assert abs(area['segmentation'][0]-.5) < .4 and abs(area['heart rate'][0]-.5) < .4
     assert (baselines['log-mel statistics']['without'] == 0
             and baselines['log-mel statistics']['strength'] in _PENALTY_STRENGTHS)
