@@ -235,7 +235,8 @@ def _describe_protocols() -> str:
     for name in _packaged_protocols():
         try: p, quick = _read_protocol(name), _read_protocol(name, quick=True)
         except PahclError as e:
-            lines.append(f'{name}: cannot be used: {e}')
+            told = str(e).replace(str(_packaged_protocols()[name]), f'{name}.yaml')
+            lines.append(f'{name}: cannot be used: {told}')
             continue
         runs = _count_runs(p)
         lines += [f'{name}: {p.about}',
