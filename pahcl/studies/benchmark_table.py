@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/studies/benchmark_table.ipynb #bt02
 import platform
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.basics import first_few, PahclError, read_json, read_table, write_json, write_text
+from ..core.basics import first_few, read_table, write_json, write_text
 from ..core.metrics import metric_names, METRICS
 from ..core.predictions import class_names, Predictions
 from ..core.resampling import bootstrap_interval, resampling_weights
