@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pahcl_evaluate', 'pahcl_predict', 'pahcl_ensemble', 'pahcl_summarize', 'pahcl_downstream', 'pahcl_represent',
-           'pahcl_ablation']
+           'pahcl_ablation', 'pahcl_benchmark']
 
 # %% ../nbs/06_eval.ipynb #cell2
 import lazy_loader as lazy
@@ -275,3 +275,30 @@ def pahcl_ablation(
             f'--seeds is {seeds}; whole numbers separated by commas are expected.') from None
     run_ablation(config, output_dir, jobs, dry_run, tasks=split_list(tasks), seeds=numbers,
                  raw_dir=raw_dir, processed_dir=processed_dir, data_dir=data_dir)
+
+# %% ../nbs/06_eval.ipynb #bench1
+@console_script
+def pahcl_benchmark(
+    protocol: Param('few-shot, four-tasks, published-circor, transfer, or a file of your own', str,
+                    opt=False, nargs='?') = None,
+    list: bool = False,              # name the packaged protocols, and what they cost
+    quick: bool = False,             # the small form: does it run? its numbers mean nothing
+    cross_validate: bool = False,    # folds over all persons in place of the protocol's splits
+    jobs: int = 1,       # runs at once, as processes of their own that share processors and GPUs
+    seeds: str = None,   # how many seeds (5: 42 to 46), or seeds separated by commas
+    tasks: str = None,               # tasks, separated by commas, in place of the file's
+    raw_dir: str = 'data/raw',       # raw recordings
+    processed_dir: str = 'data/processed',  # cycles; made where the folder is not there
+    output_dir: str = 'benchmark',   # runs and results lie in <output_dir>/<name of the protocol>
+    overwrite: bool = False,         # start runs anew that were made with other settings
+):
+    """Run a protocol: a table of results with intervals, the command of every run, versions and
+    fingerprints; what is finished is not repeated.
+    """
+    if list:
+        from pahcl.studies.benchmark_protocol import _describe_protocols
+        return print(_describe_protocols())
+    if not protocol: raise UsageError('name a protocol; --list shows the packaged ones.')
+    from pahcl.studies.benchmark import run_benchmark
+    run_benchmark(protocol, output_dir, raw_dir, processed_dir, quick, cross_validate, jobs,
+                  overwrite, seeds=seeds, tasks=tasks and [t.strip() for t in tasks.split(',')])

@@ -31,7 +31,10 @@ GUIDE = dict(
                    'wandb-entity',
     pahcl_evaluate='checkpoint task data-dir split robustness',
     pahcl_ensemble='checkpoints task weighted', pahcl_summarize='compare',
-    pahcl_ablation='config jobs dry-run', pahcl_represent='checkpoint task',
+    pahcl_ablation='config jobs dry-run',
+    pahcl_benchmark='list quick cross-validate jobs seeds tasks raw-dir processed-dir output-dir '
+                    'overwrite',
+    pahcl_represent='checkpoint task',
     pahcl_downstream='demo epochs pretrain-epochs splits split-column leaky-splits',
     pahcl_simulate='output-dir dataset subjects seed',
     pahcl_score_states='groups columns only-predicted output',
@@ -39,7 +42,7 @@ GUIDE = dict(
     pahcl_predict='checkpoint task subject-from table threshold output report states-dir '
                   'num-workers scheduler')
 POSITIONAL = dict(pahcl_score_states=('found', 'true'), pahcl_segment=('a.wav',),
-                  pahcl_predict=('a.wav',))
+                  pahcl_predict=('a.wav',), pahcl_benchmark=('four-tasks',))
 
 
 def call(name, *arguments):
@@ -125,6 +128,9 @@ BAD = [
     ('pahcl_ensemble', '--checkpoints {0}/none_*/best_model.pt --task pascal',
      'no checkpoint matches'),
     ('pahcl_summarize', '--output-dir {0}/none', 'none'),
+    ('pahcl_benchmark', 'four-tasks --raw-dir {0}/none --processed-dir {0}/none --output-dir '
+     '{0}/out', 'no labels found'),
+    ('pahcl_benchmark', '{0}/unknown_key.yaml', 'unknown_key.yaml: unknown key .taks.*.tasks'),
     ('pahcl_downstream', 'train circor', 'circor_murmur'),
     ('pahcl_downstream', 'train pascal --output-dir {0}/empty --data-dir {0}/none',
      'checkpoint not found')]
@@ -135,6 +141,7 @@ def test_bad_input_is_one_sentence(tmp_path, name, arguments, told):
     (tmp_path/'empty').mkdir()
     (tmp_path/'text.pt').write_text('not a checkpoint')
     (tmp_path/'typing_error.yaml').write_text('training: {sa8e_interval: 10}')
+    (tmp_path/'unknown_key.yaml').write_text('taks: [pascal]')
     before = sorted(tmp_path.rglob('*'))
     done = call(name, *arguments.format(tmp_path).split())
     usage = told in ('--task', 'circor_murmur')

@@ -143,8 +143,12 @@ def run_jobs(
     # at once, each in a process with its share of the machine; 1: one after
     # the other, in this process
     count=1,
+    after=lambda: None,   # called when a job has ended
 ) -> list:        # why each failed, or '', in their order
     "Run jobs; one that fails does not stop the others."
     check_job_count(count)
-    if count == 1: return [_run_job(job) for job in jobs]
-    return _run_in_places(lambda job, place: _run_job(job, place, count), jobs, count)
+    def run(job, place=0):
+        why = _run_job(job, place, count)
+        after()
+        return why
+    return [run(job) for job in jobs] if count == 1 else _run_in_places(run, jobs, count)
