@@ -14,7 +14,8 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-PRELOADED = ['torch', 'pandas', 'scipy.signal', 'accelerate', 'pahcl.studies.downstream',
+# torch._dynamo: an optimiser's first step imports it, and sympy with it
+PRELOADED = ['torch', 'torch._dynamo', 'pandas', 'scipy.signal', 'accelerate', 'pahcl.studies.downstream',
              'pahcl.download', 'pahcl.cycles', 'pahcl.splits', 'pahcl.pretrain', 'pahcl.finetune',
              'pahcl.evaluate', 'pahcl.training.pretraining', 'pahcl.training.finetuning']
 # what `run` can give to a child; a start with any other option is an ordinary one
@@ -26,6 +27,7 @@ really_run = subprocess.run
 @lru_cache
 def server():
     "The context whose processes are forked from a server that has imported everything."
+    if sys.platform != 'linux': return multiprocessing.get_context('spawn')
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOADED)
     return context
