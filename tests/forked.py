@@ -15,9 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 
 # torch._dynamo: an optimiser's first step imports it, and sympy with it
-PRELOADED = ['torch', 'torch._dynamo', 'pandas', 'scipy.signal', 'accelerate', 'pahcl.studies.downstream',
-             'pahcl.download', 'pahcl.cycles', 'pahcl.splits', 'pahcl.pretrain', 'pahcl.finetune',
-             'pahcl.evaluate', 'pahcl.training.pretraining', 'pahcl.training.finetuning']
+PRELOADED = ['torch', 'torch._dynamo', 'pandas', 'scipy.signal', 'accelerate', 'pahcl.download',
+             'pahcl.cycles', 'pahcl.splits', 'pahcl.pretrain', 'pahcl.finetune', 'pahcl.evaluate',
+             'pahcl.studies.downstream', 'pahcl.training.pretraining',
+             'pahcl.training.finetuning']
 # what `run` can give to a child; a start with any other option is an ordinary one
 OPTIONS = {'env', 'cwd', 'stdout', 'stderr', 'text', 'encoding', 'capture_output', 'check',
            'timeout'}

@@ -39,8 +39,8 @@ GUIDE = dict(
     pahcl_segment='output-dir figures num-workers scheduler',
     pahcl_predict='checkpoint task subject-from table threshold output report states-dir '
                   'num-workers scheduler')
-HEAVY = {'torch', 'numpy', 'pandas', 'scipy', 'sklearn', 'matplotlib', 'pydantic', 'librosa', 'numba',
-         'accelerate', 'soundfile'}
+HEAVY = {'torch', 'numpy', 'pandas', 'scipy', 'sklearn', 'matplotlib', 'pydantic', 'librosa',
+         'numba', 'accelerate', 'soundfile'}
 POSITIONAL = dict(pahcl_score_states=('found', 'true'), pahcl_segment=('a.wav',),
                   pahcl_predict=('a.wav',))
 

@@ -75,7 +75,8 @@ def start(folder, pause=0., processes=1, wait=True, stop_at=2., code=0):
     shared = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1',
                   MASTER_PORT=port) if processes > 1 else {}
     started = [forked.start(
-        [script, str(folder), str(pause), str(stop_at)], stderr=folder.parent/f'{folder.name}.{rank}',
+        [script, str(folder), str(pause), str(stop_at)],
+        stderr=folder.parent/f'{folder.name}.{rank}',
         env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='') | shared
             | (dict(RANK=rank, LOCAL_RANK=rank) if shared else {})) for rank in range(processes)]
     if wait:
