@@ -37,4 +37,4 @@ docs: install
 	. $(BIN)/activate && python tools/build_docs.py
 
 clean:
-	rm -rf .notebooks.log .coverage* .venv _docs _proc demo build dist *.egg-info
+	rm -rf .tests-*.log .coverage* .venv _docs _proc demo build dist *.egg-info

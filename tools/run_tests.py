@@ -1,12 +1,15 @@
 """What CI runs, on Linux, macOS and Windows alike: python tools/run_tests.py
 
 First what needs no model: notebooks are clean, exports fresh, code readable, README of today. Then
-every notebook once, against the exported modules, in one process and the tests in another. Options
-go to both pytests, e.g. `--slow` or `-k scoring`; with any, coverage is shown but not asked for.
+every notebook once, against the exported modules, and the tests: each folder is a pytest of its
+own, two at once, the longest first, and each says what it found when it ends. Options go to all of
+them, e.g. `--slow` or `-k scoring`; with any, coverage is shown but not asked for.
 """
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nbdev.clean import nbdev_clean
@@ -15,8 +18,9 @@ from nbdev.doclinks import nbdev_export
 
 ROOT = Path(__file__).resolve().parents[1]
 COVERAGE = 85      # per cent of the package's lines
-PATIENCE = 3600    # seconds for all tests
-NOTEBOOKS = 'tests/test_notebooks.py'
+PATIENCE = 3600    # seconds for a group of tests
+AT_ONCE = 2        # groups, one thread each
+LONGEST = 'training', 'notebooks', 'evaluation', 'studies'   # begin first, so that both end alike
 
 
 def read_tree() -> dict:  # path -> bytes
@@ -40,28 +44,54 @@ def run(*command, **kwargs):
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, **kwargs)
 
 
+def list_groups() -> dict:   # name -> what pytest is given
+    "The notebooks, each folder of tests, and the tests that are in none; the longest first."
+    tests = ROOT/'tests'
+    alone = sorted(p.relative_to(ROOT).as_posix() for p in tests.glob('test_*.py'))
+    groups = {p.name: [f'tests/{p.name}'] for p in sorted(tests.iterdir())
+              if any(p.glob('**/test_*.py'))}
+    groups['notebooks'] = [p for p in alone if p.endswith('test_notebooks.py')]
+    groups['tests'] = [p for p in alone if p not in groups['notebooks']]
+    first = [name for name in LONGEST if name in groups]
+    return {name: groups[name] for name in [*first, *(n for n in groups if n not in first)]}
+
+
+def run_group(
+    name: str, paths: list,   # of `list_groups`
+    options: list,            # of pytest
+) -> int:                     # exit status
+    "Run a group, then show what it said, in one piece."
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])
+    environment = os.environ | dict(OMP_NUM_THREADS='1', MATPLOTLIBRC=str(get_config().nbs_path),
+                                    PATH=programs, COVERAGE_FILE=f'.coverage.{name}')
+    began, log = time.monotonic(), ROOT/f'.tests-{name}.log'
+    with log.open('w', encoding='utf-8') as output:
+        group = run('-m', 'pytest', '--quiet', '--durations=10', '--cov=pahcl', '--cov-report=',
+                    *paths, *options, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try: code = group.wait(PATIENCE)
+        except subprocess.TimeoutExpired: code = f'not done after {PATIENCE} s'
+        finally: group.kill()
+    how = {0: 'passed', 5: 'nothing was selected'}.get(code, f'FAILED ({code})')
+    said = log.read_text(encoding='utf-8', errors='replace')
+    print(f'===== {name}: {how}, {time.monotonic()-began:.0f} s', said, sep='\n', flush=True)
+    return 0 if code in (0, 5) else 1
+
+
 def run_pytests(
     options: list,  # of pytest
 ) -> int:           # exit status
-    "Notebooks and tests side by side, one thread each; their coverage together."
-    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])
-    environment = os.environ | dict(OMP_NUM_THREADS='1', MATPLOTLIBRC=str(get_config().nbs_path),
-                                    PATH=programs)
-    common = ['-m', 'pytest', '--quiet', '--durations=10', '--cov=pahcl', '--cov-report=']
-    log = ROOT/'.notebooks.log'
-    with log.open('w', encoding='utf-8') as output:
-        notebooks = run(*common, NOTEBOOKS, *options, stdout=output, stderr=subprocess.STDOUT,
-                        env=environment | dict(COVERAGE_FILE='.coverage.notebooks'))
-    tests = run(*common, 'tests', f'--ignore={NOTEBOOKS}', *options,
-                env=environment | dict(COVERAGE_FILE='.coverage.tests'))
-    try: codes = [p.wait(PATIENCE) for p in (tests, notebooks)]
-    finally:
-        for p in (tests, notebooks): p.kill()
-        print('notebooks:', log.read_text(encoding='utf-8'), sep='\n', flush=True)
+    "All groups, two at once; their coverage together."
+    sys.stdout.reconfigure(errors='replace')   # a console that knows few letters
+    for old in ROOT.glob('.coverage.*'): old.unlink()   # of a run that was stopped
+    groups = list_groups()
+    print('groups of tests:', *groups, flush=True)
+    with ThreadPoolExecutor(AT_ONCE) as lanes:
+        codes = [*lanes.map(lambda group: run_group(*group, options), groups.items())]
     run('-m', 'coverage', 'combine', '--quiet').wait()
     least = [] if options else [f'--fail-under={COVERAGE}']
     codes.append(run('-m', 'coverage', 'report', *least).wait())
-    return int(any(c not in (0, 5) for c in codes))   # 5: the options selected no test
+    if failed := [name for name, code in zip(groups, codes) if code]: print('failed:', *failed)
+    return int(any(codes))
 
 
 def main(*options):

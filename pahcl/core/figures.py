@@ -9,6 +9,7 @@ __all__ = ['STYLE', 'COLOURS', 'MARKERS', 'line_style', 'png_bytes', 'save_figur
 # %% ../../nbs/core/figures.ipynb #cell2
 import io
 from importlib import resources
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from matplotlib import rc_context, rc_params_from_file
@@ -45,12 +46,21 @@ def png_bytes(
         return buffer.getvalue()
 
 # %% ../../nbs/core/figures.ipynb #cell14
+_SAVED = WeakKeyDictionary()   # figure -> the bytes of its file, which a page shows once more
+
 def save_figure(
     figure,  # a matplotlib figure
     path,    # the png file to write
 ):
     "Write a figure as PNG, atomically."
-    with atomic_path(path) as temporary: temporary.write_bytes(png_bytes(figure))
+    _SAVED[figure] = png_bytes(figure)
+    with atomic_path(path) as temporary: temporary.write_bytes(_SAVED[figure])
+
+def _saved_bytes(
+    figure,  # a matplotlib figure, unchanged since `save_figure` if it was saved
+) -> bytes:  # as of `png_bytes`
+    "Return the bytes of a figure's file, or draw it; drawing takes longer than a report's numbers."
+    return _SAVED.get(figure) or png_bytes(figure)
 
 # %% ../../nbs/core/figures.ipynb #cell24
 def confusion_figure(

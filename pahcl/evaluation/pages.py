@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.basics import write_text
-from ..core.figures import png_bytes
+from ..core.figures import _saved_bytes
 from ..core.metrics import METRICS
 
 # %% ../../nbs/evaluation/pages.ipynb #cell7
@@ -75,7 +75,7 @@ def _figure_to_html(
     parts = [figure.axes[0].get_title(), figure.axes[0].get_ylabel(), 'against',
              figure.axes[0].get_xlabel(), figure.get_label()]
     picture = (f'<img alt="{html.escape(" ".join(filter(None, parts)))}" '
-               f'src="data:image/png;base64,{base64.b64encode(png_bytes(figure)).decode()}">')
+               f'src="data:image/png;base64,{base64.b64encode(_saved_bytes(figure)).decode()}">')
     return (f'<figure>{picture}<figcaption>{html.escape(str(figure.get_label()))}'
             '</figcaption></figure>')
 

@@ -172,7 +172,7 @@ ALONE = dict(time_shift={}, time_stretch={},
 def cycles_of_persons(work):
     from pahcl.data.loader import Cycles
     cycles = Cycles.from_processed(work/'processed')
-    rows = np.random.default_rng(0).permutation(len(cycles))[:60]
+    rows = np.random.default_rng(0).permutation(len(cycles))[:30]
     b = cycles.batch(rows, 4)
     return b['x'], b['phases'], torch.tensor(pd.factorize(cycles.table['person_id'].iloc[rows])[0])
 

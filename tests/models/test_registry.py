@@ -1,5 +1,6 @@
 "An encoder from outside is one class, and no list of the package is touched"
-import os, subprocess, sys, textwrap
+import os, sys, textwrap
+import forked
 import pytest, torch, torch.nn.functional as F
 import pahcl.core.config_sections as config
 import pahcl.models.encoder_base as encoder_base
@@ -116,7 +117,7 @@ MODULE = """
                 "print(build_encoder(dict(encoder_type='mean_of_blocks', width=3)).config)"])
 def test_a_command_finds_modules_that_the_environment_names(tmp_path, program):
     (tmp_path/'my_blocks.py').write_text(textwrap.dedent(MODULE))
-    run = lambda **env: subprocess.run(
+    run = lambda **env: forked.run(
         [sys.executable, '-c', program], capture_output=True, text=True,
         env=os.environ | dict(PYTHONPATH=f'{tmp_path}:{os.environ.get("PYTHONPATH", "")}') | env)
     found = run(PAHCL_EXTENSIONS='my_blocks')

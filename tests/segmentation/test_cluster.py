@@ -110,7 +110,7 @@ def test_what_cannot_go_on_ends(monkeypatch):
         monkeypatch.setattr(parallel, '_QUIET', 0.3)
         with pytest.raises(PahclError, match='no worker .* is left; recording 9 was not done'):
             list(map_in_parallel(os.abort, [()], **there))
-        assert worker.wait(10) == -signal.SIGABRT
+        assert worker.wait(120) == -signal.SIGABRT
 
 def test_no_scheduler_answers(made, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, '_QUIET', 1)

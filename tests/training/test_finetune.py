@@ -201,7 +201,7 @@ NOISE = r'Warning|strides|destroy_process_group|terminate called'
 
 def test_two_processes_give_the_scores_of_one(work):
     given = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-             '--master_port=29615', '-m', 'pahcl.finetune', '--task', 'pascal',
+             '--standalone', '-m', 'pahcl.finetune', '--task', 'pascal',
              '--config', work/'two.yaml', '--pretrained', 'none', '--data-dir', work/'downstream',
              '--epochs', '1']
     (work/'two.yaml').write_text('model: {encoder_type: cnn_mamba_small, dropout: 0.0}\n'

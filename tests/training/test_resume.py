@@ -6,9 +6,9 @@ fraction of a second, and each child is a process of its own that is really kill
 """
 import json
 import os
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from pahcl.models.checkpoints import load_checkpoint
@@ -101,7 +101,7 @@ def drive(root, *plan):
     where = ['--config', str(root/'tiny.yaml'), '--processed-dir', str(root/'processed'),
              '--downstream-dir', str(root/'downstream'), '--output-dir', str(root/'out')]
     work = [[[*where, '--experiment-name', name, *flags], deaths] for name, flags, deaths in plan]
-    done = subprocess.run([sys.executable, str(root/'driver.py'), json.dumps(work)],
+    done = forked.run([sys.executable, str(root/'driver.py'), json.dumps(work)],
                           capture_output=True, text=True,
                           env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,7 +4,7 @@ terminals
 import fcntl
 import json
 import os
-import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import termios
 import textwrap
 import time
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -65,16 +66,24 @@ model_state_dict=self.objective.state_dict())
 
 
 def start(folder, pause=0., processes=1, wait=True, stop_at=2., code=0):
+    "Train in one process, or in several as torchrun starts them; the processes."
     script = folder.parent/'line.py'
     script.write_text(LINE)
-    command = ([sys.executable] if processes == 1
-               else [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}',
-                     '--master_port=29613'])
-    process = subprocess.Popen([*command, str(script), str(folder), str(pause), str(stop_at)],
-                               env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''),
-                               stderr=subprocess.PIPE, text=True)
-    if wait: assert process.wait(120) == code, process.stderr.read()
-    return process
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    shared = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1',
+                  MASTER_PORT=port) if processes > 1 else {}
+    started = [forked.start(
+        [script, str(folder), str(pause), str(stop_at)],
+        stderr=folder.parent/f'{folder.name}.{rank}',
+        env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='') | shared
+            | (dict(RANK=rank, LOCAL_RANK=rank) if shared else {})) for rank in range(processes)]
+    if wait:
+        for rank, process in enumerate(started):
+            process.join(300)
+            assert process.exitcode == code, (folder.parent/f'{folder.name}.{rank}').read_text()
+    return started
 
 
 def weights(folder): return load_checkpoint(folder/'final_model.pt')['model_state_dict']
@@ -99,15 +108,13 @@ def test_two_processes_equal_one(tmp_path):
 def test_kill_minus_nine(tmp_path):
     start(tmp_path/'whole')
     for kills in range(3):
-        process = start(tmp_path/'killed', pause=.02, wait=False)
-        for _ in range(400):
-            if (tmp_path/'killed'/'last.pt').exists() and load_checkpoint(
-                    tmp_path/'killed'/'last.pt')['training_state']['epoch'] > kills:
-                break
-            time.sleep(.05)
+        [process] = start(tmp_path/'killed', pause=.02, wait=False)
+        last = tmp_path/'killed'/'last.pt'
+        while process.is_alive() and not (last.exists() and load_checkpoint(
+                last)['training_state']['epoch'] > kills): time.sleep(.02)
         time.sleep(.03*kills)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     start(tmp_path/'killed')
     assert 'goes on after epoch' in (tmp_path/'killed'/'train.log').read_text()
     for key, value in weights(tmp_path/'whole').items():
@@ -321,7 +328,7 @@ def test_the_bar_is_for_terminals(tmp_path, terminal):
         except OSError: break   # the other end is closed
         if not part: break
         told += part
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     os.close(master)
     assert (b'epoch 2/6:   0%' in told and b'\r' in told) == terminal and told.count(b'best') == 6
     # how it began, six epochs, and a step of log_interval
