@@ -26,7 +26,7 @@ RESIDUAL = {'model.encoder_type': 'resnet34_1d', 'model.cnn_channels': None,
             'model.cnn_kernel_sizes': None, 'model.cnn_strides': None,
             'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 WINDOW, BEATS = {'data.unit': 'window', 'data.window_s': 2.}, {'data.unit': 'beats'}
-LOGMEL = {'data.frontend': 'logmel', 'model.cnn_strides': [2, 2]}
+FRAMES = {'data.frontend': 'logmel', 'model.cnn_strides': [2, 2]}
 BAGS, PACKAGED = {'training.aggregation': 'attention'}, {
     'pretrained': 'packaged', 'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 
@@ -47,9 +47,9 @@ CASES = {
     'data.num_substructures': (3, 'log', PACKAGED),
     'data.frontend': ('logmel', 'shapes'), 'data.unit': ('window', 'losses'),
     'data.state_channels': (True, 'shapes'), 'data.window_s': (1., 'losses', WINDOW),
-    'data.unit_beats': (2, 'losses', BEATS), 'data.mel_bands': (20, 'shapes', LOGMEL),
-    'data.mel_range_hz': ([25, 400], 'losses', LOGMEL), 'data.mel_frame_s': (.1, 'losses', LOGMEL),
-    'data.mel_hop_s': (.02, 'losses', LOGMEL),
+    'data.unit_beats': (2, 'losses', BEATS), 'data.mel_bands': (20, 'shapes', FRAMES),
+    'data.mel_range_hz': ([25, 400], 'losses', FRAMES), 'data.mel_frame_s': (.1, 'losses', FRAMES),
+    'data.mel_hop_s': (.02, 'losses', FRAMES),
     'model.encoder_type': ('cnn_mamba_small', 'shapes', {
         'model.cnn_channels': None, 'model.cnn_kernel_sizes': None, 'model.cnn_strides': None}),
     'model.cnn_channels': ([4, 8], 'shapes'), 'model.cnn_kernel_sizes': ([5, 5], 'shapes'),
