@@ -152,18 +152,29 @@ class _PackedSteps:
                    hashlib.sha256(values.tobytes()+states.tobytes()).hexdigest()[:16])
 
 # %% ../../nbs/data/steps.ipynb #s016
+def _unreadable(path, reason):
+    "Make the error of a damaged file."
+    return PahclError(f'{path} cannot be read ({reason}). '
+                      'Run pahcl_preprocess and pahcl_prepare again.')
+
+def _read_signal_file(
+    folder,           # of a recording
+    mmap_mode=None,   # 'r': the length alone is wanted
+) -> np.ndarray:      # int16 [T]
+    "Read the recording that `preprocess` kept; a damaged one is a `PahclError`."
+    path = Path(folder)/'signal.npy'
+    try: numbers = np.load(path, mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e: raise _unreadable(path, e) from e
+    if numbers.dtype == np.int16 and numbers.ndim == 1 and len(numbers): return numbers
+    raise _unreadable(path, 'it holds no recording')
+
 def _read_recording_files(
     folder,          # of a recording, in a processed folder or a task's split
 ) -> tuple:          # (int16 [T], DataFrame of states)
     "Read what `preprocess` keeps of a recording; what is damaged is a `PahclError`."
-    folder, remedy = Path(folder), 'Run pahcl_preprocess and pahcl_prepare again.'
-    try:
-        numbers = np.load(folder/'signal.npy', allow_pickle=False)
-        rows = np.loadtxt(folder/'states.tsv', ndmin=2).reshape(-1, 3)
-    except (OSError, ValueError, EOFError) as e:
-        raise PahclError(f'the recording in {folder} cannot be read ({e}). {remedy}') from e
-    if numbers.dtype != np.int16 or numbers.ndim != 1 or not len(numbers):
-        raise PahclError(f'{folder}/signal.npy holds no recording. {remedy}')
+    numbers, path = _read_signal_file(folder), Path(folder)/'states.tsv'
+    try: rows = np.loadtxt(path, ndmin=2).reshape(-1, 3)
+    except (OSError, ValueError) as e: raise _unreadable(path, e) from e
     return numbers, pd.DataFrame(rows, columns=['start_s', 'end_s', 'state'])
 
 def _write_steps(
@@ -172,8 +183,7 @@ def _write_steps(
     settings: _StepSettings,
 ):
     "Write `values.npy`, `states.npy`, `statistics.npy` and `bounds.npy`, see `_PackedSteps`."
-    counts = [settings.count(np.load(Path(p)/'signal.npy', mmap_mode='r').shape[0], r)
-              for p, r in zip(places, rates)]
+    counts = [settings.count(len(_read_signal_file(p, 'r')), r) for p, r in zip(places, rates)]
     bands = (settings.heard.mel_bands,) if settings.heard.spectral else ()
     kind, statistics = '<f2' if settings.heard.spectral else '<i2', []
     states = np.zeros(sum(counts), np.uint8)

@@ -108,7 +108,7 @@ def _tabulate_cycles(
            'valid_length']] = _compute_sample_boundaries(table, settings)
     # a stored cycle may be cut or stretched: the heart rate is in this
     table['duration_s'] = (table['offset_s']-table['onset_s']).round(4)
-    return table.drop(columns=BEAT_BOUNDARIES[1:])
+    return table.drop(columns=BEAT_BOUNDARIES[1:-1])
 
 # %% ../../nbs/data/tasks.ipynb #cell15
 def read_kept_cycles(
@@ -117,7 +117,7 @@ def read_kept_cycles(
     settings: dict,  # of `read_processed`
     # DataFrame, a row a cycle: the columns of `recordings`, `file`, `s1_end, s2_start,
     # s2_end, valid_length` in samples, `confidence` and `quality` of the beat, and
-    # `onset_s` and `duration_s`, the whole cycle
+    # `onset_s`, `offset_s` and `duration_s`, the whole cycle
 ):
     "All cycles that were kept, in the order of the recordings."
     rows, owner = [], []

@@ -70,7 +70,7 @@ def _find_runs(
     return first, last
 
 def _place_beats(
-    cycles,           # DataFrame, a row a kept beat: `onset_s, duration_s`
+    cycles,           # DataFrame, a row a kept beat: `onset_s, offset_s`
     recording,        # [n] number of each one's recording
     bounds,           # as of `_place_windows`
     rate,             # steps a second
@@ -81,7 +81,7 @@ def _place_beats(
     onset = cycles['onset_s'].to_numpy(float)
     order = np.lexsort([onset, recording]) if beats > 1 else np.arange(len(onset))
     onset, number = onset[order], np.asarray(recording)[order]
-    offset = onset+cycles['duration_s'].to_numpy(float)[order]
+    offset = cycles['offset_s'].to_numpy(float)[order]
     first, last = (_find_runs(onset, offset, number, beats) if beats > 1
                    else (np.arange(len(onset)),)*2)
     begin, end = (np.round(t*rate).astype(np.int64) for t in (onset[first], offset[last]))
@@ -147,7 +147,7 @@ def fingerprint(self: Windows) -> str:
 
 # %% ../../nbs/data/windows.ipynb #w013
 def _lay_out(
-    cycles,                  # DataFrame, a row a kept cycle: `_CYCLE_IDS`, `onset_s, duration_s` …
+    cycles,                  # DataFrame, a row a kept cycle: `_CYCLE_IDS`, `onset_s, offset_s` …
     columns: list,           # of it that describe a row
     steps: _PackedSteps,     # of the recordings, in the order in which `folder` names them first
     heard: _InputSettings,
@@ -158,7 +158,7 @@ def _lay_out(
         raise PahclError(f'data.unit is {heard.unit}, but the cycles were stretched '
                          '(length_mode phase), and recordings are heard as they are. '
                          'Preprocess with length_mode pad, or give data.unit window.')
-    lost = [c for c in ('onset_s', 'duration_s') if c not in cycles]
+    lost = [c for c in ('onset_s', 'offset_s') if c not in cycles]
     if lost and heard.unit != 'window':
         raise PahclError(f'data.unit {heard.unit} needs {lost[0]} of each cycle, which this task '
                          'lacks. Run pahcl_preprocess and pahcl_prepare again.')

@@ -103,7 +103,7 @@ class _EncodedRecording:
     "A recording as the head of a model needs it, and what else is known of it."
     facts: dict                      # `beats, heart_rate, …`, or `error`
     states: pd.DataFrame = None      # `start_s, end_s, state, confidence`
-    # of the kept: `BEAT_BOUNDARIES`, confidence; of what hears windows: `start_s`, `end_s` of each
+    # of the kept: `BEAT_BOUNDARIES`, confidence; of windows: `onset_s`, `offset_s` of each
     beats: pd.DataFrame = None
     table: pd.DataFrame = None       # of the cycles, as `Cycles` has it
     features: np.ndarray = None      # [kept, features]
@@ -131,8 +131,8 @@ def _encode_recording(
                  seconds=about['seconds'], sample_rate=heard.sample_rate,
                  notes=_note_recording(heard), error=None)
     beats = heard.beats[heard.beats.kept].reset_index(drop=True)
-    rows = (cycles.table[['start_s', 'end_s']] if 'start_s' in cycles.table
-            else beats[[*BEAT_BOUNDARIES, 'confidence']])
+    rows = (cycles.table[['start_s', 'end_s']].set_axis(['onset_s', 'offset_s'], axis=1)
+            if 'start_s' in cycles.table else beats[[*BEAT_BOUNDARIES, 'confidence']])
     return _EncodedRecording(facts, heard.states, rows, cycles.table, features)
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell15

@@ -15,15 +15,30 @@ from ..core.basics import generator
 from ..core.figures import COLOURS, MARKERS, STYLE
 from ..data.sampling import sample_rows_per_group
 from ..data.tasks import find_cut_difference, list_prepared_tasks
+from ..data.windows import Windows
 from ..evaluation.evaluator import open_split
 from ..models.classifier import encode_cycles
 
 # %% ../../nbs/studies/feature_map.ipynb #cell7
+def _recording_heart_rates(
+    table,               # of `Windows`: `folder`
+    processed_dir=None,  # has the beats' lengths, where it is there
+):  # beats a minute [n], of each row's recording; NaN where it is not known
+    "Return the rate of the median kept beat of each recording."
+    rates = np.full(len(table), np.nan)
+    for folder, rows in table.groupby('folder').indices.items() if processed_dir else ():
+        path = Path(processed_dir)/folder/'cycles.csv'
+        if not path.exists(): continue
+        beats = pd.read_csv(path).dropna(subset='file')
+        rates[rows] = 60/np.median(beats['offset_s']-beats['onset_s'])
+    return rates
+
 def _cycle_heart_rates(
     cycles,              # a `pahcl.data.loader.Cycles`
     processed_dir=None,  # has the beats' true lengths, where it is there
 ):  # beats a minute [n]; NaN where the cycle was cropped and the length is not known
     "Return the heart rate of each cycle, from the length of its beat."
+    if isinstance(cycles, Windows): return _recording_heart_rates(cycles.table, processed_dir)
     valid, settings = cycles.boundaries[:, 3].astype(float), cycles.settings
     rates = 60*settings.get('sample_rate', 5000)/np.maximum(valid, 1)
     known = (valid < settings['target_length']) & (settings.get('length_mode') != 'phase')

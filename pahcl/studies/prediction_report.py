@@ -17,8 +17,11 @@ import soundfile
 from ..core.basics import progress, write_text
 from ..core.figures import png_bytes, STYLE
 from ..data.signal import resample
+from ..data.steps import _InputSettings
+from ..data.windows import Windows
 from ..evaluation.pages import _PAGE_TEMPLATE, _section_to_html, format_with_interval
 from ..evaluation.prediction import _cycle_settings, _open_classifier, _one_thread, Prediction
+from ..models.checkpoints import _data_settings
 from ..segmentation.heard_recordings import cut_recordings, hear_recording
 from ..segmentation.plots import _colour_states, _spread_evenly
 from .saliency import _explain_cycles
@@ -34,14 +37,16 @@ def _explain_recording(
     network, saved = _open_classifier(prediction.model['checkpoint'])
     facts, settings = prediction.recordings.iloc[row], _cycle_settings(saved)
     heard = hear_recording(facts['file'], settings=settings)
-    cycles, beats = cut_recordings([heard], settings=settings), prediction.beats
+    cycles, beats = cut_recordings([heard], settings=settings, heard=_InputSettings.of(
+        _data_settings(saved))), prediction.beats
     beats = beats[beats['recording_id'] == facts['recording_id']].reset_index(drop=True)
     rows = np.array(_spread_evenly(len(cycles), _EXPLAINED))
     point = prediction.operating_point
     with _one_thread():
         found = _explain_cycles(network, cycles, rows, [point.positive]*len(rows), _STEPS)
     start, stop = (beats[c].to_numpy()[rows] for c in ('onset_s', 'offset_s'))
-    if settings.length_mode == 'pad': stop = start+settings.target_length/settings.sample_rate
+    if isinstance(cycles, Windows): stop = start+cycles.length/cycles.rate
+    elif settings.length_mode == 'pad': stop = start+settings.target_length/settings.sample_rate
     return dict(heard=heard, facts=facts, beats=beats, shares=found.shares, start=start, stop=stop)
 
 # %% ../../nbs/studies/prediction_report.ipynb #cell8

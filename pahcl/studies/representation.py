@@ -13,6 +13,7 @@ import pandas as pd
 from ..core.basics import first_few, get_logger, write_json, write_text
 from ..core.figures import save_figure
 from ..core.predictions import Predictions
+from ..data.steps import _InputSettings
 from ..data.tasks import find_met_persons
 from ..evaluation.evaluator import open_split
 from ..evaluation.pages import format_with_interval, write_page
@@ -162,7 +163,8 @@ def represent(
     results = dict(checkpoint=str(checkpoint), task=task, split=split,
                    encoder_type=saved.get('encoder_type'), notes=notes)
     results |= dict(probes=probed.to_dict('records'), anomaly=anomalies.to_dict('records'))
-    if saved.get('kind') == 'finetune' and saved.get('task') == task:
+    one_beat = _InputSettings.of(data).unit == 'cycle'   # whose states can be laid on one axis
+    if saved.get('kind') == 'finetune' and saved.get('task') == task and one_beat:
         results['saliency'], things = saliency_report(checkpoint, task, data_dir, split,
                                                       folder, seed)
         sections['Saliency: what the classifier listens to'] = things

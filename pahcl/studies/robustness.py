@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.basics import get_logger, progress, write_text
+from ..core.basics import get_logger, PahclError, progress, write_text
 from ..core.figures import COLOURS, save_figure, STYLE
 from ..core.stages import evaluation_folder
 from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
 from ..data.datasets import identify_devices
+from ..data.steps import _InputSettings
 from ..data.tasks import Task
 from ..evaluation.evaluator import open_model, open_split
 from ..evaluation.pages import format_with_interval, write_table
@@ -216,6 +217,9 @@ def evaluate_robustness(
     "Score a checkpoint under every condition and write the table into the evaluation's folder."
     prepared = Task.open(data_dir, task, split)
     model = open_model(checkpoint, prepared)
+    if not (heard := _InputSettings.of(model.data)).is_plain:
+        raise PahclError(f'{checkpoint} hears {heard.frontend} by {heard.unit}, and robustness '
+                         'changes stored cycles. Give a checkpoint that hears those.')
     cycles, _ = open_split(task, data_dir, split, model.data)
     cycles.table = prepared.add_devices(cycles.table)
     table, notes = _robustness_table(model, cycles, prepared.dataset, rule, subject_rule,

@@ -67,7 +67,7 @@ def _explain_class(
 @dataclass(frozen=True)
 class _Saliency:
     "What each sample of some cycles speaks for."
-    shares: np.ndarray    # [n, T]: above 0 for the class, below against it
+    shares: np.ndarray    # [n, T]: above 0 for the class, below against it; sums over channels
     # [n]: part of the difference from silence by which the shares do not add up
     missing: np.ndarray
     phases: np.ndarray    # [n, T]: state of each sample, 1 to 4, 0 is padding
@@ -86,7 +86,7 @@ def _explain_cycles(
             at = torch.from_numpy(np.flatnonzero(own == c))
             given = b['x'][at], b['valid_length'][at], int(c), steps, b['phases'][at]
             shares[at], missing[at] = _explain_class(model, *given)
-        found.append((shares[:, 0].numpy(), missing.numpy(), b['phases'].numpy()))
+        found.append((shares.sum(1).numpy(), missing.numpy(), b['phases'].numpy()))
     return _Saliency(*(np.concatenate(part) for part in zip(*found)))
 
 # %% ../../nbs/studies/saliency.ipynb #cell22

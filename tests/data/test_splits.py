@@ -158,7 +158,8 @@ def test_folder(house):
         cycles, recordings = read_table(folder/'cycles.csv'), read_table(folder/'recordings.csv')
         assert list(cycles) == ['file_path', 'split', 'subject_id', 'person_id', 'recording_id',
                                 'location', 'label', 's1_end', 's2_start', 's2_end', 'valid_length',
-                                'onset_s', 'duration_s', 'confidence', 'quality', 'subject_label']
+                                'onset_s', 'offset_s', 'duration_s', 'confidence', 'quality',
+                                'subject_label']
         known = ['subject_label']+(['murmur_locations'] if config['dataset'] == 'circor'
                                    else [])+['seconds', 'cycles_found', 'quality', 'confidence']
         assert list(recordings) == ['recording_id', 'folder', 'subject_id', 'person_id', 'location',
