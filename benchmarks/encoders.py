@@ -1,5 +1,6 @@
 """A training step of cnn_mamba against the same network with the sliced loop, and all encoders:
-python benchmarks/encoders.py [--quick] [--one-thread]
+python benchmarks/encoders.py [--quick] [--one-thread]; with --frames, milliseconds of a training
+step over 64 windows of 256 log-mel frames
 """
 import os, sys, time
 import torch
@@ -33,6 +34,34 @@ def seconds(function):
     return Timer('f()', globals=dict(f=function), num_threads=torch.get_num_threads(),
                  **clock).timeit(1).mean
 
+FRAME_MAMBA = dict(encoder_type='cnn_mamba', cnn_channels=[48, 64, 96], cnn_kernel_sizes=[5, 3, 3],
+                   cnn_strides=[2, 2, 1], mamba_d_model=96, mamba_n_layers=2)
+
+def over_frames(quick=False, threads=2):
+    "Print a step's time for every encoder, least and median of some: others use the machine, too."
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    x, length = torch.randn(64, 84, 256), torch.full((64,), 256)
+    padded = torch.randint(128, 257, (64,))
+    rows = [(name, dict(encoder_type=name), length) for name in ENCODERS]
+    rows += [('logmel_cnn, padded', dict(encoder_type='logmel_cnn'), padded),
+             ('small cnn_mamba', FRAME_MAMBA, length),
+             ('  both ways', FRAME_MAMBA | dict(mamba_bidirectional=True), length)]
+    print(f'{threads} thread(s), ms a step: {"parameters":>11}{"wall, least":>13}'
+          f'{"processor, median":>19}')
+    for name, settings, n in rows:
+        model = build_encoder(settings, in_channels=84).train()
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-4)
+        times = []
+        for _ in range(4 if quick else 10):
+            before = time.perf_counter(), time.process_time()
+            step(model, optimiser, x, n, False)
+            times.append((time.perf_counter()-before[0], time.process_time()-before[1]))
+        wall, processor = (sorted(t[1:]) for t in zip(*times))
+        print(f'{name:24}{sum(p.numel() for p in model.parameters()):11,}{1000*wall[0]:13.0f}'
+              f'{1000*processor[len(processor)//2]:19.0f}', flush=True)
+    print(f'load average {os.getloadavg()[0]:.1f}')
+
 def main(quick=False, threads=2):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -64,6 +93,7 @@ def main(quick=False, threads=2):
     print(f'{"":16}{"parameters":>12}{"MFLOP a cycle":>15}{"training":>12}{"training, bf16":>17}'
           f'{"inference":>12}')
     for name in ENCODERS:
+        if ENCODERS[name].preset['in_channels'] > 1: continue
         model, counted = build_encoder(name), _encoder_cost(build_encoder(name))
         optimiser = torch.optim.AdamW(model.parameters(), 1e-4)
         def infer():
@@ -79,4 +109,6 @@ def main(quick=False, threads=2):
               f'{train:12.1f}{half:17.1f}{middle(infer):12.1f}', flush=True)
     print(f'load average {os.getloadavg()[0]:.1f}')
 
-if __name__ == '__main__': main('--quick' in sys.argv, 1 if '--one-thread' in sys.argv else 2)
+if __name__ == '__main__':
+    run = over_frames if '--frames' in sys.argv else main
+    run('--quick' in sys.argv, 1 if '--one-thread' in sys.argv else 2)

@@ -45,10 +45,11 @@ def _uncounted_operations(
 # %% ../nbs/03_encoder.ipynb #cell16
 def _encoder_cost(
     model,    # an `Encoder`, set to evaluation mode
-    T=4000,   # samples of a cycle
+    T=None,   # steps of the input; None: 4000 samples of a cycle, 256 frames (4.1 s) of a window
 ) -> dict:    # parameters, operations (scan included), scan (its part), features, frames
-    "Count what one cycle costs."
-    x, fast = torch.zeros(1, 1, T), torch.backends.mha.get_fastpath_enabled()
+    "Count what one cycle, or one window of frames, costs."
+    T = T or (4000 if model.in_channels == 1 else 256)
+    x, fast = torch.zeros(1, model.in_channels, T), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad(): model.eval()(x)

