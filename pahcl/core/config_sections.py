@@ -130,6 +130,8 @@ class ModelSection(_OpenSection):
     # of resnet34_1d; affine: scale and shift alone, as what batch norms of
     # foreign checkpoints come to
     norm: Optional[Literal['group', 'affine']] = None
+    # channels of the input: 1 of a waveform, more of log-mel frames; fine-tuning takes the data's
+    in_channels: Optional[int] = Field(None, ge=1)
 
 # %% ../../nbs/core/config_sections.ipynb #c018
 class _ClassifierSection(_Section):

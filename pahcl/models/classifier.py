@@ -19,7 +19,7 @@ from .encoders import _build_saved_encoder
 from .heads import ClassifierHead, _FeatureNormaliser
 from .hub_folders import (
     _find_folder, _HubModel, _read_model_folder, _recall_origin, _remember_origin, _weights_file)
-from .pooling import _POOLED_PARTS, _pool_features
+from .pooling import _pool_features, _pooled_width
 
 # %% ../../nbs/models/classifier.ipynb #cell7
 class Classifier(nn.Module, _HubModel):
@@ -36,7 +36,7 @@ class Classifier(nn.Module, _HubModel):
         pooling='cycle',        # 'cycle' or 'phases': one mean, or one a heart state
     ):
         super().__init__()
-        width = encoder.out_dim*_POOLED_PARTS[pooling]
+        width = _pooled_width(encoder, pooling)
         self.encoder, self.pooling = encoder, pooling
         self.classifier = ClassifierHead(width, hidden_dim, num_classes, dropout)
         self.standardise = _FeatureNormaliser(width) if standardise else nn.Identity()
@@ -163,7 +163,7 @@ def encode_cycles(
     out = [pool(b).float().cpu().numpy() for b in batches]
     encoder.train(was_training)
     if out: return np.concatenate(out)
-    return np.zeros((0, encoder.out_dim*_POOLED_PARTS[pooling]), np.float32)
+    return np.zeros((0, _pooled_width(encoder, pooling)), np.float32)
 
 # %% ../../nbs/models/classifier.ipynb #cell17
 @torch.no_grad()

@@ -66,17 +66,19 @@ class _ConvLayer(nn.Module):
 
 # %% ../../nbs/models/convolutions.ipynb #cell11
 class ConvStack(nn.Module):
-    "Convolutional layers one after the other: [B, 1, T] → [B, C, L']."
+    "Convolutional layers one after the other: [B, in_channels, T] → [B, C, L']."
     def __init__(self,
         channels,      # of each layer's output
         kernel_sizes,  # of each layer, samples of its input
         strides,       # of each layer
         dropout=0.,    # in each layer
         attention=False,  # over the channels of each layer
+        in_channels=1,    # of the first layer's input; a waveform has one
     ):
         super().__init__()
         self.layers = nn.ModuleList(_ConvLayer(*s, dropout, attention)
-                                    for s in zip([1, *channels], channels, kernel_sizes, strides))
+                                    for s in zip([in_channels, *channels], channels, kernel_sizes,
+                                                 strides))
 
     def forward(self, x, length=None):
         for layer in self.layers:
@@ -99,36 +101,41 @@ _NORM_LAYERS = dict(group=MaskedGroupNorm, affine=_ChannelAffine)
 
 # %% ../../nbs/models/convolutions.ipynb #cell15
 class MaskedConvolution(nn.Module):
-    "Convolution and norm: [B, in, T] → [B, out, ⌈T / stride⌉], zeros where not valid."
-    def __init__(self, channels_in, channels_out, kernel_size, stride=1, norm='group'):
+    """Convolution and norm: [B, in, T] → [B, out, ⌈T / stride⌉], zeros where not valid.
+
+    Of images (`dims` 2) [B, in, bands, T] → [B, out, ⌈bands / stride⌉, ⌈T / stride⌉].
+    """
+    def __init__(self, channels_in, channels_out, kernel_size, stride=1, norm='group', dims=1):
         super().__init__()
-        self.stride = stride
-        self.conv, self.norm = (nn.Conv1d(channels_in, channels_out, kernel_size, stride,
-                                          kernel_size//2, bias=False),
+        self.stride, convolution = stride, (nn.Conv1d, nn.Conv2d)[dims-1]
+        self.conv, self.norm = (convolution(channels_in, channels_out, kernel_size, stride,
+                                            kernel_size//2, bias=False),
                                 _NORM_LAYERS[norm](channels_out))
 
     def forward(self,
-        x,            # [B, in, T], zeros where not valid
+        x,            # [B, in, T] or [B, in, bands, T], zeros where not valid
         length=None,  # [B] valid samples, or None: all
     ):                # (that, [B] valid samples of it)
-        x = self.conv(x)[..., :count_frames(x.shape[-1], self.stride)]
+        sizes = (count_frames(n, self.stride) for n in x.shape[2:])
+        x = self.conv(x)[(..., *(slice(n) for n in sizes))]
         if length is None: return self.norm(x), None
         length = count_frames(length, self.stride)
         mask = _length_mask(length, x.shape[-1])
-        return self.norm(x, mask)*mask[:, None], length
+        return self.norm(x, mask)*mask.view(len(mask), *[1]*(x.dim()-2), -1), length
 
 # %% ../../nbs/models/convolutions.ipynb #cell16
 class ResidualBlock(nn.Module):
     """x + norm(conv(relu(norm(conv(x))))), then ReLU; where sizes differ, the way around is a
-    convolution of length 1.
+    convolution of length 1; of images with `dims` 2.
     """
     def __init__(self, channels_in, channels_out, kernel_size=3, stride=1, dropout=0.,
-                 norm='group'):
+                 norm='group', dims=1):
         super().__init__()
-        self.first = MaskedConvolution(channels_in, channels_out, kernel_size, stride, norm)
-        self.second = MaskedConvolution(channels_out, channels_out, kernel_size, 1, norm)
+        own = dict(norm=norm, dims=dims)
+        self.first = MaskedConvolution(channels_in, channels_out, kernel_size, stride, **own)
+        self.second = MaskedConvolution(channels_out, channels_out, kernel_size, 1, **own)
         self.around = (None if channels_in == channels_out and stride == 1
-                       else MaskedConvolution(channels_in, channels_out, 1, stride, norm))
+                       else MaskedConvolution(channels_in, channels_out, 1, stride, **own))
         self.dropout = _Dropout(dropout)
 
     def forward(self, x, length=None):

@@ -21,12 +21,14 @@ from .masked_layers import count_frames, _length_mask
 
 # %% ../../nbs/models/encoder_base.ipynb #cell7
 class Encoder(nn.Module, _HubModel):
-    """A network [B, 1, T] → [B, C].
+    """A network [B, in_channels, T] → [B, out_dim].
 
-    `config` rebuilds it, `stride` is samples a frame, `out_dim` is C, `frame_rate` frames a second
-    at `CYCLE_SAMPLE_RATE`.
+    `config` rebuilds it, with `in_channels` 1 where it does not say; `stride` is steps of the input
+    a frame. `frame_rate` is frames a second where a step is a sample at `CYCLE_SAMPLE_RATE`; of
+    log-mel frames it is their rate / `stride`, 62.5 / `stride` with the default hop.
 
-    A subclass defines `encode_frames`; all else is inherited.
+    A subclass defines `encode_frames`; all else is inherited. One whose `pool` is wider than its
+    frames gives their mean first, the rest behind it.
     """
     old_names = {}   # first part of a weight's name in older checkpoints -> what it is now
 
@@ -34,15 +36,17 @@ class Encoder(nn.Module, _HubModel):
         config: dict,  # complete settings, with `encoder_type`
         stride: int,   # samples a frame
         out_dim: int,  # channels of the features
+        frame_dim=None,  # channels of the frames of `sequence`; None: as many
     ):
         super().__init__()
         self.config, self.stride, self.out_dim = dict(config), stride, out_dim
+        self.frame_dim, self.in_channels = frame_dim or out_dim, config.get('in_channels', 1)
         self.frame_rate = CYCLE_SAMPLE_RATE/stride
 
     def forward(self,
-        x,                  # [B, 1, T] standardised cycles
+        x,                  # [B, 1, T] standardised cycles, or [B, in_channels, T] frames
         valid_length=None,  # [B] samples before the padding begins, or None: no padding
-    ):                      # [B, C]
+    ):                      # [B, out_dim]
         mask = None if valid_length is None else self.frame_mask(valid_length, x.shape[-1])
         return self.pool(self.sequence(x, valid_length), mask)
 
@@ -57,9 +61,9 @@ def frame_mask(self: Encoder,
 
 @patch
 def pool(self: Encoder,
-    sequence,   # [B, L', C]
+    sequence,   # [B, L', frame_dim]
     mask=None,  # [B, L'] bool, or None: all frames
-):              # [B, C]
+):              # [B, out_dim]
     "Average the valid frames; zeros for a cycle that has none."
     if mask is None: return sequence.mean(1)
     weight = mask.to(sequence.dtype)[..., None]
@@ -68,12 +72,15 @@ def pool(self: Encoder,
 # %% ../../nbs/models/encoder_base.ipynb #cell11
 @patch
 def clean_input(self: Encoder,
-    x,             # [B, 1, T]
+    x,             # [B, in_channels, T]
     valid_length,  # [B], or None: no padding
-):                # [B, 1, T]
+):                # [B, in_channels, T]
     "Set the padding to zero; a `PahclError` for wrong shapes."
-    if x.dim() != 3 or x.shape[1] != 1 or not x.shape[2]:
-        raise PahclError(f'encoder: x has shape {list(x.shape)}; cycles are [B, 1, T].')
+    if x.dim() != 3 or x.shape[1] != self.in_channels or not x.shape[2]:
+        what = 'cycles' if self.in_channels == 1 else 'this encoder was built for frames that'
+        raise PahclError(f'encoder: x has shape {list(x.shape)}; {what} are '
+                         f'[B, {self.in_channels}, T]. Give it the input that it was trained on, '
+                         'or build one with in_channels as the data have them.')
     if valid_length is not None and valid_length.shape != x.shape[:1]:
         raise PahclError(f'encoder: valid_length has shape {list(valid_length.shape)}; for '
                          f'{x.shape[0]} cycles it is [{x.shape[0]}].')
@@ -83,25 +90,25 @@ def clean_input(self: Encoder,
 # %% ../../nbs/models/encoder_base.ipynb #cell12
 @patch
 def encode_frames(self: Encoder,
-    x,             # [B, 1, T], zeros where not valid
+    x,             # [B, in_channels, T], zeros where not valid
     valid_length,  # [B] valid samples, or None: no padding
-):                 # [B, L', C]; where not valid, anything finite
+):                 # [B, L', frame_dim]; where not valid, anything finite
     "Return the features frame by frame; a subclass defines this."
     raise NotImplementedError(f'{type(self).__name__}.encode_frames')
 
 @patch
 def sequence(self: Encoder,
-    x,                  # [B, 1, T]
+    x,                  # [B, in_channels, T]
     valid_length=None,  # [B] valid samples, or None: no padding
-):                      # [B, L', C], zeros where not valid
+):                      # [B, L', frame_dim], zeros where not valid
     "Return the features frame by frame; a `PahclError` where `encode_frames` gives another shape."
     y = self.encode_frames(self.clean_input(x, valid_length), valid_length)
-    expected = [len(x), count_frames(x.shape[-1], self.stride), self.out_dim]
+    expected = [len(x), count_frames(x.shape[-1], self.stride), self.frame_dim]
     if list(y.shape) != expected:
         name = self.config.get('encoder_type', type(self).__name__)
         raise PahclError(f'encoder {name}: encode_frames gave {list(y.shape)} for cycles '
                          f'{list(x.shape)}; a stride of {self.stride} and an out_dim of '
-                         f'{self.out_dim} mean {expected}: [B, ceil(T/stride), out_dim].')
+                         f'{self.frame_dim} mean {expected}: [B, ceil(T/stride), out_dim].')
     if valid_length is None: return y
     return y*self.frame_mask(valid_length, x.shape[-1])[..., None]
 
@@ -219,8 +226,9 @@ def hub_content(self: Encoder, **more) -> dict:
 def encoder_fingerprint(
     encoder: Encoder,
 ) -> str:   # 16 hexadecimal digits
-    "Hash an encoder's settings and weights."
-    digest = hashlib.sha256(fingerprint(encoder.config).encode())
+    "Hash an encoder's settings and weights; `in_channels` 1 is left out, as older ones have none."
+    config = {k: v for k, v in encoder.config.items() if (k, v) != ('in_channels', 1)}
+    digest = hashlib.sha256(fingerprint(config).encode())
     for name, value in encoder.state_dict().items():
         digest.update(name.encode()+value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -32,10 +32,10 @@ from .sinc_filters import SincConv
 # %% ../../nbs/models/encoders.ipynb #cell7
 _CONVOLUTION_PRESET = dict(
     cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[7, 5, 5, 3], cnn_strides=[2, 2, 2, 2],
-    dropout=0.1, channel_attention=False)
+    dropout=0.1, channel_attention=False, in_channels=1)
 _SMALL_CONVOLUTION_PRESET = dict(
     cnn_channels=[16, 32, 64, 96], cnn_kernel_sizes=[15, 7, 5, 5], cnn_strides=[4, 4, 2, 2],
-    dropout=0.1, channel_attention=False)
+    dropout=0.1, channel_attention=False, in_channels=1)
 _MAMBA_PRESET = dict(
     mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=None, mamba_bidirectional=False,
     drop_path=0.)
@@ -52,7 +52,7 @@ class CNNEncoder(Encoder):
         c = config
         super().__init__(c, math.prod(c['cnn_strides']), c['mamba_d_model'])
         self.cnn = ConvStack(c['cnn_channels'], c['cnn_kernel_sizes'], c['cnn_strides'],
-                             c['dropout'], c['channel_attention'])
+                             c['dropout'], c['channel_attention'], self.in_channels)
         last = c['cnn_channels'][-1]
         self.projection = nn.Identity() if last == self.out_dim else nn.Linear(last, self.out_dim)
 
@@ -118,16 +118,16 @@ class _CNNLSTM(CNNEncoder):
 
 # %% ../../nbs/models/encoders.ipynb #cell19
 @register_encoder('resnet34_1d', cnn_channels=[64, 128, 256, 512], cnn_kernel_sizes=[3, 3, 3, 3],
-                  cnn_strides=[1, 2, 2, 2], dropout=0.1, norm='group')
+                  cnn_strides=[1, 2, 2, 2], dropout=0.1, norm='group', in_channels=1)
 class _ResNet34(Encoder):
-    """[B, 1, T] → [B, C] with C the last of `cnn_channels`; one number a stage in each list.
+    """[B, in_channels, T] → [B, C], C the last of `cnn_channels`; one number a stage in each list.
 
     The stem has a stride of 4.
     """
     def __init__(self, config):
         c = config
         super().__init__(c, 4*math.prod(c['cnn_strides']), c['cnn_channels'][-1])
-        self.stem = MaskedConvolution(1, c['cnn_channels'][0], 7, 2, c['norm'])
+        self.stem = MaskedConvolution(self.in_channels, c['cnn_channels'][0], 7, 2, c['norm'])
         self.blocks, before = nn.ModuleList(), c['cnn_channels'][0]
         stages = zip(c['cnn_channels'], c['cnn_kernel_sizes'], c['cnn_strides'])
         for stage, (channels, kernel, stride) in enumerate(stages):
@@ -150,15 +150,21 @@ class _ResNet34(Encoder):
 @register_encoder('sincnext_bm', cnn_channels=[32, 64, 128, 256], cnn_kernel_sizes=[401, 7, 7, 7],
                   cnn_strides=[4, 2, 2, 1],
                   dropout=0.1, **{**_MAMBA_PRESET, 'mamba_bidirectional': True},
-                  mamba_d_model=256, mamba_n_layers=2)
+                  mamba_d_model=256, mamba_n_layers=2, in_channels=1)
 class _SincNeXt(Encoder):
-    "Sinc filters → ConvNeXt stages → bidirectional Mamba → attentive statistics."
+    """Sinc filters → ConvNeXt stages → bidirectional Mamba → attentive statistics.
+
+    Filters of a waveform mean nothing for frames: with more than one channel in, an ordinary
+    convolution stands in their place.
+    """
     def __init__(self, config):
         c = config
         super().__init__(c, math.prod(c['cnn_strides']), c['mamba_d_model'])
         channels, kernels, strides = c['cnn_channels'], c['cnn_kernel_sizes'], c['cnn_strides']
-        self.sinc_conv = SincConv(channels[0], kernels[0], strides[0])
-        self.sinc_norm = MaskedGroupNorm(channels[0])
+        first = channels[0], kernels[0], strides[0]
+        if self.in_channels == 1:
+            self.sinc_conv, self.sinc_norm = SincConv(*first), MaskedGroupNorm(channels[0])
+        else: self.stem = MaskedConvolution(self.in_channels, *first)
         sizes = zip(channels, channels[1:], kernels[1:], strides[1:])
         self.stages = nn.ModuleList(ConvNeXtStage(*s, c['dropout']) for s in sizes)
         self.projection = (nn.Identity() if channels[-1] == self.out_dim
@@ -167,11 +173,17 @@ class _SincNeXt(Encoder):
                                 **_mamba_settings(c))
         self.statistics = AttentiveStatisticsPooling(self.out_dim)
 
-    def encode_frames(self, x, valid_length):
+    def encode_first(self, x, valid_length):   # (as `MaskedConvolution`)
+        "Filter a waveform, or convolve frames."
+        if self.in_channels > 1: return self.stem(x, valid_length)
         x = self.sinc_conv(x)
         length = None if valid_length is None else count_frames(valid_length, self.sinc_conv.stride)
         mask = None if length is None else _length_mask(length, x.shape[-1])
-        x = F.gelu(self.sinc_norm(x, mask)).transpose(1, 2)
+        return self.sinc_norm(x, mask), length
+
+    def encode_frames(self, x, valid_length):
+        x, length = self.encode_first(x, valid_length)
+        x = F.gelu(x).transpose(1, 2)
         for stage in self.stages: x, length = stage(x, length)
         return self.mamba(self.projection(x), length)
 
@@ -179,6 +191,9 @@ class _SincNeXt(Encoder):
         "Pool by attentive statistics; zeros for a cycle that has no valid frame."
         y = self.statistics(sequence, mask)
         return y if mask is None else y*mask.any(1, keepdim=True)
+
+# %% ../../nbs/models/encoders.ipynb #cell21li
+from .logmel_cnn import _LogMelCNN
 
 # %% ../../nbs/models/encoders.ipynb #cell23
 def _check_layer_lists(
@@ -220,6 +235,10 @@ def _resolve_settings(
     given = _read_settings(name_or_config, **overrides)
     name = given.pop('encoder_type', 'cnn_mamba')
     preset = _registered_encoder(name).preset
+    if 'in_channels' not in preset and given.pop('in_channels', 1) != 1:
+        raise PahclError(f'encoder {name} hears waveforms, which have 1 channel: in_channels '
+                         'cannot be another number. Take data.frontend: waveform without '
+                         'state_channels, or an encoder of frames, e.g. logmel_cnn.')
     unused = sorted(given.keys()-preset.keys())
     if unused: get_logger().info('encoder %s has no use for %s', name, ', '.join(unused))
     settings = {'encoder_type': name, **preset, **{k: v for k, v in given.items() if k in preset}}

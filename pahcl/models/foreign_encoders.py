@@ -107,6 +107,7 @@ class _ForeignModule:
         frame = 1/layout.frame_rate if layout.frame_rate else .8   # s
         super().__init__(config, max(1, round(frame*rates[0])), layout.channels)
         self.layout, self.frame_rate = layout, rates[0]/self.stride
+        self.in_channels = 1   # waveforms; a key of this name is the module's own
         self.module, self.resample = module, _Resampler(*rates)
         if config['frozen']: self.module.requires_grad_(False)
         self.train(self.training)

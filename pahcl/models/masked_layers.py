@@ -35,11 +35,14 @@ class MaskedGroupNorm(nn.GroupNorm):
     def __init__(self, channels): super().__init__(math.gcd(8, channels), channels)
 
     def forward(self,
-        x,          # [B, C, T]
+        x,          # [B, C, T], or of images [B, C, bands, T]
         mask=None,  # [B, T] bool, or None: all are valid
-    ):              # [B, C, T]; where not valid, anything
+    ):              # as x; where not valid, anything
         if mask is None:
             return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if x.dim() == 4:   # every band is as valid as its frame
+            mask = mask[:, None].expand(-1, x.shape[2], -1).flatten(1)
+            return self(x.flatten(2), mask).view(x.shape)
         # [B, G, c, T]
         x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (self.num_groups, -1))
         mask = mask[:, None, None].to(x.dtype)

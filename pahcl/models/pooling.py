@@ -56,7 +56,12 @@ def pool_levels(
     return _LevelFeatures(cycle, *_pool_phases(sequence, phase_masks(phases, K), encoder.stride))
 
 # %% ../../nbs/models/pooling.ipynb #cell16
-_POOLED_PARTS = dict(cycle=1, phases=4)   # how many means stand side by side
+def _pooled_width(
+    encoder,           # of `build_encoder`
+    pooling='cycle',   # 'cycle' or 'phases'
+) -> int:
+    "Count the features that `_pool_features` gives."
+    return dict(cycle=encoder.out_dim, phases=4*encoder.frame_dim)[pooling]
 
 def _pool_features(
     encoder,             # of `build_encoder`
@@ -64,15 +69,16 @@ def _pool_features(
     valid_length=None,   # [B] samples that are no padding
     # [B, T] uint8, 0 padding, 1 S1, 2 systole, 3 S2, 4 diastole; needed for 'phases'
     phases=None,
-    pooling='cycle',     # a name in `_POOLED_PARTS`
-):                       # [B, C], or [B, 4 C]: S1, systole, S2, diastole
+    pooling='cycle',     # 'cycle' or 'phases'
+):   # [B, out_dim], or [B, 4 frame_dim]: S1, systole, S2, diastole
     "Pool the features of cycles; states that are asked for and not given are a `PahclError`."
     if pooling == 'cycle': return encoder(x, valid_length)
     if phases is None:
         raise PahclError('classifier.pooling is phases, but the states of the cycles were not '
                          'given. Take batches from pahcl.data.loader.Cycles, or pass phases.')
     cycle, states, present = pool_levels(encoder, x, phases)
-    return torch.where(present[..., None], states, cycle[:, None]).flatten(1)
+    # an absent state has the cycle's mean: what is first in `cycle`, see `Encoder`
+    return torch.where(present[..., None], states, cycle[:, None, :states.shape[2]]).flatten(1)
 
 # %% ../../nbs/models/pooling.ipynb #cell20
 class AttentiveStatisticsPooling(nn.Module):

@@ -49,7 +49,8 @@ def _split_weights(
     return parts
 
 # %% ../../nbs/models/pretrained.ipynb #cell13
-_TRAINING_ONLY_KEYS = ('dropout', 'drop_path')  # keys of `model:` that no weight depends on
+# keys of `model:` that no weight depends on
+_TRAINING_ONLY_KEYS = ('dropout', 'drop_path', 'state_dropout')
 
 # %% ../../nbs/models/pretrained.ipynb #cell14
 def _merge_encoder_config(
@@ -61,10 +62,11 @@ def _merge_encoder_config(
     inside = saved.get('encoder_config')
     # the original project's checkpoints do not say
     if not inside: return dict(dict(encoder_type='cnn_mamba'), **wanted)
+    known = dict(in_channels=1) | inside   # older ones do not say: they heard waveforms
     for key, value in wanted.items():
-        if key not in _TRAINING_ONLY_KEYS and key in inside and inside[key] != value:
+        if key not in _TRAINING_ONLY_KEYS and key in known and known[key] != value:
             advice = 'Leave model: out, or give a checkpoint of this encoder.'
-            raise PahclError(f'{source} holds an encoder with {key} {inside[key]}, '
+            raise PahclError(f'{source} holds an encoder with {key} {known[key]}, '
                              f'but model.{key} is {value}. {advice}')
     return inside | {k: v for k, v in wanted.items() if k in _TRAINING_ONLY_KEYS or k not in inside}
 

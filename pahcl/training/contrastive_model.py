@@ -40,7 +40,8 @@ class ContrastiveModel(nn.Module):
             if len(size) != 2:
                 raise PahclError(
                     f'contrast.{level}_projector must be [hidden width, output width], not {size}.')
-            setattr(self, f'{level}_projector', Projector(encoder.out_dim, *size))
+            width = encoder.out_dim if level == 'cycle' else encoder.frame_dim
+            setattr(self, f'{level}_projector', Projector(width, *size))
         self.learning = ['encoder', *(f'{level}_projector' for level in self.weights)]
         self.momentum = contrast.moco_momentum
         if contrast.moco: self.add_momentum({level: size[-1] for level, size in sizes.items()})

@@ -333,7 +333,8 @@ def finetune(
     _make_changes(config, data['train'])   # a change that cannot act is an error here
     held_out = ['test'] if config.training.include_validation else ['val', 'test']
     heldout = map_ids_to_persons(*(data[split].table for split in held_out))
-    start = _build_starting_model(config, task.num_classes, heldout)
+    channels = getattr(data['train'], 'channels', 1)
+    start = _build_starting_model(config, task.num_classes, heldout, channels)
     inputs = {name: c.fingerprint() for name, c in data.items()}
     inputs |= dict(pretrained=_pretrained_fingerprint(config.pretrain.checkpoint_path))
     name, folder = config.task.name, Path(output_dir)/f'{config.task.name}_{config.experiment.name}'

@@ -6,12 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/training/finetuning_setup.ipynb #cell2
+import json
 from dataclasses import dataclass
 
 from ..core.basics import fingerprint, first_few, hash_file, PahclError
 from ..models.checkpoints import _checkpoint_files, persons_trained_on
 from ..models.classifier import Classifier
-from ..models.encoder_base import load_weights
+from ..models.encoder_base import load_weights, _registered_encoder
 from ..models.encoders import build_encoder
 from ..models.pretrained import (
     describe_loading, load_pretrained_encoder, resolve_checkpoint)
@@ -97,6 +98,37 @@ def _wanted_encoder(
     wanted, encoder_type = config.model.encoder_settings(), config.model.encoder_type
     return wanted | (dict(encoder_type=encoder_type) if encoder_type else {})
 
+# %% ../../nbs/training/finetuning_setup.ipynb #ch1nnel1
+def _fit_to_input(
+    wanted: dict,   # of `_wanted_encoder`
+    channels: int,  # of the data
+    mel_bands=40,   # of the data's `mel_bands`, for an encoder that must know them
+) -> dict:          # the same, and the size of the input
+    "Complete what is asked of a new encoder; a size that is not the data's is a `PahclError`."
+    preset = _registered_encoder(wanted.get('encoder_type', 'cnn_mamba')).preset
+    sizes = dict(in_channels=channels, mel_bands=mel_bands)
+    for key in sizes.keys() & wanted.keys():
+        if wanted[key] != sizes[key]:
+            raise PahclError(f'model.{key} is {wanted[key]}, but the data have {sizes[key]}. Leave '
+                             'it out: it is taken from the data.')
+    return wanted | {k: v for k, v in sizes.items() if k in ('in_channels', *preset)}
+
+def _check_channels(
+    encoder,        # a pretrained `Encoder`
+    channels: int,  # of the data
+    saved: dict,    # the checkpoint's content
+    source='checkpoint',
+):
+    "Raise a `PahclError` where an encoder was trained on another input than the data have."
+    if encoder.in_channels == channels: return
+    heard = (saved.get('config') or {}).get('data') or {}
+    heard = dict(frontend='waveform', unit='cycle', state_channels=False) | heard
+    keys = ['frontend', 'unit', 'state_channels']+['mel_bands']*(heard['frontend'] == 'logmel')
+    told = ', '.join(f'{k}: {json.dumps(heard[k]).strip(chr(34))}' for k in keys if k in heard)
+    raise PahclError(f'{source} holds an encoder of {encoder.in_channels} channels, trained with '
+                     f'data: {told}; the data here have {channels}. Set data: as it was, or start '
+                     'from --pretrained none.')
+
 # %% ../../nbs/training/finetuning_setup.ipynb #cell22
 def _load_head(
     model,         # a `pahcl.models.classifier.Classifier`
@@ -123,12 +155,18 @@ def _build_starting_model(
     config,            # a `FinetuneConfig`
     num_classes: int,
     heldout: dict,     # id of a subject or person -> person, of validation and test splits
+    channels=1,        # of the data
 ) -> _StartingPoint:
     "Build the model that training starts from: pretrained, or random from the seed."
     source, wanted = config.pretrain.checkpoint_path, _wanted_encoder(config)
     with _seeded_weights(config.seed):
-        if source == 'none': encoder = build_encoder(dict(encoder_type='cnn_mamba') | wanted)
-        else: encoder, saved, loaded = load_pretrained_encoder(source, wanted)
+        if source == 'none':
+            bands = getattr(config.data, 'mel_bands', 40)
+            encoder = build_encoder(dict(encoder_type='cnn_mamba')
+                                    | _fit_to_input(wanted, channels, bands))
+        else:
+            encoder, saved, loaded = load_pretrained_encoder(source, wanted)
+            _check_channels(encoder, channels, saved, source)
         model = Classifier(encoder, num_classes, **_head_settings(config))
     if config.pretrain.freeze_encoder: model.encoder.requires_grad_(False)
     if source == 'none': return _StartingPoint(model, {}, [], set())

@@ -56,8 +56,8 @@ def test_names_are_those_of_the_original_checkpoints():
                                                       if not n.startswith('mamba.layers')}
 
 def test_every_key_of_the_configuration_is_tried():
-    "`norm` is resnet34_1d's own: tests/test_other_encoders.py tries it."
-    assert (OTHER.keys() | {'norm'} == ModelSection.model_fields.keys()
+    "tests/models/test_other_encoders.py tries `norm`, resnet34_1d's own, and `in_channels`"
+    assert (OTHER.keys() | {'norm', 'in_channels'} == ModelSection.model_fields.keys()
             and OTHER.keys()-TINY.keys() == {'encoder_type'})
 
 @pytest.mark.parametrize('key', OTHER)

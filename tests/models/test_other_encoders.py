@@ -12,6 +12,7 @@ from pahcl.models.encoders import build_encoder
 from pahcl.models.hub import from_pretrained
 from pahcl.models.sequence_layers import _reverse_valid
 from pahcl.models.encoders import _CNNLSTM, _CNNTransformer, _ResNet34, _SincNeXt
+from pahcl.models.logmel_cnn import _LogMelCNN
 from pahcl.models.pooling import AttentiveStatisticsPooling
 from pahcl.models.sinc_filters import SincConv
 
@@ -26,17 +27,21 @@ SMALL = dict(
     sincnext_bm=dict(cnn_channels=[5, 8], cnn_kernel_sizes=[101, 5], cnn_strides=[4, 2],
                      mamba_d_model=8, mamba_n_layers=1, mamba_d_state=4),
     cnn_mamba=dict(cnn_channels=[4, 8], cnn_kernel_sizes=[7, 5], cnn_strides=[4, 2],
-                   mamba_d_model=8, mamba_n_layers=2, mamba_d_state=4, mamba_bidirectional=True))
+                   mamba_d_model=8, mamba_n_layers=2, mamba_d_state=4, mamba_bidirectional=True),
+    logmel_cnn=dict(in_channels=84, cnn_channels=[4, 8, 8], cnn_kernel_sizes=[3, 3, 5],
+                    cnn_strides=[2, 3, 1], state_dropout=0.0))
 
-def small(name, seed=0, **overrides):
+def small(name, seed=0, channels=None, **overrides):
     torch.manual_seed(seed)
-    return build_encoder(name, **{**SMALL[name], 'dropout': 0.0, **overrides})
+    settings = {**SMALL[name], 'dropout': 0.0, **overrides}
+    return build_encoder(name, **settings | ({'in_channels': channels} if channels else {}))
 
-every = pytest.mark.parametrize('name', SMALL)
+every = pytest.mark.parametrize('name, channels', [
+    (n, c) for n in SMALL for c in (1, 84) if (n, c) != ('logmel_cnn', 1)])
 
 def test_the_factory_knows_them():
     others = dict(cnn_transformer=_CNNTransformer, cnn_lstm=_CNNLSTM, resnet34_1d=_ResNet34,
-                  sincnext_bm=_SincNeXt)
+                  sincnext_bm=_SincNeXt, logmel_cnn=_LogMelCNN)
     assert list(ENCODERS) == ['cnn_mamba', 'cnn_mamba_small', 'cnn', *others]
     for name, kind in others.items():
         assert isinstance(build_encoder(name), kind) and issubclass(kind, Encoder)
@@ -45,9 +50,9 @@ def test_the_factory_knows_them():
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 250), st.integers(0, 60), st.integers(0, 60), st.booleans(),
        st.integers(0, 1000))
-def test_padding_changes_nothing(name, n, more, still_more, training, seed):
-    e = small(name, seed).double().train(training)
-    x = torch.randn(2, 1, n+more+still_more, dtype=torch.float64)
+def test_padding_changes_nothing(name, channels, n, more, still_more, training, seed):
+    e = small(name, seed, channels).double().train(training)
+    x = torch.randn(2, channels, n+more+still_more, dtype=torch.float64)
     length = torch.full((2,), n)
     with torch.no_grad():
         alone, some, most = e(x[..., :n]), e(x[..., :n+more], length), e(x, length)
@@ -64,18 +69,20 @@ def test_padding_changes_nothing(name, n, more, still_more, training, seed):
 @pytest.mark.parametrize('name', list(ENCODERS))
 def test_padding_changes_nothing_in_the_presets(name):
     torch.manual_seed(1)
-    e, n = build_encoder(name, dropout=0.0), torch.full((2,), 2600)
-    x = torch.randn(2, 1, 4000)
+    e = build_encoder(name, dropout=0.0)
+    T, more, n = (4000, 2999, 2600) if e.in_channels == 1 else (256, 200, 165)
+    x, length = torch.randn(2, e.in_channels, T), torch.full((2,), n)
     with torch.no_grad():
-        y = e(x, n)
-        torch.testing.assert_close(y, e(x[..., :2999], n), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(y, e(x[..., :2600]), atol=1e-4, rtol=1e-4)
+        y = e(x, length)
+        torch.testing.assert_close(y, e(x[..., :more], length), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(y, e(x[..., :n]), atol=1e-4, rtol=1e-4)
     assert (y.shape == (2, e.out_dim) and e.frame_rate == 5000/e.stride
             and y[0].sub(y[1]).abs().max() > 1e-3)
 
 @every
-def test_a_cycle_does_not_depend_on_its_neighbours_or_on_what_was_seen(name):
-    e, x, n = small(name).train(), torch.randn(5, 1, 400), torch.tensor([400, 250, 33, 399, 0])
+def test_a_cycle_does_not_depend_on_its_neighbours_or_on_what_was_seen(name, channels):
+    e, x = small(name, channels=channels).train(), torch.randn(5, channels, 400)
+    n = torch.tensor([400, 250, 33, 399, 0])
     before = copy.deepcopy(e.state_dict())
     together, apart = e(x, n), torch.cat([e(x[i:i+1], n[i:i+1]) for i in range(5)])
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
@@ -83,8 +90,9 @@ def test_a_cycle_does_not_depend_on_its_neighbours_or_on_what_was_seen(name):
     assert all(torch.equal(v, before[k]) for k, v in e.state_dict().items())
 
 @every
-def test_gradients_ignore_padding_and_reach_every_parameter(name):
-    e, x, n = small(name), torch.randn(3, 1, 400, requires_grad=True), torch.tensor([400, 250, 35])
+def test_gradients_ignore_padding_and_reach_every_parameter(name, channels):
+    e, n = small(name, channels=channels), torch.tensor([400, 250, 35])
+    x = torch.randn(3, channels, 400, requires_grad=True)
     e(x, n).square().sum().backward()
     for g, length in zip(x.grad[:, 0], n):
         assert g[length:].abs().sum() == 0 and (g[:length] != 0).float().mean() > 0.8
@@ -93,8 +101,9 @@ def test_gradients_ignore_padding_and_reach_every_parameter(name):
     assert not silent, silent
 
 @every
-def test_round_trip_phases_and_half_precision(name, tmp_path):
-    e, x, n = small(name).eval(), torch.randn(3, 1, 400), torch.tensor([400, 250, 33])
+def test_round_trip_phases_and_half_precision(name, channels, tmp_path):
+    e, x = small(name, channels=channels).eval(), torch.randn(3, channels, 400)
+    n = torch.tensor([400, 250, 33])
     e.save_pretrained(tmp_path/'e')
     again = from_pretrained(tmp_path/'e')
     with torch.no_grad():
@@ -104,7 +113,7 @@ def test_round_trip_phases_and_half_precision(name, tmp_path):
         masks = (torch.arange(400) < n[:, None])[:, None] & (
             torch.arange(400)//100 == torch.arange(4)[:, None])
         features, present = _pool_phases(sequence, masks, e.stride)
-        assert features.shape == (3, 4, e.out_dim) and present.tolist() == [
+        assert features.shape == (3, 4, e.frame_dim) and present.tolist() == [
             [True]*4, [True, True, True, False], [True, False, False, False]]
         with torch.autocast('cpu', torch.bfloat16): half = e(x, n)
     assert torch.nn.functional.cosine_similarity(half.float(), y).min() > 0.98
@@ -116,19 +125,24 @@ USED = dict(cnn_transformer={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 
             resnet34_1d={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'dropout', 'norm'},
             sincnext_bm={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'mamba_d_model',
                          'mamba_n_layers', 'mamba_d_state', 'mamba_d_conv', 'mamba_expand',
-                         'mamba_dt_rank', 'mamba_bidirectional', 'dropout', 'drop_path'})
+                         'mamba_dt_rank', 'mamba_bidirectional', 'dropout', 'drop_path'},
+            logmel_cnn={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'dropout', 'mel_planes',
+                        'mel_bands', 'state_dropout'})
+USED = {name: keys | {'in_channels'} for name, keys in USED.items()}
 OTHER = dict(cnn_channels=[4, 16], cnn_kernel_sizes=[9, 7], cnn_strides=[2, 4], mamba_d_model=16,
              mamba_n_layers=3, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3,
              mamba_dt_rank=4, mamba_bidirectional=False, dropout=0.5, drop_path=0.5,
-             channel_attention=True, norm='affine')
+             channel_attention=True, norm='affine', in_channels=83, mel_planes=1, mel_bands=30,
+             state_dropout=0.9)
 
 @pytest.mark.parametrize('name,key', [(n, k) for n, keys in USED.items() for k in sorted(keys)])
 def test_every_key_has_an_effect(name, key):
-    x = torch.randn(2, 1, 400, generator=torch.Generator().manual_seed(0))
-    a, b = small(name), small(name, **{key: OTHER[key]})
-    torch.manual_seed(1); y = a(x)
-    torch.manual_seed(1); z = b(x)
-    assert USED[name] == ENCODERS[name].preset.keys() and b.config[key] == OTHER[key]
+    x = torch.randn(2, 84, 400, generator=torch.Generator().manual_seed(0))
+    other = OTHER[key]+[5]*(name == 'logmel_cnn') if key.startswith('cnn_') else OTHER[key]
+    a, b = small(name), small(name, **{key: other})
+    torch.manual_seed(1); y = a(x[:, :a.in_channels])
+    torch.manual_seed(1); z = b(x[:, :b.in_channels])
+    assert USED[name] == ENCODERS[name].preset.keys() and b.config[key] == other
     assert y.shape != z.shape or not torch.allclose(y, z)
 
 @settings(max_examples=25, deadline=None)

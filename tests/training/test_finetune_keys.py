@@ -28,6 +28,7 @@ BASE = {'task': 'pascal', 'pretrained': 'none', 'classifier.hidden_dim': 8,
 RESIDUAL = {'model.encoder_type': 'resnet34_1d', 'model.cnn_channels': None,
             'model.cnn_kernel_sizes': None, 'model.cnn_strides': None,
             'training.cycles_per_recording': 1, 'training.num_epochs': 1}
+LOGMEL = {'model.encoder_type': 'logmel_cnn'}   # waveforms are refused for all of its keys
 BAGS, PACKAGED = {'training.aggregation': 'attention'}, {
     'pretrained': 'packaged', 'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 
@@ -55,6 +56,10 @@ CASES = {
     'model.mamba_expand': (1, 'shapes', MAMBA), 'model.mamba_dt_rank': (3, 'shapes', MAMBA),
     'model.mamba_bidirectional': (True, 'shapes', MAMBA), 'model.dropout': (0.5, 'losses', MAMBA),
     'model.drop_path': (0.5, 'losses', MAMBA), 'model.channel_attention': (True, 'shapes', MAMBA),
+    'model.in_channels': (2, 'refused: model.in_channels is 2, but the data have 1'),
+    'model.mel_bands': (20, 'refused: model.mel_bands is 20, but the data have 40', LOGMEL),
+    'model.mel_planes': (3, 'refused: mel_planes 3 of mel_bands 40', LOGMEL),
+    'model.state_dropout': (1.5, 'refused: state_dropout is 1.5', LOGMEL),
     'model.norm': ('affine', 'weights', RESIDUAL), 'classifier.hidden_dim': (0, 'shapes'),
     'classifier.dropout': (0.9, 'losses'), 'classifier.attention_dim': (5, 'shapes', BAGS),
     'classifier.standardise': (True, 'shapes'), 'classifier.pooling': ('phases', 'shapes'),
