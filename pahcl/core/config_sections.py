@@ -326,7 +326,6 @@ class _FinetuneAugmentation(AugmentationSection):
     spec_augment_masks: int = Field(2, ge=0)              # as many in time and over bands
     spec_augment_time: float = Field(0.1, ge=0, le=1)     # largest width, share of the valid frames
     spec_augment_bands: float = Field(0.2, ge=0, le=1)    # likewise, share of the bands
-    state_drop_probability: float = Field(0., ge=0, le=1)   # of hiding the state channels
 
 # %% ../../nbs/core/config_sections.ipynb #c031
 class _ProbeSection(_Section):

@@ -201,11 +201,3 @@ class _SpecAugment(FrameAugmentation):
 
     active = property(lambda self: bool(self.config.spec_augment_probability
                                         and self.config.spec_augment_masks))
-
-# %% ../../nbs/data/frame_augmentation.ipynb #fa31
-@register_augmentation('state_drop')
-class _StateDrop(FrameAugmentation):
-    "The heart's states are hidden."
-    def apply(self, x, drawn):
-        x[:, 2*drawn.batch.bands:] = 0
-        return x

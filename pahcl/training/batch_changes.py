@@ -51,8 +51,6 @@ def _check_changes(
         if cls.of_frames != (data.frontend == 'logmel'):
             what = 'log-mel frames' if cls.of_frames else 'sound'
             refuse(key, f'it changes {what}, and data.frontend is {data.frontend}')
-        if name == 'state_drop' and not data.state_channels:
-            refuse(key, 'data.state_channels is false: there are no states to hide')
         if config.pretrain.freeze_encoder:
             refuse(key, 'the encoder is frozen: its features are computed once')
     if shift and (data.unit != 'window' or config.pretrain.freeze_encoder):

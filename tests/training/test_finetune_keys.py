@@ -115,7 +115,7 @@ OF_FRAMES = dict(
     window_shift=.25, rate_probability=1., rate_change=.3, equaliser_probability=1.,
     equaliser_db=6., equaliser_waves=2, noise_floor_probability=1., noise_floor_db=[5., 6.],
     spec_augment_probability=1., spec_augment_masks=1, spec_augment_time=.4,
-    spec_augment_bands=.5, state_drop_probability=1.)
+    spec_augment_bands=.5)
 for given, common in ((SOUND, {}), (OF_FRAMES, FRAMES)):
     chances = [k for k in given if k.endswith('_probability')]
     for key, value in given.items():
