@@ -16,7 +16,7 @@ from ..data.task_folders import write_fold
 from ..data.tasks import find_met_persons, LEAKY_SPLIT, Task
 from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.decisions import Decisions
-from ..evaluation.evaluator import note_bag_levels, open_model, open_split, predict_validation
+from ..evaluation.evaluator import _answer_by_layer, note_bag_levels, open_model, open_split, predict_validation
 from ..evaluation.subject_rules import check_rules, VALIDATION_RULES
 from ..evaluation.thresholds import check_threshold
 from ..models.checkpoints import _checkpoint_folder, load_classifier, persons_trained_on
@@ -57,8 +57,9 @@ def _predict_fold(
     chosen_on_val = subject_rule in VALIDATION_RULES or threshold != 'argmax'
     validation = predict_validation(model, 'test') if chosen_on_val else None
     predictions = model.predict(cycles)
+    fitted = _answer_by_layer(model, predictions, validation)
     decisions = Decisions.make(predictions, prepared, 'test', validation, rule, subject_rule,
-                               threshold)
+                               threshold, fitted)
     subjects = decisions.levels['subject'].table['subject_id']
     return replace(decisions, baselines=all_baseline_predictions(prepared, subjects, raw_dir))
 
@@ -103,7 +104,7 @@ def _check_choices(
     threshold,            # how decisions are made
 ):
     "Refuse a rule or threshold that cannot be before hours of training."
-    check_rules(task, rule, subject_rule, VALIDATION_RULES)
+    check_rules(task, rule, subject_rule, (*VALIDATION_RULES, 'fitted'))
     check_threshold(threshold, task)
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell18
@@ -182,8 +183,10 @@ def cross_validate(
 ) -> dict:                            # what stands in metrics.json, and `output_dir`
     "Fine-tune once a fold, and score all persons that were tested as one split."
     folds = _parse_folds(folds)
-    rules = dict(rule=rule, subject_rule=subject_rule, threshold=threshold)
     saved, prepared = _open_checkpoint_and_task(checkpoint, task, data_dir)
+    # each fold fits a decision layer of its own where the checkpoint's training did
+    if subject_rule is None and saved.get('decision_layer'): subject_rule = 'fitted'
+    rules = dict(rule=rule, subject_rule=subject_rule, threshold=threshold)
     _check_choices(prepared, **rules)
     # who is tested when, and whether that can be
     planned, notes = _plan_and_check(saved, prepared, folds, subject_rule, threshold, seed)
