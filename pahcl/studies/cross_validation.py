@@ -16,7 +16,8 @@ from ..data.task_folders import write_fold
 from ..data.tasks import find_met_persons, LEAKY_SPLIT, Task
 from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.decisions import Decisions
-from ..evaluation.evaluator import _answer_by_layer, note_bag_levels, open_model, open_split, predict_validation
+from ..evaluation.evaluator import (
+    _answer_by_layer, note_bag_levels, open_model, open_split, predict_validation)
 from ..evaluation.subject_rules import check_rules, VALIDATION_RULES
 from ..evaluation.thresholds import check_threshold
 from ..models.checkpoints import _checkpoint_folder, load_classifier, persons_trained_on
@@ -98,6 +99,17 @@ def _run_fold(
     finally: shutil.rmtree(data, ignore_errors=True)
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell16
+def _rule_of_folds(
+    saved: dict,         # the checkpoint's content
+    subject_rule=None,   # as given by the user
+):
+    "Each fold fits a decision layer of its own where the checkpoint's training did."
+    layer = saved.get('decision_layer')
+    if subject_rule == 'fitted' and not layer:
+        raise PahclError('--subject-rule fitted: the checkpoint was trained without a decision '
+                         'layer. Fine-tune it with decision.folds, or give mean or learned.')
+    return subject_rule or ('fitted' if layer else None)
+
 def _check_choices(
     task,                 # the `Task`
     rule, subject_rule,   # cycles to recordings, recordings to subjects
@@ -184,8 +196,7 @@ def cross_validate(
     "Fine-tune once a fold, and score all persons that were tested as one split."
     folds = _parse_folds(folds)
     saved, prepared = _open_checkpoint_and_task(checkpoint, task, data_dir)
-    # each fold fits a decision layer of its own where the checkpoint's training did
-    if subject_rule is None and saved.get('decision_layer'): subject_rule = 'fitted'
+    subject_rule = _rule_of_folds(saved, subject_rule)
     rules = dict(rule=rule, subject_rule=subject_rule, threshold=threshold)
     _check_choices(prepared, **rules)
     # who is tested when, and whether that can be
