@@ -185,8 +185,8 @@ def _require_rule_inputs(
         raise PahclError('--subject-rule model is the own answer of a model of bags, '
                          'and this model answers for cycles. Give another rule.')
     if subject_rule == 'fitted' and not fitted:
-        raise PahclError('--subject-rule fitted is the decision layer of a checkpoint, and this one '
-                         'has none for these classes. Train with decision.folds, or give mean.')
+        raise PahclError('--subject-rule fitted is the decision layer of a checkpoint, and this '
+                         'one has none for these classes. Train with decision.folds, or give mean.')
     if validation is None and subject_rule in VALIDATION_RULES:
         raise PahclError(
             f'--subject-rule {subject_rule} needs a validation split beside the one that '

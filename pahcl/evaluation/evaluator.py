@@ -187,8 +187,9 @@ def _predict_and_score(
     predictions = model.predict(cycles, batch_size)
     validation = predict_validation(model, split, batch_size)
     fitted = _answer_by_layer(model, predictions, validation)
+    asked = _default_rule(model, subject_rule)
     scored = score_split(predictions, model.task, split, validation, fitted=fitted,
-                         subject_rule=_default_rule(model, subject_rule), threshold=threshold, **how)
+                         subject_rule=asked, threshold=threshold, **how)
     used = scored.decisions.subject_rule
     notes = _collect_notes(model, cycles.table, split, subject_rule, threshold, used)
     return scored.add(notes=[*notes, *scored.decisions.notes])

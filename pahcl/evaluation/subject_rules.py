@@ -53,7 +53,7 @@ class _AppliedRule(NamedTuple):
     "What a rule answers about two splits."
     validation: dict            # level -> `Predictions`
     reported: dict              # likewise
-    class_weights: object = None   # [classes], of subjects' decisions; None: the most probable class
+    class_weights: object = None   # [classes], that decide about subjects; None: all alike
 
 def _apply_answers(
     predictions: Predictions,   # of units
