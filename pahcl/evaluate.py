@@ -39,7 +39,8 @@ def pahcl_evaluate(
     batch_size: int = 64,               # cycles at once
     rule: str = 'mean',                 # cycles to recordings: mean, logmean or trimmed
     # recordings to subjects: mean, logmean, trimmed, any_present or two_loudest (murmur), learned
-    # or choose (on val); default: as --rule
+    # or choose (on val), fitted (the checkpoint's decision layer); default: fitted where there is
+    # one, else as --rule
     subject_rule: str = None,
     # decisions: argmax (most probable class), youden, f1, cost or sensitivity=0.9, chosen on val
     threshold: str = 'argmax',
@@ -69,9 +70,10 @@ def pahcl_evaluate(
                        subject_rule, threshold=threshold, raw_dir=raw_dir)
     print(Evaluation(results).summary())
     if robustness:
-        from pahcl.evaluation.subject_rules import VALIDATION_RULES
+        from pahcl.evaluation.subject_rules import MODEL_RULES, VALIDATION_RULES
         from pahcl.studies.robustness import evaluate_robustness
-        fixed_rule = None if subject_rule in (*VALIDATION_RULES, 'model') else subject_rule
+        own = (*VALIDATION_RULES, *MODEL_RULES)
+        fixed_rule = None if subject_rule in own else subject_rule
         if subject_rule in VALIDATION_RULES or threshold != 'argmax':
             print('Robustness is of the most probable class, without --threshold, '
                   'and without a rule that was chosen or learnt on val.')

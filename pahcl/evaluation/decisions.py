@@ -18,9 +18,11 @@ from ..core.aggregation import group_labels
 from ..core.metrics import CHALLENGE_METRICS
 from ..core.predictions import LEVELS, positive_class, Predictions
 from ..data.tasks import Task
+from ..models.decision_layer import _decide_weighted
 from .calibration import apply_temperature
 from .subject_rules import (
-    _apply_rules_to_both, best_rule, compare_rules, RULES, VALIDATION_RULES)
+    _AppliedRule, _apply_answers, _apply_rules_to_both, _weights_by_level, best_rule,
+    compare_rules, MODEL_RULES, RULES, VALIDATION_RULES)
 from .thresholds import choose_thresholds, decide_classes
 
 # %% ../../nbs/evaluation/decisions.ipynb #cell7
@@ -41,6 +43,9 @@ class Decisions:
     baselines: dict = field(default_factory=dict)    # name -> subjects' predictions, or reason
     # metric of the task's challenge; None: that which is registered for the task's name
     official: object = None
+    # level -> weights of the classes of a decision layer; where there is a threshold it decides
+    class_weights: dict = field(default_factory=dict)
+    layer: dict = field(default_factory=dict)   # what is said of the checkpoint's decision layer
 
     official_metric = property(lambda self: self.official or CHALLENGE_METRICS.get(self.task))
     label_map = property(lambda self: self.levels['subject'].label_map)
@@ -51,7 +56,10 @@ def decided(self: Decisions) -> Decisions:   # `predicted` in each table
     "Decide every row of every level."
     positive = positive_class(self.label_map)
     def add(level, predictions):
-        classes = decide_classes(predictions.probabilities, self.thresholds.get(level), positive)
+        threshold, weights = self.thresholds.get(level), self.class_weights.get(level)
+        classes = (decide_classes(predictions.probabilities, threshold, positive)
+                   if weights is None or threshold is not None
+                   else _decide_weighted(predictions.probabilities, weights))
         return replace(predictions, table=predictions.table.assign(predicted=classes))
     return replace(self, levels={level: add(level, p) for level, p in self.levels.items()})
 
@@ -75,7 +83,8 @@ def summary(self: Decisions) -> dict:   # for metrics.json
     chosen = dict(rule=self.rule, subject_rule=self.subject_rule, thresholds=thresholds)
     missing = dict(missing=self.missing, fallback=self.fallback)
     notes = {} if self.notes is None else dict(notes=self.notes)
-    return chosen | dict(threshold=self.threshold) | self.comparison | missing | notes
+    layer = dict(decision=self.layer) if self.layer else {}
+    return chosen | dict(threshold=self.threshold) | layer | self.comparison | missing | notes
 
 # %% ../../nbs/evaluation/decisions.ipynb #cell14
 @patch
@@ -134,7 +143,8 @@ def add_class_priors(self: Decisions,
     ids = ', '.join(sorted(silent['recording_id'])[:10])
     note = (f'{len(silent)} recordings without a cycle are answered by the shares of the classes '
             f'in training: {ids}')
-    return replace(self, levels=levels, missing=missing, fallback=len(silent), notes=[note])
+    return replace(self, levels=levels, missing=missing, fallback=len(silent),
+                   notes=[*(self.notes or []), note])
 
 # %% ../../nbs/evaluation/decisions.ipynb #cell20
 def _recordings_without_cycles(
@@ -168,45 +178,82 @@ def _require_rule_inputs(
     subject_rule,      # of `VALIDATION_RULES`, 'model' or another
     bags: bool,        # the predictions are of a model of bags
     validation,        # `Predictions` of the validation split, or None
+    fitted=None,       # see `Decisions.make`
 ):
     "Raise `PahclError` where a rule needs bags or a validation split that are not there."
     if subject_rule == 'model' and not bags:
         raise PahclError('--subject-rule model is the own answer of a model of bags, '
                          'and this model answers for cycles. Give another rule.')
+    if subject_rule == 'fitted' and not fitted:
+        raise PahclError('--subject-rule fitted is the decision layer of a checkpoint, and this '
+                         'one has none for these classes. Train with decision.folds, or give mean.')
     if validation is None and subject_rule in VALIDATION_RULES:
         raise PahclError(
             f'--subject-rule {subject_rule} needs a validation split beside the one that '
             'is reported. Give mean, logmean, trimmed, any_present or two_loudest.')
 
 # %% ../../nbs/evaluation/decisions.ipynb #cell26
+def _apply_fitted(
+    predictions: Predictions, validation,   # of the reported split; of the validation split or None
+    fitted: dict,                           # see `Decisions.make`
+    rule='mean',                            # units to recordings
+) -> _AppliedRule:
+    "Let the decision layer of a checkpoint answer for the subjects of both splits."
+    answers = fitted['reported']
+    chosen_on = validation and _apply_answers(validation, fitted['validation'], rule)
+    return _AppliedRule(chosen_on, _apply_answers(predictions, answers, rule),
+                        answers.class_weights)
+
+@patch(cls_method=True)
+def _use_rule(cls: Decisions,
+    applied: _AppliedRule, task: Task, rule: str, name: str,   # units to recordings; of the rule
+) -> Decisions:
+    "Take what a rule answers."
+    weights = _weights_by_level(applied.reported, applied.class_weights)
+    return cls(applied.reported, task.name, rule, name, validation=applied.validation,
+               class_weights=weights)
+
 @patch(cls_method=True)
 def _choose_rule(cls: Decisions,
     predictions: Predictions, validation,   # of the reported split; of the validation split or None
-    task, rule, subject_rule,               # see `make`
+    task, rule, subject_rule, fitted=None,  # see `make`
 ) -> Decisions:
     "Choose the rule from cycles to subjects, and compare all of them."
     bags = len(predictions.level_probabilities) > 1
-    _require_rule_inputs(subject_rule, bags, validation)
-    asked = None if subject_rule == 'model' else subject_rule
+    _require_rule_inputs(subject_rule, bags, validation, fitted)
+    asked = None if subject_rule in MODEL_RULES else subject_rule
     by_model = 'subject' in predictions.level_probabilities and asked is None
     used = 'model' if by_model else asked or rule
     given = lambda: cls(predictions.at_levels(rule, asked), task.name, rule, used)
-    if validation is None: return given()
-    by_rule = _apply_rules_to_both(validation, predictions)
+    brought = dict(fitted=_apply_fitted(predictions, validation, fitted, rule)) if fitted else {}
+    if validation is None:
+        return cls._use_rule(brought['fitted'], task, rule, 'fitted') if (
+            subject_rule == 'fitted') else given()
+    by_rule = _apply_rules_to_both(validation, predictions, task) | brought
     scores = compare_rules(by_rule, task.primary_metric)
     comparison = dict(rules=scores, best_rule=best_rule(scores), chosen_by=task.primary_metric)
     name = comparison['best_rule'] if subject_rule == 'choose' else subject_rule
     if name == 'learned' and name not in by_rule:
         raise PahclError('--subject-rule learned needs validation persons of two classes, '
                          'and there is one. Give mean or choose.')
-    if subject_rule in (*VALIDATION_RULES, 'model'):
-        chosen_on, levels = by_rule[name]
-        first = RULES[name][0] if name in RULES else 'mean'
-        return cls(levels, task.name, first, name, comparison=comparison, validation=chosen_on)
+    if subject_rule in (*VALIDATION_RULES, *MODEL_RULES):
+        first = RULES[name][0] if name in RULES else rule if name == 'fitted' else 'mean'
+        return replace(cls._use_rule(by_rule[name], task, first, name), comparison=comparison)
     chosen_on = validation.at_levels(rule, subject_rule)
     return replace(given(), comparison=comparison, validation=chosen_on)
 
 # %% ../../nbs/evaluation/decisions.ipynb #cell27
+@patch
+def _note_layer(self: Decisions,
+    answers,   # `pahcl.models.decision_layer._SubjectAnswers` about the reported split
+) -> Decisions:
+    "Say by which layer subjects were decided, and what it lacked."
+    layer, told = answers.layer, ('goal', 'persons', 'folds', 'temperature', 'official', 'scores')
+    goal = layer.goal if isinstance(layer.goal, str) else list(layer.goal)
+    weights = dict(zip(self.levels['subject'].class_names, map(float, answers.class_weights)))
+    about = {k: getattr(layer, k) for k in told} | dict(goal=goal, weights=weights)
+    return replace(self, layer=about, notes=[*(self.notes or []), layer.about, *answers.notes])
+
 @patch(cls_method=True)
 def make(cls: Decisions,
     predictions: Predictions,   # of the cycles of the split that is reported
@@ -214,9 +261,11 @@ def make(cls: Decisions,
     split='test',               # name of that split
     validation=None,            # `Predictions` of the validation split beside it
     rule='mean',                # cycles to recordings
-    # recordings to subjects, one of `VALIDATION_RULES` or 'model'; None: as `rule`
+    # recordings to subjects, of `RULES`, `VALIDATION_RULES` or `MODEL_RULES`; None: as `rule`
     subject_rule=None,
     threshold='argmax',         # see `pahcl.evaluation.thresholds._threshold_goal`
+    # of a decision layer: `reported` and `validation` -> its answers (`DecisionLayer.answer`)
+    fitted=None,
 ) -> Decisions:
     """Aggregate, choose rule and threshold on the validation split, and decide.
 
@@ -225,11 +274,12 @@ def make(cls: Decisions,
     """
     missing = task.without_cycles(split, predictions.table)
     silent = _recordings_without_cycles(task, split, missing)
-    chosen = cls._choose_rule(predictions, validation, task, rule, subject_rule)
+    chosen = cls._choose_rule(predictions, validation, task, rule, subject_rule, fitted)
     chosen_on = chosen.validation or (chosen.levels if split == 'val' else None)
     thresholds = choose_thresholds(threshold, chosen_on, task)
     out = replace(chosen, threshold=threshold, thresholds=thresholds, missing=missing,
                   notes=task.split_notes, official=task.official_metric)
+    if chosen.subject_rule == 'fitted': out = out._note_layer(fitted['reported'])
     out = out.add_class_priors(silent, task.class_priors if len(silent) else None)
     return out.add_quality(task.recordings).decided()
 
@@ -259,7 +309,8 @@ def concat(cls: Decisions,
         table = pd.concat(tables, ignore_index=True)
         return replace(first.levels[level], table=table, probabilities=values)
     in_each = f'{subject_rule}, in each fold'
-    rules = (2*[in_each] if subject_rule in VALIDATION_RULES else [rule, subject_rule or rule])
+    rules = (2*[in_each] if subject_rule in VALIDATION_RULES else
+             [rule, in_each if subject_rule == 'fitted' else subject_rule or rule])
     missing = {unit: sorted(i for d in parts for i in d.missing.get(unit, []))
                for unit in ('subjects', 'recordings')}
     baselines = {name: _pool_baseline_answers([d.baselines[name] for d in parts])

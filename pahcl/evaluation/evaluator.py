@@ -9,6 +9,8 @@ __all__ = ['open_split', 'note_trained_persons', 'open_model', 'note_bag_levels'
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.basics import first_few, get_logger, PahclError, require_path
 from ..core.predictions import Predictions
 from ..core.stages import evaluation_folder
@@ -23,6 +25,8 @@ from .thresholds import check_threshold
 from ..models.checkpoints import (
     _checkpoint_folder, _data_settings, load_classifier, persons_trained_on)
 from ..models.classifier import Classifier, predict_cycles
+from ..models.decision_layer import DecisionLayer
+from ..models.subject_evidence import _task_recording_facts
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell13
 def open_split(
@@ -89,6 +93,31 @@ def open_model(
     task.check_compatible(_data_settings(saved))
     return _TaskModel(network, saved, task, columns, matched)
 
+# %% ../../nbs/evaluation/evaluator.ipynb #lay2
+@patch(as_prop=True)
+def layer(self: _TaskModel) -> DecisionLayer:   # None where there is none for these classes
+    "Return the decision layer of the checkpoint."
+    plain = self.saved.get('decision_layer')
+    same = self.saved['label_map'] == self.task.label_map
+    return DecisionLayer.from_plain(plain) if plain and same else None
+
+def _default_rule(
+    model: _TaskModel,
+    subject_rule=None,   # as given by the user
+):                       # the rule of subjects that is used
+    "Let the decision layer decide where the user names no rule."
+    return subject_rule or ('fitted' if model.layer else None)
+
+def _answer_by_layer(
+    model: _TaskModel,
+    predictions: Predictions, validation=None,   # of the reported split, of the validation split
+) -> dict:                                       # see `Decisions.make`; None: there is no layer
+    "Let the decision layer of a checkpoint answer about the subjects of both splits."
+    if not model.layer: return None
+    facts = _task_recording_facts(model.task)
+    answer = lambda p: p and model.layer.answer(p, facts)
+    return dict(reported=answer(predictions), validation=answer(validation))
+
 # %% ../../nbs/evaluation/evaluator.ipynb #cell23
 def note_bag_levels(
     saved: dict,         # a checkpoint's content
@@ -131,9 +160,11 @@ def score_split(
     split='test', validation=None, rule='mean', subject_rule=None, threshold='argmax',
     draws=2000, seed=0,         # of the bootstrap
     raw_dir=None,               # folder of raw data, for the baseline of demographics
+    fitted=None,                # answers of a decision layer, see `Decisions.make`
 ) -> Evaluation:
     "Decide, score, calibrate, and compare with the baselines."
-    decisions = Decisions.make(predictions, task, split, validation, rule, subject_rule, threshold)
+    decisions = Decisions.make(predictions, task, split, validation, rule, subject_rule, threshold,
+                               fitted)
     subjects = decisions.levels['subject'].table['subject_id']
     baselines = all_baseline_predictions(task, subjects, raw_dir)
     return Evaluation.of(replace(decisions, baselines=baselines), draws, seed).add_calibration()
@@ -151,6 +182,9 @@ def _collect_notes(
               if saved['task'] != model.task.name else [])
     optimistic = [f'--threshold {threshold} was chosen on the split that is reported: '
                   'this flatters']
+    if saved.get('decision_layer') and not model.layer:
+        across.append(f'the decision layer of the checkpoint is of {saved["label_map"]} and not of '
+                      f'{model.task.label_map}: subjects are decided by {used}')
     notes = [*across, *note_bag_levels(saved, subject_rule, used),
              *note_trained_persons(saved, table)]
     if _trained_on_validation(saved):
@@ -168,8 +202,10 @@ def _predict_and_score(
     "Predict a split and its validation split, score them, and say how it was made."
     predictions = model.predict(cycles, batch_size)
     validation = predict_validation(model, split, batch_size)
-    scored = score_split(predictions, model.task, split, validation, subject_rule=subject_rule,
-                         threshold=threshold, **how)
+    fitted = _answer_by_layer(model, predictions, validation)
+    asked = _default_rule(model, subject_rule)
+    scored = score_split(predictions, model.task, split, validation, fitted=fitted,
+                         subject_rule=asked, threshold=threshold, **how)
     used = scored.decisions.subject_rule
     notes = _collect_notes(model, cycles.table, split, subject_rule, threshold, used)
     return scored.add(notes=[*notes, *scored.decisions.notes])

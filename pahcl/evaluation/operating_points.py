@@ -16,6 +16,7 @@ from ..core.basics import PahclError, UsageError
 from ..core.metrics import CHALLENGE_METRICS
 from ..core.predictions import class_names, positive_class
 from ..core.standard_metrics import sensitivity_specificity
+from ..models.decision_layer import _decide_weighted, DecisionLayer
 from .statistics import bootstrap
 from .thresholds import _choose_threshold, decide_classes, _threshold_goal
 
@@ -29,12 +30,16 @@ class _OperatingPoint:
     positive: int          # number of the class that is looked for
     validation: dict = field(default_factory=dict)   # of the checkpoint, see `_keep_validation`
     notes: tuple = ()      # sentences
+    layer: DecisionLayer = None   # of the checkpoint: it answers about subjects
+    class_weights: dict = field(default_factory=dict)   # level -> those of the layer, that decide
 
     def decide(self,
         probabilities,   # [n, classes]
         level: str,      # recording or subject
     ):                   # classes, numbers [n]
         "Decide recordings or subjects."
+        if (weights := self.class_weights.get(level)) is not None:
+            return _decide_weighted(probabilities, weights)
         return decide_classes(probabilities, self.thresholds.get(level), self.positive)
 
 # %% ../../nbs/evaluation/operating_points.ipynb #cell8
@@ -77,9 +82,13 @@ def _choose_operating_point(
     `UsageError`.
     """
     positive, validation = positive_class(saved['label_map']), saved.get('validation') or {}
+    plain = saved.get('decision_layer')
+    layer = DecisionLayer.from_plain(plain) if plain else None
     def point(how, thresholds, *notes):
-        return _OperatingPoint(how, thresholds, class_names(saved['label_map']), positive,
-                               validation, notes)
+        weights = dict(subject=layer.class_weights) if layer and asked is None else {}
+        own = {level: t for level, t in thresholds.items() if level not in weights}
+        return _OperatingPoint(how, own, class_names(saved['label_map']), positive, validation,
+                               notes, layer, weights)
     if asked == 'argmax': return point('argmax', {})
     if asked is not None:
         try: given = float(asked)
@@ -95,11 +104,12 @@ def _choose_operating_point(
 @patch
 def describe(self: _OperatingPoint) -> str:
     "Say in a sentence how decisions are made."
-    name = self.classes[self.positive]
-    if not self.thresholds: return 'The most probable class is decided.'
+    name, layer = self.classes[self.positive], ''
+    if self.class_weights: layer = f' {self.layer.about[0].upper()}{self.layer.about[1:]}.'
+    if not self.thresholds: return f'The most probable class is decided.{layer}'
     numbers = ', '.join(f'{t:.3f} ({level}s)' for level, t in self.thresholds.items())
     by = 'given' if self.how == 'given' else f'chosen by {self.how} on validation'
-    return f'{name} is decided from these probabilities on: {numbers}, {by}.'
+    return f'{name} is decided from these probabilities on: {numbers}, {by}.{layer}'
 
 # %% ../../nbs/evaluation/operating_points.ipynb #cell13
 @patch

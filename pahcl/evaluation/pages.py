@@ -166,8 +166,10 @@ _GLOSSARY_WORDS = {  # baselines, rules and probes
                           'in S1, systole, S2 and diastole; nothing in them was learnt',
     'logmean': 'mean of the logarithms of the probabilities: one confident denial weighs much',
     'trimmed': 'mean without the most extreme cycles',
-    'learned': 'a small model of the predictions of a subject\'s cycles, '
-               'fitted on the validation split',
+    'learned': 'a decision layer (a regression of what the model says of a subject\'s recordings '
+               'and of their quality), fitted on the validation split',
+    'fitted': 'the decision layer of the checkpoint, fitted on training persons by models that had '
+              'not met them',
     'model': 'the prediction of a model of bags itself',
     'any_present': 'a subject has a murmur when any recording has',
     'two_loudest': 'mean of the two recordings of a subject in which a murmur is likeliest',

@@ -9,7 +9,7 @@ __all__ = ['Prediction', 'predict']
 import json
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from ..data.quality import clipped_fraction
 from ..data.steps import _InputSettings
 from ..data.tasks import BEAT_BOUNDARIES, CYCLE_SETTINGS
 from .operating_points import _choose_operating_point, _OperatingPoint
+from .subject_rules import _apply_answers, _weights_by_level
 from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on
 from ..models.classifier import encode_cycles, predict_probabilities
 from ..models.pretrained import resolve_checkpoint
+from ..models.subject_evidence import _beat_spread
 from ..segmentation.beat_counts import _NO_HEARTBEAT_FOUND
 from ..segmentation.heard_recordings import (
     cut_recordings, hear_recording, PreprocessingSettings)
@@ -126,7 +128,8 @@ def _encode_recording(
     except (PahclError, OSError) as e:
         return _EncodedRecording(dict(error=' '.join(str(e).split()), notes=[]))
     about = heard.summary()
-    facts = dict(beats=about['kept'], heart_rate=heard.heart_rate, quality=about['quality'],
+    facts = dict(beats=about['kept'], cycles_found=about['found'],
+                 heart_rate=heard.heart_rate, quality=about['quality'],
                  confidence=about['confidence'], heartbeat=heard.heartbeat,
                  seconds=about['seconds'], sample_rate=heard.sample_rate,
                  notes=_note_recording(heard), error=None)
@@ -145,7 +148,7 @@ class Prediction:
     # notes, error
     recordings: pd.DataFrame
     # a row a subject: subject_id, decision, probability_<class>, agreement (share of recordings),
-    # recordings, with_heartbeat, notes
+    # recordings, with_heartbeat, notes, and of a decision layer evidence: what spoke for and against
     subjects: pd.DataFrame
     # a row a kept beat, or a window where the model hears those: recording_id, its boundaries in s,
     # probabilities
@@ -209,15 +212,41 @@ def _repr_html_(self: Prediction) -> str:
     return f'<p>{self!r}. {self.operating_point.describe()}</p>'+table[shown].round(3)._repr_html_()
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell19
+def _facts_of_heard(
+    encoded: list,   # of `_EncodedRecording`s without an error
+) -> pd.DataFrame:   # as `pahcl.models.subject_evidence._subject_evidence` has them
+    "Tabulate what is known of recordings, as a prepared task knows it of its own."
+    def row(e):
+        name, known = e.table['recording_id'].iloc[0], ('seconds', 'confidence', 'quality')
+        lengths = (e.beats['offset_s']-e.beats['onset_s']).round(4)
+        spread = _beat_spread(lengths, [name]*len(lengths)).iloc[0]
+        return dict(recording_id=name, cycles_found=e.facts['cycles_found'], beat_spread=spread,
+                    **{k: e.facts[k] for k in known})
+    return pd.DataFrame([row(e) for e in encoded])
+
+@dataclass(frozen=True, eq=False)
+class _PredictedLevels:
+    "Predictions of beats, recordings and subjects, and how they are decided."
+    levels: dict            # level -> `Predictions`
+    point: _OperatingPoint
+    reasons: dict           # subject id -> sentence of the decision layer; {}: there is none
+
 def _predict_levels(
-    network, saved: dict,   # a `Classifier`, its checkpoint's content
-    encoded: list,          # of `_EncodedRecording`s without an error
-) -> dict:                  # level -> `Predictions`
-    "Predict beats, recordings and subjects."
+    network, saved: dict,    # a `Classifier`, its checkpoint's content
+    encoded: list,           # of `_EncodedRecording`s without an error
+    point: _OperatingPoint,
+) -> _PredictedLevels:
+    "Predict beats, recordings and subjects; a decision layer answers about subjects."
     table = pd.concat([e.table for e in encoded], ignore_index=True)
     features = np.concatenate([e.features for e in encoded])
     output = predict_probabilities(network, features, table)
-    return Predictions(table.assign(label=0), output, saved['label_map']).at_levels()
+    predictions = Predictions(table.assign(label=0), output, saved['label_map'])
+    if not point.layer: return _PredictedLevels(predictions.at_levels(), point, {})
+    answers = point.layer.answer(predictions, _facts_of_heard(encoded))
+    levels, decides = _apply_answers(predictions, answers), bool(point.class_weights)
+    weights = _weights_by_level(levels, answers.class_weights) if decides else {}
+    point = replace(point, class_weights=weights, notes=(*point.notes, *answers.notes))
+    return _PredictedLevels(levels, point, answers.reasons if decides else {})
 
 def _probability_columns(
     predictions,   # `Predictions`
@@ -269,6 +298,7 @@ _FACTS = ['beats', 'heart_rate', 'quality', 'confidence', 'heartbeat', 'seconds'
 def _tabulate_subjects(
     recordings, decided,                 # of `_tabulate_recordings`
     levels: dict, point: _OperatingPoint,
+    reasons: dict,                       # subject id -> sentence of the decision layer; or {}
 ) -> pd.DataFrame:                       # `Prediction.subjects`
     "Put together what is known of each subject."
     subject_of = recordings.set_index('recording_id')['subject_id']
@@ -281,10 +311,12 @@ def _tabulate_subjects(
     def notes(n, h, e):
         return [*([f'{e} of {n} recordings could not be read'] if e else []),
                 *([f'{_NO_HEARTBEAT_FOUND} in {n-e-h} of {n} recordings'] if h < n-e else [])]
-    return pd.concat([pd.DataFrame(dict(subject_id=ids)), own['decision'].where(heard > 0, None),
-                      _probability_columns(levels['subject'], ids), own['agreement'],
-                      pd.DataFrame(dict(recordings=total, with_heartbeat=heard), dtype='Int64'),
-                      pd.Series(list(map(notes, total, heard, lost)), name='notes')], axis=1)
+    out = pd.concat([pd.DataFrame(dict(subject_id=ids)), own['decision'].where(heard > 0, None),
+                     _probability_columns(levels['subject'], ids), own['agreement'],
+                     pd.DataFrame(dict(recordings=total, with_heartbeat=heard), dtype='Int64'),
+                     pd.Series(list(map(notes, total, heard, lost)), name='notes')], axis=1)
+    said = out['subject_id'].map(reasons).where(heard > 0, None)
+    return out.assign(evidence=said) if reasons else out
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell24
 def _find_classifier(
@@ -338,7 +370,8 @@ def predict(
     subject_from=None,       # regular expression: its first group in a file's name is the subject
     table=None,              # csv with file, subject and, where known, location
     # `argmax`, `youden`, `f1`, `cost`, `sensitivity=0.9`, or a probability; None: `cost` where the
-    # task has one, else `youden`, chosen on the validation persons that the checkpoint keeps
+    # task has one, else `youden`, chosen on the validation persons that the checkpoint keeps, and
+    # its decision layer, where it has one, about subjects
     threshold=None,
     num_workers=1,           # processes; the result does not depend on it
     scheduler=None,          # address of a Dask scheduler, e.g. `tcp://host:8786`
@@ -354,9 +387,10 @@ def predict(
     who = _assign_subjects(_find_recordings(paths), subject_from, table)
     encoded = _encode_all(who, path, num_workers, scheduler)
     read = [e for e in encoded if not e.facts['error']]
-    levels = _predict_levels(network, saved, read)
+    predicted = _predict_levels(network, saved, read, point)
+    levels, point = predicted.levels, predicted.point
     recordings, decided = _tabulate_recordings(who, encoded, levels, point)
-    subjects = _tabulate_subjects(recordings, decided, levels, point)
+    subjects = _tabulate_subjects(recordings, decided, levels, point, predicted.reasons)
     for note in point.notes: get_logger().info(note)
     cycles = levels['cycle']
     beats = pd.concat([e.beats for e in read], ignore_index=True)

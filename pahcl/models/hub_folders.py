@@ -168,7 +168,7 @@ def _remember_origin(
     model.origin = _Origin(facts, Path(path), _hash_weights(model))
 
 # %% ../../nbs/models/hub_folders.ipynb #bdea9b73
-_OF_THESE_WEIGHTS = ('validation', 'evaluations', 'epoch')
+_OF_THESE_WEIGHTS = ('validation', 'evaluations', 'epoch', 'decision_layer')
 
 def _recall_origin(
     model,     # a `_HubModel`

@@ -20,7 +20,8 @@ def _strip_to_classifier(
     "Keep what the package ships of a checkpoint."
     keys = ('kind', 'encoder_type', 'encoder_config', 'head', 'model_state_dict', 'task',
             'label_map', 'config', 'training_persons', 'validation', 'epoch')
-    return {k: saved[k] for k in keys} | dict(include_heldout_subjects=True)
+    layer = {k: saved[k] for k in ('decision_layer',) if k in saved}
+    return {k: saved[k] for k in keys} | layer | dict(include_heldout_subjects=True)
 
 # %% ../../nbs/models/packaged.ipynb #ae8e9dbf
 def _save_packaged(

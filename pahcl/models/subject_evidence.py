@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/models/subject_evidence.ipynb #d002
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -113,6 +115,7 @@ def _task_recording_facts(
     task: Task,
 ) -> pd.DataFrame:   # `Task.recordings`, and `beat_spread` where its cycles say their lengths
     "Read what is known of a task's recordings."
+    if not (Path(task.folder)/'cycles.csv').is_file(): return task.recordings
     cycles = task.read_cycles('recording_id')
     if 'duration_s' not in cycles: return task.recordings
     lengths = pd.to_numeric(cycles['duration_s'], errors='coerce')

@@ -16,7 +16,8 @@ from ..data.task_folders import write_fold
 from ..data.tasks import find_met_persons, LEAKY_SPLIT, Task
 from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.decisions import Decisions
-from ..evaluation.evaluator import note_bag_levels, open_model, open_split, predict_validation
+from ..evaluation.evaluator import (
+    _answer_by_layer, note_bag_levels, open_model, open_split, predict_validation)
 from ..evaluation.subject_rules import check_rules, VALIDATION_RULES
 from ..evaluation.thresholds import check_threshold
 from ..models.checkpoints import _checkpoint_folder, load_classifier, persons_trained_on
@@ -58,8 +59,9 @@ def _predict_fold(
     chosen_on_val = subject_rule in VALIDATION_RULES or threshold != 'argmax'
     validation = predict_validation(model, 'test') if chosen_on_val else None
     predictions = model.predict(cycles)
+    fitted = _answer_by_layer(model, predictions, validation)
     decisions = Decisions.make(predictions, prepared, 'test', validation, rule, subject_rule,
-                               threshold)
+                               threshold, fitted)
     subjects = decisions.levels['subject'].table['subject_id']
     return replace(decisions, baselines=all_baseline_predictions(prepared, subjects, raw_dir))
 
@@ -98,13 +100,24 @@ def _run_fold(
     finally: shutil.rmtree(data, ignore_errors=True)
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell16
+def _rule_of_folds(
+    saved: dict,         # the checkpoint's content
+    subject_rule=None,   # as given by the user
+):
+    "Each fold fits a decision layer of its own where the checkpoint's training did."
+    layer = saved.get('decision_layer')
+    if subject_rule == 'fitted' and not layer:
+        raise PahclError('--subject-rule fitted: the checkpoint was trained without a decision '
+                         'layer. Fine-tune it with decision.folds, or give mean or learned.')
+    return subject_rule or ('fitted' if layer else None)
+
 def _check_choices(
     task,                 # the `Task`
     rule, subject_rule,   # cycles to recordings, recordings to subjects
     threshold,            # how decisions are made
 ):
     "Refuse a rule or threshold that cannot be before hours of training."
-    check_rules(task, rule, subject_rule, VALIDATION_RULES)
+    check_rules(task, rule, subject_rule, (*VALIDATION_RULES, 'fitted'))
     check_threshold(threshold, task)
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell18
@@ -183,8 +196,9 @@ def cross_validate(
 ) -> dict:                            # what stands in metrics.json, and `output_dir`
     "Fine-tune once a fold, and score all persons that were tested as one split."
     folds = _parse_folds(folds)
-    rules = dict(rule=rule, subject_rule=subject_rule, threshold=threshold)
     saved, prepared = _open_checkpoint_and_task(checkpoint, task, data_dir)
+    subject_rule = _rule_of_folds(saved, subject_rule)
+    rules = dict(rule=rule, subject_rule=subject_rule, threshold=threshold)
     _check_choices(prepared, **rules)
     # who is tested when, and whether that can be
     planned, notes = _plan_and_check(saved, prepared, folds, subject_rule, threshold, seed)
