@@ -7,12 +7,14 @@ __all__ = ['beat_statistics']
 
 # %% ../../nbs/evaluation/beat_statistics.ipynb #cell2
 import hashlib
+import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..core.basics import PahclError
 from ..data.loader import Cycles
 from ..data.tasks import SPLIT_FRACTIONS, Task
 from .spectrum_baseline import _hop_samples, _log_mel_spectrum
@@ -113,6 +115,7 @@ def _spectral_statistics(
     index = pd.MultiIndex.from_frame(ids, names=[None, None]).unique().sort_values()
     try: return pd.DataFrame(np.load(path), index)
     except (OSError, ValueError): pass   # not there, or damaged
+    if not len(index): raise PahclError(f'no recording of {folder} has a cycle.')
     table = pd.concat([_compute_statistics(c) for c in splits if len(c)])
     table = table.loc[index].astype(np.float32)
     try: cache_features(path, table.to_numpy())
@@ -154,3 +157,15 @@ def beat_statistics(
     spectra, task = _spectral_statistics(folder), Task.open(Path(folder).parent, Path(folder).name)
     traits = _recording_traits(task).reindex(spectra.index)
     return spectra.join(traits).rename(columns=str)
+
+# %% ../../nbs/evaluation/beat_statistics.ipynb #cell24
+def _share_statistics(
+    folder,   # of a prepared task
+    fold,     # folder of a fold of it
+):
+    "Give a fold the statistics that are kept beside its task, computed if they are not."
+    try: _spectral_statistics(folder)
+    except PahclError: return   # the fold will say it
+    kept, target = (Path(f)/'.features' for f in (folder, fold))
+    target.mkdir(exist_ok=True)
+    for path in kept.glob(f'beats-{_BEAT_BANDS}-*.npy'): shutil.copyfile(path, target/path.name)

@@ -164,6 +164,9 @@ _GLOSSARY_WORDS = {  # baselines, rules and probes
                     'how good the recordings are and how many',
     'log-mel statistics': 'baseline: a logistic regression on mean and deviation of 32 mel bands '
                           'in S1, systole, S2 and diastole; nothing in them was learnt',
+    'beat statistics': 'baseline: trees on what the beats of each recording have in common, at 28 '
+                       'places of the beat and in 20 mel bands, and a logistic regression of '
+                       'their answers by subject; no network',
     'logmean': 'mean of the logarithms of the probabilities: one confident denial weighs much',
     'trimmed': 'mean without the most extreme cycles',
     'learned': 'a decision layer (a regression of what the model says of a subject\'s recordings '

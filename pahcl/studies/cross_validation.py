@@ -15,6 +15,7 @@ from ..core.basics import get_logger, PahclError, require_path, UsageError
 from ..data.task_folders import write_fold
 from ..data.tasks import find_met_persons, LEAKY_SPLIT, Task
 from ..evaluation.baselines import all_baseline_predictions
+from ..evaluation.beat_statistics import _share_statistics
 from ..evaluation.decisions import Decisions
 from ..evaluation.evaluator import (
     _answer_by_layer, note_bag_levels, open_model, open_split, predict_validation)
@@ -93,6 +94,7 @@ def _run_fold(
     run = Path(folder)/'folds'/f'{task}_{_run_name(name)}'
     try:
         write_fold(task_folder, data/task, split_of)
+        _share_statistics(task_folder, data/task)
         finetune(_drop_unset_keys(saved['config']), output_dir=run.parent, task=task,
                  data_dir=str(data), experiment_name=_run_name(name))
         return _predict_fold(run/'best_model.pt', task, data, **rules)

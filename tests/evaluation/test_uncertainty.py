@@ -244,13 +244,15 @@ def test_the_folder_letter_is_found_out(tmp_path):
     task, levels = task_on_disk(tmp_path)
     baselines = score(Task(tmp_path, task), levels,
                                 official=CHALLENGE_METRICS['physionet2016'])
-    assert (set(baselines) == {'heart rate', 'folder letter', 'segmentation', 'log-mel statistics'}
+    assert (set(baselines) == {'heart rate', 'folder letter', 'segmentation', 'log-mel statistics',
+                               'beat statistics'}
             and baselines['folder letter']['auroc'] == baselines['folder letter']['official'] == 1)
     assert abs(baselines['heart rate']['auroc']-.5) < .25
     assert compare_with_baselines(dict(auroc=.95), baselines,
                                   ['auroc']) == dict(auroc=['folder letter'])
     assert ('no column confidence, quality. Make it again' in baselines['segmentation']['reason']
-            and 'task_config.json' in baselines['log-mel statistics']['reason'])
+            and all('task_config.json' in baselines[f'{name} statistics']['reason']
+                    for name in ('log-mel', 'beat')))
     assert 'hides the rate' in score(Task(tmp_path, task | dict(length_mode='phase')),
                                                   levels)['heart rate']['reason']
     assert '--raw-dir' in score(Task(tmp_path, task | dict(dataset='circor')),

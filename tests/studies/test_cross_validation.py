@@ -76,7 +76,7 @@ def test_everybody_is_tested_once_and_by_strangers(trained, capsys):
     kept = json.loads((folder/'metrics.json').read_text())
     assert not list(folder.glob('data_*')) and len(kept['folds']) == 3
     assert set(kept['shortcuts']) == {'heart rate', 'folder letter', 'segmentation',
-                                      'log-mel statistics'}
+                                      'log-mel statistics', 'beat statistics'}
     assert all(f['train_subjects'] == 8 and 0 <= f['auroc'] <= 1
                for f in kept['shortcuts'].values())
     assert kept['levels']['subject']['auroc'] == pytest.approx(
