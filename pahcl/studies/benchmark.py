@@ -49,6 +49,7 @@ class _BenchmarkRun:
     output_dir: str    # the benchmark's folder
     raw_dir: str = 'data/raw'
     prepared: str = '' # the command that made the tasks
+    draws: int = 1000  # of the intervals
     overwrite: bool = False   # start anew where another configuration was begun
 
     task = property(lambda self: self.split['task'])
@@ -76,7 +77,7 @@ def _plan_runs(
     p: _Protocol,
     dealt: list,          # of `_DealtSplit`
     places: _Places,
-    overwrite=False,      # see `_BenchmarkRun`
+    overwrite=False, draws=1000,   # see `_BenchmarkRun`
 ) -> list:                # of `_BenchmarkRun`
     "List the runs of a protocol, split by split, seed by seed."
     runs = []
@@ -89,7 +90,7 @@ def _plan_runs(
                 runs.append(_BenchmarkRun(
                     arm, seed, asdict(d.split), merge_configs(_arm_config(p, arm), own),
                     d.data_dir, d.test_dir, list(p.rules), str(places.folder),
-                    str(places.raw_dir), d.command, overwrite))
+                    str(places.raw_dir), d.command, draws, overwrite))
     return runs
 
 # %% ../../nbs/studies/benchmark.ipynb #bm10
@@ -135,7 +136,8 @@ def _evaluate_run(run: _BenchmarkRun) -> dict:   # rules, met, command, notes
     checkpoint, folder = run.folder/'best_model.pt', run.folder/'evaluation'
     task, saved = Task.open(run.test_dir, run.test_on, 'test'), load_checkpoint(checkpoint)
     fitted, notes = _fitted_choice(saved, task) if 'fitted' in run.rules else {}, []
-    given = dict(task=run.test_on, data_dir=run.test_dir, output_dir=folder, raw_dir=run.raw_dir)
+    given = dict(task=run.test_on, data_dir=run.test_dir, output_dir=folder,
+                 raw_dir=run.raw_dir, draws=run.draws)
     try: evaluate(checkpoint, **given, **fitted)
     except PahclError as e:
         if not fitted: raise
@@ -351,7 +353,7 @@ def run_benchmark(
     places = _Places(str(raw_dir), str(processed_dir), str(Path(output_dir)/p.name))
     _get_cycles(places, p.tasks)
     dealt = _deal_all(p, places)
-    runs = _plan_runs(p, dealt, places, overwrite)
+    runs = _plan_runs(p, dealt, places, overwrite, draws)
     todo = _list_jobs(runs, dealt, places)
     print(f'{p.name}: {len(runs)} runs of {len(p.arms)} arms; {len(todo)} pieces of work to do, '
           f'{jobs} at once', flush=True)
