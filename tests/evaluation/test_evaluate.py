@@ -31,6 +31,16 @@ FILES = {'metrics.json', 'report.html',
                      'roc', 'precision_recall', 'reliability'))}
 
 
+# tests that look at pictures
+DRAWN = ('test_files_and_numbers', 'test_same_input_gives_the_same_files',
+         'test_a_cost_never_stands_alone', 'test_ensemble', 'test_real_checkpoints_end_to_end')
+
+
+@pytest.fixture(autouse=True)
+def few_figures(request):
+    if request.function.__name__ not in DRAWN: request.getfixturevalue('no_figures')
+
+
 def scored(table, probabilities, **keys):
     return Evaluation.of(Decisions.of(Predictions(table, probabilities, MURMUR), 'circor_murmur'),
                          **keys)

@@ -30,10 +30,7 @@ def trained(trained_on):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    "Figures are looked at in test_evaluate.py; here they would take most of the time."
-    monkeypatch.setattr('pahcl.evaluation.scoring.Evaluation.figures', lambda self: {})
+pytestmark = pytest.mark.usefixtures('no_figures')
 
 
 def best_of(trained, name='downstream'):

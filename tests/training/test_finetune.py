@@ -88,6 +88,7 @@ def check_kept_validation(work, folder, task, names=('best_model', 'final_model'
         assert sorted(numbers.values()) == list(range(len(numbers)))
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_the_kept_validation_is_what_the_command_writes(work):
     "A model of bags of recordings: its own answers, and subjects by the rule `mean`."
     tune(work, 'outputs', **{'task': 'pascal', 'pretrained': 'none', 'experiment_name': 'kept',
@@ -300,6 +301,7 @@ def test_a_person_in_two_splits_is_refused(work, tmp_path, capsys):
     assert not (tmp_path/'out').exists()
 
 
+@pytest.mark.usefixtures('no_figures')
 def test_other_data_is_no_resume_and_no_test_of_the_same_run(work, tmp_path, capsys):
     """The split is dealt anew: a run that was made before is neither gone on with nor called
     finished, and evaluating its model says who is in it.
@@ -558,6 +560,7 @@ def test_one_line_an_epoch(work):
                 == f'{metrics["history"][int(at)-1]["validation/f1_macro"]:.4f}')
 
 
+@pytest.mark.usefixtures('no_figures')
 @pytest.mark.parametrize('aggregation, level', [('mean', 'subject'), ('attention', 'subject'),
                                                 ('attention', 'recording')])
 def test_a_model_of_bags_from_training_to_ensemble(work, aggregation, level):
