@@ -346,10 +346,12 @@ def test_stretched_cycles_have_no_place_in_the_recording(tmp_path):
     assert len(Windows.from_processed(made, _InputSettings.of(dict(unit='window'))))
 
 
-@pytest.mark.parametrize('way', [WAYS[3], dict(unit='beats', unit_beats=2)])
+@pytest.mark.parametrize('way', [WAYS[3], dict(unit='beats', unit_beats=2), LOGMEL])
 def test_evaluation_prediction_and_embedding_hear_what_the_checkpoint_says(house, tmp_path, way):
     torch.manual_seed(1)
-    model = Classifier(build_encoder('cnn', cnn_channels=[4, 8, 8, 8]), 3)
+    channels = _InputSettings.of(way).channels
+    model = Classifier(build_encoder('cnn', cnn_channels=[4, 8, 8, 8], **(
+        dict(in_channels=channels, cnn_strides=[1, 2, 2, 1]) if channels > 1 else {})), 3)
     torch.nn.init.normal_(list(model.classifier.parameters())[-2], std=2.)
     config = load_config('finetune', dict(data=way), 'circor_murmur').model_dump()
     best = tmp_path/'best_model.pt'
