@@ -189,8 +189,8 @@ def test_memory_and_disk_are_the_same_to_the_bit(house, way):
     order = mine.table.reset_index().merge(on_disk.table.reset_index(), on=[
         'recording_id', 'start_s', 'end_s'])
     assert len(order) == len(on_disk)
-    assert torch.equal(mine.batch(order['index_x'][:20])['x'], on_disk.batch(
-        order['index_y'][:20])['x'])
+    assert torch.equal(mine.batch(order['index_x'].tolist()[:20])['x'], on_disk.batch(
+        order['index_y'].tolist()[:20])['x'])
 
 
 @given(st.integers(1, 400), st.integers(1, 60))
