@@ -177,6 +177,7 @@ def _read_recording_files(
     except (OSError, ValueError) as e: raise _unreadable(path, e) from e
     return numbers, pd.DataFrame(rows, columns=['start_s', 'end_s', 'state'])
 
+# %% ../../nbs/data/steps.ipynb #s0161
 def _write_steps(
     folder,          # an empty folder
     places, rates,   # folders of the recordings, the rates at which they are kept (Hz)

@@ -112,9 +112,10 @@ def _make_task_config(
 # %% ../../nbs/data/task_folders.ipynb #c013
 _TASK_CYCLE_COLUMNS = ['file_path', 'split', 'subject_id', 'person_id', 'recording_id', 'location',
                        'label', 's1_end', 's2_start', 's2_end', 'valid_length',
-                       'onset_s', 'offset_s', 'duration_s', 'confidence', 'quality', 'subject_label']
-_OPTIONAL_RECORDING_COLUMNS = ['subject_label', 'murmur_locations', 'signal_quality', 'sample_rate',
-                               'seconds', 'cycles_found', 'quality', 'confidence',
+                       'onset_s', 'offset_s', 'duration_s', 'confidence', 'quality',
+                       'subject_label']
+_OPTIONAL_RECORDING_COLUMNS = ['subject_label', 'murmur_locations', 'signal_quality',
+                               'sample_rate', 'seconds', 'cycles_found', 'quality', 'confidence',
                                # of own data sets
                                'age', 'sex', 'height', 'weight', 'pregnant', 'device', 'site']
 _TASK_RECORDING_COLUMNS = ['recording_id', 'folder', 'subject_id', 'person_id', 'location', 'label',

@@ -104,7 +104,7 @@ def _make_processed_folder(
         columns = ['cycle', 'file', *BEAT_BOUNDARIES, 'valid_length', 'confidence', 'quality',
                    'kept', 'reason']
         pd.DataFrame(rows, columns=columns).to_csv(folder/place/'cycles.csv', index=False)
-        if signals: _write_made_signal(folder/place, rows, random)
+        if signals: _write_made_signal(folder/place, rows, generator(seed, 'made signals', place))
     how = dict(seconds=1.2*(cycles+1), cycles_found=cycles+1, cycles_kept=cycles, quality=0.7,
                confidence=0.9) | (dict(sample_rate=4000) if signals else {})
     recordings.assign(**how).to_csv(folder/'recordings.csv', index=False)

@@ -1,4 +1,7 @@
 "pahcl.data.windows: what is in a batch, where rows lie, and the same numbers from disk and memory"
+import shutil
+from pathlib import Path
+
 import librosa
 import numpy as np
 import pandas as pd
@@ -20,14 +23,14 @@ from pahcl.data.splitting import prepare
 from pahcl.data.steps import (
     _compute_steps, _InputSettings, _label_steps, _PackedSteps, _RecordingSteps, _StepSettings)
 from pahcl.data.task_folders import write_fold
-from pahcl.data.windows import _CYCLE_IDS, _lay_out, _window_starts, Windows
+from pahcl.data.windows import _CYCLE_IDS, _find_runs, _lay_out, _window_starts, Windows
 from pahcl.evaluation.embedding import _cut_all, embed
 from pahcl.evaluation.evaluator import evaluate, open_model, open_split
 from pahcl.evaluation.prediction import predict
 from pahcl.models.checkpoints import classifier_checkpoint, save_checkpoint
-from pahcl.models.classifier import Classifier
+from pahcl.models.classifier import Classifier, encode_cycles
 from pahcl.models.encoders import build_encoder
-from pahcl.segmentation.heard_recordings import cut_recordings
+from pahcl.segmentation.heard_recordings import cut_recordings, PreprocessingSettings
 from pahcl.segmentation.preprocessing import preprocess
 
 settings.register_profile('loaded machine', deadline=None, max_examples=50)
@@ -71,7 +74,7 @@ def same_batch(a, b):
 def test_what_is_kept_of_a_recording(tmp_path, rate, kind):
     simulate_dataset(tmp_path/'raw', 'circor', subjects=9, seconds=4, seed=0)
     table = load_recordings(tmp_path/'raw')
-    for path in table.path[1:]: path and __import__('os').unlink(path)
+    for path in table.path[1:]: Path(path).unlink()
     sound = soundfile.read(table.path[0], dtype='float32')[0]
     given = soxr.resample(sound, 4000, rate)*(3 if kind == 'FLOAT' else 1)
     soundfile.write(table.path[0], given, rate, kind)
@@ -109,7 +112,8 @@ def test_windows_by_hand(house):
     heard = _InputSettings.of(LOGMEL | dict(window_s=2.))
     windows = Windows.from_task(house/'downstream'/'circor_murmur', 'train', heard)
     files, _ = paths_of(house, windows)
-    for path, rows in zip(files, windows.table.groupby('recording_id', sort=False).indices.values()):
+    rows_of = windows.table.groupby('recording_id', sort=False).indices
+    for path, rows in zip(files, rows_of.values()):
         sound, rate = soundfile.read(path, dtype='float64')
         sound = soxr.resample(sound, rate, 4000) if rate != 4000 else sound
         power = librosa.feature.melspectrogram(
@@ -176,7 +180,7 @@ def test_memory_and_disk_are_the_same_to_the_bit(house, way):
     a, b = on_disk.batch(rows), heard_now.batch(rows)
     same_batch({k: v for k, v in a.items() if k != 'label'}, b)
     # recordings that were heard one by one and joined, and a subset
-    _, joined = _cut_all(files, None, cut_settings(), 1, heard)
+    _, joined = _cut_all(files, None, PreprocessingSettings(), 1, heard)
     assert torch.equal(joined.batch(rows)['x'], b['x'])
     assert torch.equal(on_disk.subset(rows).batch(range(len(rows)))['x'], a['x'])
     # a processed folder has the same rows
@@ -185,13 +189,8 @@ def test_memory_and_disk_are_the_same_to_the_bit(house, way):
     order = mine.table.reset_index().merge(on_disk.table.reset_index(), on=[
         'recording_id', 'start_s', 'end_s'])
     assert len(order) == len(on_disk)
-    assert torch.equal(mine.batch(order['index_x'][:20])['x'], on_disk.batch(
-        order['index_y'][:20])['x'])
-
-
-def cut_settings():
-    from pahcl.segmentation.heard_recordings import PreprocessingSettings
-    return PreprocessingSettings()
+    assert torch.equal(mine.batch(order['index_x'].tolist()[:20])['x'], on_disk.batch(
+        order['index_y'].tolist()[:20])['x'])
 
 
 @given(st.integers(1, 400), st.integers(1, 60))
@@ -210,7 +209,8 @@ def made_windows(lengths, beats, unit, window=.5, state_channels=False):
     for i, n in enumerate(lengths):
         values = np.tile(np.arange(n)[:, None], (1, 8)).astype(np.float16)
         values[:, 1] = i
-        parts.append(_RecordingSteps(values, np.full(n, 1+i % 4, np.uint8), np.zeros(9, np.float32)))
+        states = np.full(n, 1+i % 4, np.uint8)
+        parts.append(_RecordingSteps(values, states, np.zeros(9, np.float32)))
     heard = _InputSettings(frontend='logmel', unit=unit, mel_bands=8, window_s=window, unit_beats=3,
                            state_channels=state_channels)
     table = pd.DataFrame([dict(dict.fromkeys(_CYCLE_IDS, f'r{i}'), file_path=f'r{i}/c.npy', label=i,
@@ -247,7 +247,6 @@ def test_no_row_leaves_its_recording_however_it_is_shifted(lengths, seed, unit):
 
 @given(st.lists(st.floats(.3, 1.2), min_size=1, max_size=25), st.integers(2, 6), st.integers(0, 99))
 def test_beats_in_a_row_follow_each_other(lengths, count, seed):
-    from pahcl.data.windows import _find_runs
     kept = np.random.default_rng(seed).random(len(lengths)) < .8
     kept[0] = True
     onset = np.cumsum([0, *lengths[:-1]])[kept]
@@ -322,7 +321,6 @@ def test_a_fold_has_the_recordings_too(house, tmp_path):
 
 
 def test_what_a_split_does_not_name_is_not_heard(house, tmp_path):
-    import shutil
     folder = shutil.copytree(house/'downstream'/'circor_murmur', tmp_path/'task')
     lines = (folder/'train.csv').read_text().splitlines()
     gone = lines[2].split(',')[1].rsplit('/', 1)[0]
@@ -346,10 +344,12 @@ def test_stretched_cycles_have_no_place_in_the_recording(tmp_path):
     assert len(Windows.from_processed(made, _InputSettings.of(dict(unit='window'))))
 
 
-@pytest.mark.parametrize('way', [WAYS[3], dict(unit='beats', unit_beats=2)])
+@pytest.mark.parametrize('way', [WAYS[3], dict(unit='beats', unit_beats=2), LOGMEL])
 def test_evaluation_prediction_and_embedding_hear_what_the_checkpoint_says(house, tmp_path, way):
     torch.manual_seed(1)
-    model = Classifier(build_encoder('cnn', cnn_channels=[4, 8, 8, 8]), 3)
+    channels = _InputSettings.of(way).channels
+    model = Classifier(build_encoder('cnn', cnn_channels=[4, 8, 8, 8], **(
+        dict(in_channels=channels, cnn_strides=[1, 2, 2, 1]) if channels > 1 else {})), 3)
     torch.nn.init.normal_(list(model.classifier.parameters())[-2], std=2.)
     config = load_config('finetune', dict(data=way), 'circor_murmur').model_dump()
     best = tmp_path/'best_model.pt'
@@ -372,7 +372,6 @@ def test_evaluation_prediction_and_embedding_hear_what_the_checkpoint_says(house
     assert len(found.beats) == len(cycles)
     assert np.allclose(found.beats['onset_s'].sort_values(), cycles.table['start_s'].sort_values())
     # features by recording
-    from pahcl.models.classifier import encode_cycles
     features = pd.DataFrame(encode_cycles(model.encoder, cycles)).groupby(
         cycles.table['recording_id'].to_numpy()).mean()
     assert np.allclose(embed(files, str(best)), features.loc[who['recording_id']], atol=1e-5)
