@@ -86,7 +86,6 @@ def _explain_cycles(
             at = torch.from_numpy(np.flatnonzero(own == c))
             given = b['x'][at], b['valid_length'][at], int(c), steps, b['phases'][at]
             shares[at], missing[at] = _explain_class(model, *given)
-        # of frames: what all bands of a moment say together
         found.append((shares.sum(1).numpy(), missing.numpy(), b['phases'].numpy()))
     return _Saliency(*(np.concatenate(part) for part in zip(*found)))
 

@@ -17,6 +17,7 @@ from pahcl.models.checkpoints import load_checkpoint
 
 TINY = {'model.encoder_type': 'cnn', 'model.cnn_channels': [4, 6], 'model.cnn_kernel_sizes': [7, 5],
         'model.cnn_strides': [8, 8]}
+LOGMEL = {'model.encoder_type': 'logmel_cnn'}   # waveforms are refused for all of its keys
 MAMBA = {**TINY, 'model.encoder_type': 'cnn_mamba', 'model.mamba_d_model': 8,
          'model.mamba_n_layers': 1, 'model.mamba_d_state': 4}
 BASE = {'task': 'pascal', 'pretrained': 'none', 'classifier.hidden_dim': 8,
@@ -25,7 +26,6 @@ BASE = {'task': 'pascal', 'pretrained': 'none', 'classifier.hidden_dim': 8,
 RESIDUAL = {'model.encoder_type': 'resnet34_1d', 'model.cnn_channels': None,
             'model.cnn_kernel_sizes': None, 'model.cnn_strides': None,
             'training.cycles_per_recording': 1, 'training.num_epochs': 1}
-LOGMEL = {'model.encoder_type': 'logmel_cnn'}   # waveforms are refused for all of its keys
 BAGS, PACKAGED = {'training.aggregation': 'attention'}, {
     'pretrained': 'packaged', 'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 
