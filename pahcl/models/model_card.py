@@ -149,17 +149,30 @@ def _make_card_data(
                          **_describe_licence(datasets, complete), **more)
 
 # %% ../../nbs/models/model_card.ipynb #cc69845e
+def _describe_input(
+    data: dict,   # of a checkpoint's configuration
+) -> str:
+    "Say what a model hears, in the words of the configuration."
+    if (data.get('frontend', 'waveform'), data.get('unit', 'cycle')) == ('waveform', 'cycle'):
+        return (f'- input: cycles of {data.get("target_length")} samples at '
+                f'{data.get("sample_rate")} Hz, `length_mode: {data.get("length_mode")}`')
+    keys = ['frontend', 'unit', dict(window='window_s', beats='unit_beats').get(data.get('unit'))]
+    keys += ['mel_bands', 'mel_range_hz', 'mel_hop_s']*(data.get('frontend') == 'logmel')
+    return '- input, by the keys of `data:`: ' + ', '.join(
+        f'`{k}: {str(data[k]).lower()}`' for k in [*keys, 'state_channels'] if k in data)
+
 def _describe_purpose(facts: dict) -> list:
     "Say what goes in and what comes out."
     classes, data = facts.get('label_map') or {}, (facts.get('config') or {}).get('data') or {}
     named = ', '.join(sorted(classes, key=classes.get))
     head, task = facts.get('head'), facts.get('task')
-    lines = [f'An encoder `{facts.get("encoder_type")}` of heart cycles'
+    channels = (facts.get('encoder_config') or {}).get('in_channels', 1)
+    what = 'heart cycles' if channels == 1 else f'heart sounds in {channels} channels'
+    lines = [f'An encoder `{facts.get("encoder_type")}` of {what}'
              + (' with a classifier.' if head else '.')]
     if task: lines += [f'- task: `{task}`']
     if classes: lines += [f'- classes, in the order of the outputs: {named} (`{classes}`)']
-    if data: lines += [f'- input: cycles of {data.get("target_length")} samples at '
-                       f'{data.get("sample_rate")} Hz, `length_mode: {data.get("length_mode")}`']
+    if data: lines += [_describe_input(data)]
     return lines
 
 def _describe_use(facts: dict) -> list:

@@ -210,6 +210,7 @@ class _ExplainedSplit:
     table: pd.DataFrame   # a row a cycle
     names: list           # of the classes
     cycles: _Saliency      # of the cycles
+    of_frames: bool = False   # the rows are log-mel frames, with several beats in each
 
     def mean_shares(self, signed: bool) -> dict:   # class -> share of each state
         """Return how much each class listens to each state, or what it hears there: the mean over
@@ -231,15 +232,31 @@ def _explain_split(
                                  generator(seed, 'saliency'))
     table = cycles.table.iloc[rows].reset_index(drop=True)
     found = _explain_cycles(model, cycles, rows, [columns[c] for c in table['label']], steps)
-    return _ExplainedSplit(table, prepared.class_names, found)
+    return _ExplainedSplit(table, prepared.class_names, found, model.encoder.in_channels > 1)
 
 # %% ../../nbs/studies/saliency.ipynb #cell40
 _SIZES_NOTE = ('Where it listens: share of the sizes in each state, and in brackets how many times '
                'that is its share of the time.')
 _NETS_NOTE = ('What it hears there: above 0 speaks for the class, below against it; '
               'with two standard errors over subjects.')
+_FRAMES_NOTE = ('The model hears frames of a spectrum: shares are those of all channels of a '
+                'moment together, counted from the mean level of the recording, and there is no '
+                'curve, since a window holds more than one beat.')
 
 # %% ../../nbs/studies/saliency.ipynb #cell41
+def _draw_saliency(
+    explained: _ExplainedSplit,
+    folder,   # where `saliency.png` and `saliency.csv` go
+):            # a matplotlib Figure
+    "Draw the classes' curves over the cycle, and write them."
+    curves = _class_curves(explained.table,
+                           _align_states(explained.cycles.shares, explained.cycles.phases))
+    figure = _saliency_figure(curves, explained.names)
+    save_figure(figure, Path(folder)/'saliency.png')
+    named = curves.assign(class_name=[explained.names[c] for c in curves['label']])
+    write_text(Path(folder)/'saliency.csv', named.to_csv(index=False))
+    return figure
+
 def saliency_report(
     checkpoint,                  # of a fine-tuning
     task: str,                   # a prepared task
@@ -253,15 +270,12 @@ def saliency_report(
     explained = _explain_split(checkpoint, task, data_dir, split, cycles_per_subject, steps, seed)
     shares, phases = explained.cycles.shares, explained.cycles.phases
     missing = float(np.median(explained.cycles.missing))
-    curves = _class_curves(explained.table, _align_states(shares, phases))
-    figure = _saliency_figure(curves, explained.names)
-    save_figure(figure, Path(folder)/'saliency.png')
-    named = curves.assign(class_name=[explained.names[c] for c in curves['label']])
-    write_text(Path(folder)/'saliency.csv', named.to_csv(index=False))
     note = (f'Integrated gradients of {len(explained.table)} cycles for their true class, '
             f'{steps} steps; the shares miss {missing:.1%} of the answer (median).')
     get_logger().info(note)
     sizes, nets = _saliency_tables(explained.table, shares, phases, explained.names)
     numbers = dict(cycles=len(explained.table), steps=steps, median_missing=missing)
     numbers |= dict(states=explained.mean_shares(False), net=explained.mean_shares(True))
-    return numbers, [note, _SIZES_NOTE, sizes, _NETS_NOTE, nets, figure]
+    things = [note, _SIZES_NOTE, sizes, _NETS_NOTE, nets]
+    return numbers, [*things, _FRAMES_NOTE if explained.of_frames
+                     else _draw_saliency(explained, folder)]

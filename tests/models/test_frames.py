@@ -1,6 +1,6 @@
 "Encoders that hear frames of many channels: sizes, refusals, heads, checkpoints, both levels"
 import copy
-import pytest, torch
+import pandas as pd, pytest, torch
 from pahcl.core.basics import PahclError
 from pahcl.core.config_sections import _ContrastSection
 from pahcl.models.checkpoints import classifier_checkpoint, load_classifier, save_checkpoint
@@ -12,6 +12,7 @@ from pahcl.models.hub import from_pretrained
 from pahcl.models.masked_layers import MaskedGroupNorm
 from pahcl.models.pooling import pool_levels
 from pahcl.models.pretrained import load_pretrained_encoder
+from pahcl.studies.saliency import _ExplainedSplit, _explain_cycles, saliency_report
 from pahcl.training.contrastive_model import ContrastiveModel
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -134,3 +135,24 @@ def test_one_that_does_not_say_hears_waveforms_only(monkeypatch):
         build_encoder('sum_of_sounds', in_channels=84)
     with pytest.raises(PahclError, match=r'cycles are \[B, 1, T\]'):
         build_encoder('sum_of_sounds')(windows())
+
+class Windows:
+    "Three windows of frames, as a task's."
+    table = pd.DataFrame(dict(subject_id=['a', 'b', 'c'], label=[0, 1, 0]))
+    x = torch.randn(3, 84, 64, generator=torch.Generator().manual_seed(0))
+    def batch(self, rows):
+        n = torch.tensor([64, 40, 9])[rows]
+        phases = (1+torch.arange(64)//6 % 4)*(torch.arange(64) < n[:, None])
+        return dict(x=self.x[rows]*(phases > 0)[:, None], phases=phases, valid_length=n)
+
+def test_saliency_and_card_of_frames(tmp_path, monkeypatch):
+    model = Classifier(logmel(), 2, hidden_dim=0).eval()
+    found = _explain_cycles(model, Windows(), [0, 1, 2], [0, 1, 0], 256)
+    assert found.shares.shape == (3, 64) and found.missing.max() < .05
+    assert not found.shares[found.phases == 0].any()
+    explained = _ExplainedSplit(Windows.table, ['normal', 'murmur'], found, True)
+    monkeypatch.setattr('pahcl.studies.saliency._explain_split', lambda *a: explained)
+    numbers, things = saliency_report('c.pt', 'pascal', 'data', 'test', tmp_path)
+    assert 'no curve' in things[-1] and not list(tmp_path.iterdir())
+    assert all(sum(s) == pytest.approx(1) for s in numbers['states'].values())
+    assert 'heart sounds in 84 channels with a classifier' in model.generate_model_card().content
