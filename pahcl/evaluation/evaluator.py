@@ -140,6 +140,20 @@ def _trained_on_validation(
     training = (saved.get('config') or {}).get('training') or {}
     return bool(training.get('include_validation'))
 
+_NOT_ON_TRAINED = ('the validation persons trained the model (training.include_validation): '
+                   'no rule, threshold or temperature is chosen on them')
+
+def _check_choices(
+    saved: dict,               # a checkpoint's content
+    subject_rule, threshold,   # as of `evaluate`
+):
+    "Raise `PahclError` where a choice is asked for and there is nobody to make it on."
+    if not _trained_on_validation(saved): return
+    if subject_rule in VALIDATION_RULES or threshold != 'argmax':
+        asked = f'--threshold {threshold}' if threshold != 'argmax' else f'rule {subject_rule}'
+        raise PahclError(f'{asked} is chosen on validation persons, but {_NOT_ON_TRAINED}. '
+                         'Leave it out, or train without training.include_validation.')
+
 def predict_validation(
     model: _TaskModel,
     split: str,       # that is reported
@@ -188,8 +202,7 @@ def _collect_notes(
     notes = [*across, *note_bag_levels(saved, subject_rule, used),
              *note_trained_persons(saved, table)]
     if _trained_on_validation(saved):
-        notes.append('the validation persons trained the model (training.include_validation): '
-                     'no rule, threshold or temperature is chosen on them')
+        notes.append(_NOT_ON_TRAINED)
     return notes + (optimistic if reported else [])
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell36
@@ -200,6 +213,7 @@ def _predict_and_score(
     **how,                  # rule, draws, seed, raw_dir: see `score_split`
 ) -> Evaluation:            # with `checkpoint`'s own entries and all notes
     "Predict a split and its validation split, score them, and say how it was made."
+    _check_choices(model.saved, subject_rule, threshold)
     predictions = model.predict(cycles, batch_size)
     validation = predict_validation(model, split, batch_size)
     fitted = _answer_by_layer(model, predictions, validation)

@@ -207,7 +207,8 @@ def test_two_processes_give_the_scores_of_one(work):
              '--epochs', '1']
     (work/'two.yaml').write_text('model: {encoder_type: cnn_mamba_small, dropout: 0.0}\n'
                                  'classifier: {dropout: 0.0}\ntraining: {cycles_per_recording: '
-                                 '1, warmup_epochs: 0, batch_size: 7, use_amp: false}\n')
+                                 '1, warmup_epochs: 0, batch_size: 7, use_amp: false, mixup: 0.3, '
+                                 'ema_decay: 0.9}\naugmentation: {noise_probability: 0.5}\n')
     done = subprocess.run([*map(str, given), '--output-dir', str(work/'two')],
                           env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''),
                           capture_output=True, text=True)

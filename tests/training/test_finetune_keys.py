@@ -30,7 +30,7 @@ RESIDUAL = {'model.encoder_type': 'resnet34_1d', 'model.cnn_channels': None,
             'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 LOGMEL = {'model.encoder_type': 'logmel_cnn'}   # waveforms are refused for all of its keys
 WINDOW, BEATS = {'data.unit': 'window', 'data.window_s': 2.}, {'data.unit': 'beats'}
-FRAMES = {'data.frontend': 'logmel', 'model.cnn_strides': [2, 2]}
+MEL_CYCLES = {'data.frontend': 'logmel', 'model.cnn_strides': [2, 2]}
 BAGS, PACKAGED = {'training.aggregation': 'attention'}, {
     'pretrained': 'packaged', 'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 
@@ -51,9 +51,9 @@ CASES = {
     'data.num_substructures': (3, 'log', PACKAGED),
     'data.frontend': ('logmel', 'shapes'), 'data.unit': ('window', 'losses'),
     'data.state_channels': (True, 'shapes'), 'data.window_s': (1., 'losses', WINDOW),
-    'data.unit_beats': (2, 'losses', BEATS), 'data.mel_bands': (20, 'shapes', FRAMES),
-    'data.mel_range_hz': ([25, 400], 'losses', FRAMES), 'data.mel_frame_s': (.1, 'losses', FRAMES),
-    'data.mel_hop_s': (.02, 'losses', FRAMES),
+    'data.unit_beats': (2, 'losses', BEATS), 'data.mel_bands': (20, 'shapes', MEL_CYCLES),
+    'data.mel_range_hz': ([25, 400], 'losses', MEL_CYCLES), 'data.mel_frame_s': (.1, 'losses', FRAMES),
+    'data.mel_hop_s': (.02, 'losses', MEL_CYCLES),
     'model.encoder_type': ('cnn_mamba_small', 'shapes', {
         'model.cnn_channels': None, 'model.cnn_kernel_sizes': None, 'model.cnn_strides': None}),
     'model.cnn_channels': ([4, 8], 'shapes'), 'model.cnn_kernel_sizes': ([5, 5], 'shapes'),
