@@ -144,7 +144,7 @@ class Prediction:
     # notes, error
     recordings: pd.DataFrame
     # a row a subject: subject_id, decision, probability_<class>, agreement (share of recordings),
-    # recordings, with_heartbeat, notes, and of a decision layer evidence: what spoke for and against
+    # recordings, with_heartbeat, notes, and of a decision layer evidence (for and against)
     subjects: pd.DataFrame
     beats: pd.DataFrame      # a row a kept beat: recording_id, its boundaries in s, probabilities
     states: dict             # recording_id -> DataFrame `start_s, end_s, state, confidence`
