@@ -122,8 +122,8 @@ def test_jobs_change_nothing(made, first, tmp_path):
     assert same(weights_and_layer(run), weights_and_layer(first))
 
 @pytest.mark.parametrize('more', [
-    {'pretrained': 'packaged', 'linear_eval': True, 'encoder_type': None, 'model.cnn_channels': None,
-     'model.cnn_kernel_sizes': None, 'model.cnn_strides': None},
+    {'pretrained': 'packaged', 'linear_eval': True, 'encoder_type': None,
+     'model.cnn_channels': None, 'model.cnn_kernel_sizes': None, 'model.cnn_strides': None},
     {'training.aggregation': 'attention'}, {'few_shot': True, 'shot_ratio': .6},
     {'task': 'physionet2016'}])
 def test_other_ways_of_training(made, tmp_path, more):
