@@ -131,8 +131,9 @@ def pahcl_ensemble(
     # where the files go (default: ensemble_<task>_<split> in the folder that holds all members)
     output_dir: str = None,
     batch_size: int = 64,               # cycles at once
-    # recordings to subjects: mean, logmean, trimmed, any_present or two_loudest (murmur)
-    subject_rule: str = 'mean',
+    # recordings to subjects: mean, logmean, trimmed, any_present or two_loudest (murmur), fitted
+    # (the members' decision layers); default: fitted where all have one, else mean
+    subject_rule: str = None,
     # weigh the members by what the validation subjects say; otherwise all count alike
     weighted: bool = False,
     # folder of the raw data, for the floor of demographics; may be absent
@@ -145,7 +146,8 @@ def pahcl_ensemble(
     from pahcl.evaluation.scoring import Evaluation
     from pahcl.studies.ensemble import ensemble
     results = ensemble(checkpoints, task, data_dir, split, output_dir, batch_size,
-                       subject_rule=subject_rule, weighted=weighted, raw_dir=raw_dir)
+                       subject_rule=subject_rule, weighted=weighted, raw_dir=raw_dir,
+                       otherwise='mean')
     print(Evaluation(results).summary())
     if weighted:
         weights = (f'{m["checkpoint"]} {m["weight"]:.3f}' for m in results['members'])

@@ -148,7 +148,7 @@ class Prediction:
     # notes, error
     recordings: pd.DataFrame
     # a row a subject: subject_id, decision, probability_<class>, agreement (share of recordings),
-    # recordings, with_heartbeat, notes, and of a decision layer evidence: what spoke for and against
+    # recordings, with_heartbeat, notes, and of a decision layer evidence (for and against)
     subjects: pd.DataFrame
     # a row a kept beat, or a window where the model hears those: recording_id, its boundaries in s,
     # probabilities

@@ -89,7 +89,7 @@ def _fit_coefficients(
     "Fit a multinomial logistic regression; a class that nobody has gets no probability."
     from sklearn.linear_model import LogisticRegression
     out, seen = np.zeros((num_classes, x.shape[1]+1)), np.unique(labels)
-    out[:, -1] = np.where(np.isin(np.arange(num_classes), seen), 0., -30.)
+    out[:, -1] = np.where(np.isin(np.arange(num_classes), seen), 0., -200.)
     if len(seen) == 1: return out
     model = LogisticRegression(C=penalty, max_iter=2000).fit(x, labels)
     found = np.c_[model.coef_, model.intercept_]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.basics import first_few, get_logger, PahclError, write_text
-from ..core.metrics import metric_names
+from ..core.metrics import classification_metrics, metric_names
 from ..core.predictions import Predictions
 from ..data.inputs import open_cycles
 from ..data.steps import _InputSettings
@@ -24,6 +24,8 @@ from ..evaluation.evaluator import (
     note_bag_levels, note_trained_persons, open_model, open_split, score_split)
 from ..evaluation.subject_rules import check_rules
 from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on
+from ..models.decision_layer import _average_answers, DecisionLayer
+from ..models.subject_evidence import _task_recording_facts
 from .disagreement import _disagreement_table
 
 # %% ../../nbs/studies/ensemble.ipynb #cell8
@@ -94,14 +96,56 @@ def _fit_member_weights(
     for _ in range(steps): weights = (weights[:, None]*true/(weights @ true)).mean(1)
     return weights
 
+# %% ../../nbs/studies/ensemble.ipynb #lays2
+def _member_layers(
+    members: dict,   # path -> content of the checkpoint
+    task: Task,
+) -> list:           # a `DecisionLayer` a member; [] unless all have one for the task's classes
+    "Return the decision layers of the members."
+    known = [saved.get('decision_layer') for saved in members.values()]
+    same = all(saved['label_map'] == task.label_map for saved in members.values())
+    return [DecisionLayer.from_plain(plain) for plain in known] if all(known) and same else []
+
+def _ensemble_rule(
+    subject_rule,   # as given by the user
+    layers: list,   # of `_member_layers`
+    otherwise=None, # where the user names none, and there are no layers
+):                  # that is used
+    "Let the layers decide where all members have one and the user names no other rule."
+    if subject_rule == 'fitted' and not layers:
+        raise PahclError('--subject-rule fitted: not every member has a decision layer for these '
+                         'classes. Train all with decision.folds, or give mean.')
+    return subject_rule or ('fitted' if layers else otherwise)
+
+def _answer_by_members(
+    layers: list, predictions: list,   # `DecisionLayer`, `Predictions`, one a member
+    task: Task,
+) -> list:                             # of answers, one a member
+    "Ask each layer about what its member says."
+    facts = _task_recording_facts(task)
+    return [layer.answer(own, facts) for layer, own in zip(layers, predictions)]
+
+def _put_answers(
+    predictions: list, answers: list,   # one a member
+) -> list:                              # of `Predictions` whose subjects the layers answered
+    "Put the layers' answers in the place of the means."
+    return [replace(p, probabilities=p.level_probabilities | dict(subject=a.probabilities))
+            for p, a in zip(predictions, answers)]
+
 # %% ../../nbs/studies/ensemble.ipynb #cell26
 def _score_members(
     members: list,                    # `Predictions`, one a member
     paths: list,                      # of their checkpoints
     rule='mean', subject_rule=None,   # see `Predictions.at_levels`
+    by_layer=None,                    # answers of their decision layers, one a member
 ) -> list:                            # a dict a member: its subjects' scores, without intervals
     "Score each member alone."
-    alone = [m.scores(rule, subject_rule)['subject'] for m in members]
+    def score(member, decided):
+        own = member.at_level('subject', rule, subject_rule)
+        return classification_metrics(own.table['label'], own.probabilities, own.num_classes,
+                                      decided=decided)
+    decided = [a.decided for a in by_layer or []] or [None]*len(members)
+    alone = list(map(score, members, decided))
     names = metric_names('paired')
     return [dict(checkpoint=str(p), **{k: s[k] for k in names}) for p, s in zip(paths, alone)]
 
@@ -112,10 +156,11 @@ def _add_members(
     answers,                             # of `_disagreement_table`
     rule='mean', subject_rule=None,   # see `Predictions.at_levels`
     weights=None,                     # of the members; None: all alike
+    by_layer=None,                    # see `_score_members`
 ):                                    # the same with `members` and `agreement`
     "Add what each member would score alone, and how far they agree."
     share = [1/len(members)]*len(members) if weights is None else [float(w) for w in weights]
-    alone = _score_members(members, paths, rule, subject_rule)
+    alone = _score_members(members, paths, rule, subject_rule, by_layer)
     means = {f'mean_{k}': float(answers[k].mean())
              for k in ('agreeing', 'spread', 'mutual_information', 'mean_entropy')}
     agreement = dict(all_agree=float((answers['agreeing'] == 1).mean()), **means)
@@ -183,6 +228,9 @@ def _fit_validation_weights(
     cycles, prepared = _open_common_split(members, task, data_dir, 'val')
     _check_unseen(members, cycles.table, prepared.leaky_persons)
     predictions = _predict_by_members(members, prepared, 'val', batch_size)
+    if subject_rule == 'fitted':
+        answers = _answer_by_members(_member_layers(members, prepared), predictions, prepared)
+        predictions, subject_rule = _put_answers(predictions, answers), None
     subjects = [p.at_level('subject', rule, subject_rule) for p in predictions]
     labels = subjects[0].table['label'].astype(int)
     return _fit_member_weights([s.probabilities for s in subjects], labels)
@@ -199,7 +247,12 @@ def _collect_ensemble_notes(
     across = [f'across data sets: {matched}'] if saved['task'] != task.name else []
     each = [note for m in members
             for note in [*note_bag_levels(m, subject_rule), *note_trained_persons(m, table)]]
-    return [*alone, *across, *dict.fromkeys(each)]
+    layers = sum('decision_layer' in m for m in members)
+    who = (f'the probabilities of subjects are the mean of what {layers} decision layers say, each '
+           'of its own member; those of cycles and recordings are the mean of the members')
+    some = f'{layers} of {len(members)} members have a decision layer that is not used'
+    said = [who] if subject_rule == 'fitted' else [some] if layers else []
+    return [*alone, *across, *said, *dict.fromkeys(each)]
 
 # %% ../../nbs/studies/ensemble.ipynb #cell38
 def _load_members(
@@ -246,21 +299,30 @@ def ensemble(
     draws=2000, seed=0,               # of the bootstrap over persons
     weighted=False,   # learn weights on the validation split; otherwise all members count alike
     raw_dir=None,     # the folder of raw data, for the floor of demographics
+    otherwise=None,   # rule of subjects where none is named and not every member has a layer
 ) -> dict:            # what stands in metrics.json, and `output_dir`
     "Evaluate the mean of several checkpoints' probabilities and write the ensemble's folder."
     members, rules = _load_members(checkpoints), dict(rule=rule, subject_rule=subject_rule)
     cycles, prepared = _open_common_split(members, task, data_dir, split)
-    check_rules(prepared, rule, subject_rule, ())
+    check_rules(prepared, rule, subject_rule, ('fitted',))
+    layers = _member_layers(members, prepared)
+    subject_rule = rules['subject_rule'] = _ensemble_rule(subject_rule, layers, otherwise)
     _check_test_persons(members, cycles.table, split)
     # predict with each member, score their mean
     weights = (_fit_validation_weights(members, task, data_dir, batch_size, **rules)
                if weighted else None)
     predictions = _predict_by_members(members, prepared, split, batch_size)
+    by_layer = fitted = None
+    if subject_rule == 'fitted':
+        by_layer = _answer_by_members(layers, predictions, prepared)
+        fitted = dict(reported=_average_answers(by_layer, weights), validation=None)
+        predictions, rules = _put_answers(predictions, by_layer), dict(rule=rule)
     together = Predictions.mean(predictions, **rules, weights=weights)
-    scored = score_split(together, prepared, split, **rules, draws=draws, seed=seed,
-                         raw_dir=raw_dir)
+    scored = score_split(together, prepared, split, rule=rule, subject_rule=subject_rule,
+                         draws=draws, seed=seed, raw_dir=raw_dir, fitted=fitted)
     answers = _disagreement_table(predictions, **rules, weights=weights)
-    scored = _add_members(scored, predictions, list(members), answers, **rules, weights=weights)
+    scored = _add_members(scored, predictions, list(members), answers, **rules, weights=weights,
+                          by_layer=by_layer)
     # say how it was made
     notes = _collect_ensemble_notes(list(members.values()), cycles.table, prepared, subject_rule)
     first = next(iter(members.values()))

@@ -314,7 +314,7 @@ def _train_fold(
     config,       # a `FinetuneConfig`
     fold,         # a `pahcl.training.out_of_fold._Fold`
     task,         # the `pahcl.data.tasks.Task`
-) -> dict:        # split -> what `predict_probabilities` gives for those held out
+):                # what `predict_probabilities` gives for those held out
     "Train on a fold, and predict the persons that it holds out."
     start, data = _build_start(config, fold.whole, task), dict(fold.learn)
     data['train'], messages = _apply_murmur_locations(config, data['train'])
@@ -328,10 +328,9 @@ def _train_fold(
     recipe = _FinetuneRecipe(run, config, start.model, data, task, start.persons, features)
     Trainer(run, recipe).fit()
     best, _ = load_classifier(run.folder/'best_model.pt')
-    best, size = best.to(run.accelerator.device), config.training.batch_size
-    return {split: _predict_split(run, best, cycles, size,
-                                  of_frozen(split, cycles) if frozen else None)
-            for split, cycles in fold.held.items()}
+    return _predict_split(run, best.to(run.accelerator.device), fold.held,
+                          config.training.batch_size,
+                          of_frozen('train', fold.held) if frozen else None)
 
 # %% ../../nbs/training/finetuning.ipynb #cell44
 def _load_finetune_config(

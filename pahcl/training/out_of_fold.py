@@ -31,21 +31,13 @@ from .objective import _keep_validation
 from .runs import Run
 
 # %% ../../nbs/training/out_of_fold.ipynb #d007
-def _pooled_splits(
-    config,    # a `FinetuneConfig`
-) -> list:     # names of splits
-    "Name the splits whose persons are trained on."
-    both = getattr(config.training, 'include_validation', False)
-    return ['train', 'val'] if both else ['train']
-
 def _deal_persons(
-    tables: list,   # of the cycles of these splits: `person_id, label`
-    folds: int,     # 2 or more
-    seed: int,      # of the run
-) -> dict:          # person -> fold
+    table,        # of the training cycles: `person_id, label`
+    folds: int,   # 2 or more
+    seed: int,    # of the run
+) -> dict:        # person -> fold
     "Deal the training persons out to folds, class by class."
-    rows = pd.concat([t[['person_id', 'label']] for t in tables], ignore_index=True)
-    known = pick_rarest_labels(rows['label'], rows['person_id'].astype(str)).to_dict()
+    known = pick_rarest_labels(table['label'], table['person_id'].astype(str)).to_dict()
     if folds < 2:
         raise UsageError(f'decision.folds is {folds}; give 0 (no decision layer), or 2 or more.')
     if len(known) < 2*folds:
@@ -59,11 +51,10 @@ class _Fold:
     "Who learns, and who is predicted."
     number: int
     learn: dict    # train, val -> cycles without the persons held out; `whole_row` in their tables
-    held: dict     # split -> cycles of the persons held out, likewise
+    held: object   # training cycles of the persons held out, likewise
     whole: dict    # train, val, test -> all cycles
 
-    persons = property(lambda self: sorted({str(p) for c in self.held.values()
-                                            for p in c.table['person_id']}))
+    persons = property(lambda self: sorted({str(p) for p in self.held.table['person_id']}))
 
 def _number_rows(cycles):
     "Return the same cycles, whose table says which row each was."
@@ -72,10 +63,9 @@ def _number_rows(cycles):
     return out
 
 def _make_fold(
-    data: dict,        # train, val, test -> cycles
+    data: dict,        # train, val, test -> cycles; where val trains as well it is part of train
     fold_of: dict,     # of `_deal_persons`
     number: int,       # of the fold that is held out
-    pooled: list,      # of `_pooled_splits`
 ) -> _Fold:
     "Part a task's cycles into those that are learnt from and those that are predicted."
     marked = {s: _number_rows(data[s]) for s in ('train', 'val')}
@@ -83,7 +73,7 @@ def _make_fold(
     out = {s: is_held(c).to_numpy() for s, c in marked.items()}
     learn = {s: c.subset(~out[s]) for s, c in marked.items()}
     if not len(learn['val']): learn['val'] = learn['train']
-    return _Fold(number, learn, {s: marked[s].subset(out[s]) for s in pooled if out[s].any()}, data)
+    return _Fold(number, learn, marked['train'].subset(out['train']), data)
 
 # %% ../../nbs/training/out_of_fold.ipynb #d015
 @contextmanager
@@ -103,24 +93,18 @@ def _fold_config(
     return config.model_copy(update=dict(seed=seed, decision=type(config.decision)()))
 
 def _save_predictions(
-    path,            # a .npz file
-    answers: dict,   # split -> probabilities of cycles, or of a model of bags level -> [units, k]
+    path,      # a .npz file
+    answers,   # probabilities of cycles, or of a model of bags level -> [units, classes]
 ):
     "Write what a fold's model predicts."
-    levels = {s: a if isinstance(a, dict) else dict(cycle=a) for s, a in answers.items()}
-    flat = {f'{s}/{level}': values for s, own in levels.items() for level, values in own.items()}
-    with atomic_path(path) as temporary, open(temporary, 'wb') as f: np.savez(f, **flat)
+    levels = answers if isinstance(answers, dict) else dict(cycle=answers)
+    with atomic_path(path) as temporary, open(temporary, 'wb') as f: np.savez(f, **levels)
 
 def _load_predictions(
     path,     # of `_save_predictions`
-) -> dict:    # split -> level -> probabilities
+) -> dict:    # level -> probabilities
     "Read what a fold's model predicted."
-    out = {}
-    with np.load(path) as file:
-        for name in file.files:
-            split, level = name.split('/')
-            out.setdefault(split, {})[level] = file[name]
-    return out
+    with np.load(path) as file: return {name: file[name] for name in file.files}
 
 # %% ../../nbs/training/out_of_fold.ipynb #d017
 def _run_fold(
@@ -133,9 +117,8 @@ def _run_fold(
     config = _validate_config(settings)
     with _one_thread():
         data, task = _load_task_cycles(config)
-        pooled = _pooled_splits(config)
-        fold_of = _deal_persons([data[s].table for s in pooled], config.decision.folds, config.seed)
-        fold, own = _make_fold(data, fold_of, number, pooled), _fold_config(config, number)
+        fold_of = _deal_persons(data['train'].table, config.decision.folds, config.seed)
+        fold, own = _make_fold(data, fold_of, number), _fold_config(config, number)
         inputs = {s: c.fingerprint() for s, c in fold.learn.items()}
         inputs |= dict(pretrained=_pretrained_fingerprint(config.pretrain.checkpoint_path))
         run = Run.open(Path(folder)/f'fold_{number}', own, inputs)
@@ -150,7 +133,7 @@ def _run_fold(
 
 # %% ../../nbs/training/out_of_fold.ipynb #d019
 def _join_folds(
-    held: list,      # cycles of persons held out, one a fold and split
+    held: list,      # cycles of persons held out, one a fold
     answers: list,   # of the same, level -> probabilities
     label_map: dict,
 ) -> Predictions:    # of the cycles of all
@@ -169,18 +152,16 @@ def _predict_out_of_fold(
     task, train,    # the `Task`; see `_run_fold`
 ) -> Predictions:   # of the cycles of all training persons
     "Train the folds that are not finished, some at a time, and join what they predict."
-    pooled, decision = _pooled_splits(config), config.decision
-    fold_of = _deal_persons([data[s].table for s in pooled], decision.folds, config.seed)
+    decision = config.decision
+    fold_of = _deal_persons(data['train'].table, decision.folds, config.seed)
     settings = config.model_dump(exclude_none=True)
     jobs = [(train, settings, str(run.folder/'folds'), k) for k in range(decision.folds)]
     run.say(f'decision layer: {decision.folds} folds of {len(fold_of)} persons are trained first, '
             f'{decision.jobs} at a time')
     paths = list(map_in_parallel(_run_fold, jobs, decision.jobs, label='folds',
                                  name_job=lambda *job: f'fold {job[-1]}'))
-    found = [_load_predictions(p) for p in paths]
-    held = [_make_fold(data, fold_of, k, pooled).held for k in range(decision.folds)]
-    pairs = [(cycles, own[s]) for parts, own in zip(held, found) for s, cycles in parts.items()]
-    return _join_folds([c for c, _ in pairs], [a for _, a in pairs], task.label_map)
+    held = [_make_fold(data, fold_of, k).held for k in range(decision.folds)]
+    return _join_folds(held, [_load_predictions(p) for p in paths], task.label_map)
 
 # %% ../../nbs/training/out_of_fold.ipynb #d022
 def _fit_decision(

@@ -31,6 +31,7 @@ RESIDUAL = {'model.encoder_type': 'resnet34_1d', 'model.cnn_channels': None,
 LOGMEL = {'model.encoder_type': 'logmel_cnn'}   # waveforms are refused for all of its keys
 WINDOW, BEATS = {'data.unit': 'window', 'data.window_s': 2.}, {'data.unit': 'beats'}
 MEL_CYCLES = {'data.frontend': 'logmel', 'model.cnn_strides': [2, 2]}
+FOLDS = {'decision.folds': 2, 'training.num_epochs': 1}
 BAGS, PACKAGED = {'training.aggregation': 'attention'}, {
     'pretrained': 'packaged', 'training.cycles_per_recording': 1, 'training.num_epochs': 1}
 
@@ -95,6 +96,8 @@ CASES = {
     'pretrain.freeze_encoder': (True, 'rates'), 'evaluation.primary_metric': ('accuracy', 'log'),
     'evaluation.metrics': (['accuracy', 'mcc'], 'metrics'),
     'evaluation.level': ('cycle', 'scores'), 'evaluation.save_confusion_matrix': (False, 'files'),
+    'decision.folds': (2, 'files'), 'decision.penalty': (1., 'decision', FOLDS),
+    'decision.goal': ('argmax', 'decision', FOLDS), 'decision.jobs': (2, 'log', FOLDS),
     'few_shot': (0.5, 'files'), 'seed': (7, 'weights')}
 CASES |= {
     'training.balance_exponent': (1., 'losses'), 'training.rows_per_epoch': (10, 'losses'),
@@ -137,12 +140,12 @@ def tasks(tmp_path_factory):
 
 
 def observe(folder, metrics):
-    state, history = (load_checkpoint(folder/'final_model.pt')['model_state_dict'],
-                      metrics['history'])
+    saved, history = load_checkpoint(folder/'final_model.pt'), metrics['history']
+    state = saved['model_state_dict']
     lines = [re.sub(r'^\S+ \S+ |/\S+|at most \S+ left', '', line)
              for line in (folder/'train.log').read_text().splitlines()]
     return dict(folder=folder.name, log=lines, files={p.name for p in folder.iterdir()},
-                shapes={k: v.shape for k, v in state.items()},
+                decision=saved.get('decision_layer'), shapes={k: v.shape for k, v in state.items()},
                 weights={k: v.tolist() for k, v in state.items()},
                 losses=[h['train/loss'] for h in history],
                 rates=[{k: v for k, v in h.items() if 'rate' in k} for h in history],
