@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/evaluation/beat_model.ipynb #cell2
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -126,8 +127,9 @@ def _cached_beat_answers(
     statistics = beat_statistics(task.folder)
     rows = task.recordings.reindex(columns=['subject_id', 'recording_id', 'person_id', 'split',
                                             'label', 'location', 'murmur_locations'])
+    numbers = hashlib.sha256(statistics.to_numpy(np.float32).tobytes()).hexdigest()
     key = fingerprint([_TREES, _SUBJECT_STRENGTH, task.label_map, rows.to_csv(index=False),
-                       train.to_csv(), statistics.to_csv(float_format='%.6g')])
+                       train.to_csv(), numbers])
     path = Path(task.folder)/'.features'/f'beat_answers-{key}.npy'
     index = statistics.index.get_level_values(0).unique().sort_values()
     try: return pd.DataFrame(np.load(path), index)

@@ -75,7 +75,7 @@ def _grid_statistics(
                     systole=typical[_SYSTOLE]-np.nanmean(typical[_MID_DIASTOLE], axis=0),
                     roughness=np.stack(rough))
 
-# %% ../../nbs/evaluation/beat_statistics.ipynb #cell18
+# %% ../../nbs/evaluation/beat_statistics.ipynb #cell21
 def _fingerprint_sounds(
     splits: list,   # the `Cycles` of a task
 ) -> str:           # 16 hexadecimal digits
@@ -104,7 +104,7 @@ def _compute_statistics(
     groups = pd.Series(np.arange(len(cycles))).groupby([i.to_numpy() for i in ids]).indices
     return pd.DataFrame({key: compute(rows) for key, rows in groups.items()}).T
 
-# %% ../../nbs/evaluation/beat_statistics.ipynb #cell19
+# %% ../../nbs/evaluation/beat_statistics.ipynb #cell22
 def _spectral_statistics(
     folder,   # of a prepared task
 ):            # DataFrame [recordings, 400] float32 by subject and recording id
@@ -122,7 +122,7 @@ def _spectral_statistics(
     except OSError: pass                 # a data folder that cannot be written
     return table.set_axis(range(table.shape[1]), axis=1)
 
-# %% ../../nbs/evaluation/beat_statistics.ipynb #cell21
+# %% ../../nbs/evaluation/beat_statistics.ipynb #cell24
 _ABOUT_BEATS = ['duration_s', 's1_end', 's2_start', 's2_end', 'confidence', 'quality']
 _ABOUT_RECORDINGS = ['seconds', 'cycles', 'cycles_found', 'quality', 'confidence']
 
@@ -145,7 +145,8 @@ def _recording_traits(
         beats_quality=by['quality'].mean(), share=table['cycles']/table['cycles_found'].clip(1))
     places = task.recordings.reindex(columns=['location'])['location'].fillna('').astype(str)
     places = pd.get_dummies(places, prefix='place', dtype=float)
-    return table.join(places.groupby([task.recordings[i].astype(str).to_numpy() for i in ids]).max())
+    whose = [task.recordings[i].astype(str).to_numpy() for i in ids]
+    return table.join(places.groupby(whose).max())
 
 def beat_statistics(
     folder,   # of a prepared task
@@ -158,7 +159,7 @@ def beat_statistics(
     traits = _recording_traits(task).reindex(spectra.index)
     return spectra.join(traits).rename(columns=str)
 
-# %% ../../nbs/evaluation/beat_statistics.ipynb #cell24
+# %% ../../nbs/evaluation/beat_statistics.ipynb #cell27
 def _share_statistics(
     folder,   # of a prepared task
     fold,     # folder of a fold of it

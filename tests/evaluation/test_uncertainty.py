@@ -13,8 +13,9 @@ from pahcl.evaluation.calibration import (
     _negative_log_likelihood)
 from pahcl.evaluation.thresholds import _choose_threshold, decide_classes
 from pahcl.evaluation.challenge_rules import _quality_weighted_mean, UNSURE
+from pahcl.evaluation.baseline_features import _demographic_features
 from pahcl.evaluation.baselines import (
-    all_baseline_predictions, compare_with_baselines, _demographic_features, score_baselines)
+    all_baseline_predictions, compare_with_baselines, score_baselines)
 from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics, METRICS
 from pahcl.core.predictions import positive_class, Predictions
 from pahcl.testing.made import _made_cycles
