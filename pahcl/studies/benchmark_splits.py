@@ -24,7 +24,7 @@ from .benchmark_protocol import _Split
 from .downstream import _prepare_stage
 from .fold_plans import _assign_fold_splits, _person_labels
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs07
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs08
 def _find_missing(
     given,          # published1 to published3, or a csv
     recordings,     # of the processed folder, of the task's data set, with a label and a cycle
@@ -59,7 +59,7 @@ def _describe_missing(
             for (split, what), own in missing.groupby(['split', 'set'])
             if own['missing'].any()] if len(missing) else []
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs11
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs12
 @dataclass(frozen=True)
 class _Places:
     "Where recordings, cycles and the benchmark lie."
@@ -102,7 +102,7 @@ def _deal_again(
     run_stage(Stage('deal', folder, lambda: write_fold(Path(base)/task, folder, split_of), inputs,
                     ('task_config.json', 'cycles.csv'), note=folder.parent.name))
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs13
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs14
 def _draw_few(
     label: dict,    # person -> class, of the training persons
     count: int,     # of each class
@@ -146,7 +146,7 @@ def _deal_persons(
                     split.draw)
     return {p: s for p, s in given.items() if s != 'train' or p in few}, ''
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs16
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs17
 def _deal_given(split: _Split, places: _Places) -> _DealtSplit:
     "Deal a given split, or say who is lacking."
     definition = TASKS[split.task]
@@ -174,7 +174,7 @@ def _deal_split(split: _Split, places: _Places) -> _DealtSplit:
     _deal_again(base, split.task, data_dir, dealt)
     return _DealtSplit(split, str(data_dir), str(data_dir), command=command)
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs20
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs21
 def _get_cycles(
     places: _Places, tasks: list,   # their names
     num_workers=8,

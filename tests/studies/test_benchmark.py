@@ -47,8 +47,10 @@ def made(tmp_path_factory):
     """
     work = tmp_path_factory.mktemp('benchmark')
     _make_processed_folder(work/'processed', _make_recordings(['circor'], 24), cycles=1)
-    blocks = ['train', 'test', 'val', 'train', 'test', 'train', 'val', 'test']   # of three classes
-    sets = {str(1000+i): blocks[i//3] for i in range(24)} | {'7001': 'test', '7002': 'test', '7003': 'test'}
+    # of three persons, one a class
+    blocks = ['train', 'test', 'val', 'train', 'test', 'train', 'val', 'test']
+    sets = {str(1000+i): blocks[i//3] for i in range(24)}
+    sets |= {'7001': 'test', '7002': 'test', '7003': 'test'}
     text = 'patient_id,split\n'+''.join(f'{k},{v}\n' for k, v in sets.items())
     (work/'mine.csv').write_text(text)
     (work/'torn.csv').write_text(text+'9023,train\n')
