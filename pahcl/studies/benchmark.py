@@ -311,8 +311,9 @@ def _collect_results(
     "Collect everything that is finished."
     answers = [a for r in runs if r.finished() for a in _run_answers(r, p.name)]
     answers += [a for d in dealt if not d.empty for a in _baseline_answers(d, places, p.name)]
-    def planned(group, arm):
-        return sum(r.arm == arm and r.split['group'] == group for r in runs)
+    def planned(about):
+        asked = [about[k] for k in ('arm', 'group', 'task', 'trained_on')]
+        return sum([r.arm, r.split['group'], r.test_on, r.task] == asked for r in runs)
     named = [d.missing for d in dealt if len(d.missing)]
     missing = pd.concat(named).drop_duplicates() if named else pd.DataFrame(
         columns=['split', 'set', 'id', 'missing'])

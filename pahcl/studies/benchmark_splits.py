@@ -179,8 +179,11 @@ def _get_cycles(
     places: _Places, tasks: list,   # their names
     num_workers=8,
 ):
-    "Preprocess the data sets of the tasks where there is no processed folder."
-    if (Path(places.processed_dir)/'recordings.csv').exists(): return
-    names = sorted({TASKS[t].dataset for t in tasks})
+    "Preprocess the data sets of the tasks of which there are no cycles."
+    there = set()
+    if (Path(places.processed_dir)/'recordings.csv').exists():
+        there = set(read_processed(places.processed_dir)[0]['dataset'])
+    names = sorted({TASKS[t].dataset for t in tasks}-there)
+    if not names: return
     get_logger().info(f'preprocess {first_few(names)}: {places.processed_dir}')
     preprocess(places.raw_dir, places.processed_dir, names, num_workers=num_workers)
