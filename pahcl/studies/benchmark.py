@@ -35,7 +35,7 @@ from .benchmark_table import (
 from .downstream import _hash_checkpoint
 from ..training.finetuning import finetune
 
-# %% ../../nbs/studies/benchmark.ipynb #bm07
+# %% ../../nbs/studies/benchmark.ipynb #bm08
 @dataclass(frozen=True)
 class _BenchmarkRun:
     "One fine-tuning and its evaluation."
@@ -72,7 +72,7 @@ class _BenchmarkRun:
         facts = read_json(path) if path.exists() else {}
         return facts if facts.get('inputs') == self.inputs else {}
 
-# %% ../../nbs/studies/benchmark.ipynb #bm08
+# %% ../../nbs/studies/benchmark.ipynb #bm09
 def _plan_runs(
     p: _Protocol,
     dealt: list,          # of `_DealtSplit`
@@ -93,13 +93,13 @@ def _plan_runs(
                     str(places.raw_dir), d.command, draws, overwrite))
     return runs
 
-# %% ../../nbs/studies/benchmark.ipynb #bm10
+# %% ../../nbs/studies/benchmark.ipynb #bm11
 def _fitted_choice(
     saved: dict,   # the checkpoint's content
     task: Task,
 ) -> dict:         # arguments of `pahcl.evaluation.evaluator.evaluate`
     "Return how a fitted decision is asked for."
-    if saved.get('decision_layer'): return {}
+    if saved.get('decision_layer') and saved['label_map'] == task.label_map: return {}
     official = task.official_metric and task.official_metric.name
     cost = official in ('outcome_cost', 'murmur_weighted_accuracy')
     return dict(subject_rule='learned', threshold='cost' if cost else 'youden')
@@ -130,7 +130,7 @@ def _decide_by_rules(
         (folder/rule).mkdir(exist_ok=True)
         decisions.write(folder/rule)
 
-# %% ../../nbs/studies/benchmark.ipynb #bm11
+# %% ../../nbs/studies/benchmark.ipynb #bm12
 def _evaluate_run(run: _BenchmarkRun) -> dict:   # rules, met, command, notes
     "Evaluate a fine-tuned run by all rules."
     checkpoint, folder = run.folder/'best_model.pt', run.folder/'evaluation'
@@ -164,7 +164,7 @@ def _run_arm(
     write_json(run.folder/'benchmark.json',
                dict(inputs=run.inputs, minutes=round((time.monotonic()-start)/60, 2)) | facts)
 
-# %% ../../nbs/studies/benchmark.ipynb #bm13
+# %% ../../nbs/studies/benchmark.ipynb #bm14
 def _constant_answers(
     task: Task, count: int,   # of subjects
 ) -> dict:                    # name -> as `all_baseline_predictions`
@@ -222,7 +222,7 @@ def _read_baselines(places: _Places, d: _DealtSplit) -> dict:   # {} where they 
     same = facts and facts['inputs'] == fingerprint(hash_task_tables(d.data_dir, d.split.task))
     return facts if same else {}
 
-# %% ../../nbs/studies/benchmark.ipynb #bm15
+# %% ../../nbs/studies/benchmark.ipynb #bm16
 def _list_jobs(
     runs: list, dealt: list,   # of `_BenchmarkRun`; of `_DealtSplit`
     places: _Places,
@@ -248,7 +248,7 @@ def _do_jobs(
     bar.close()
     return {j.title: why for j, why in zip(jobs, reasons) if why}
 
-# %% ../../nbs/studies/benchmark.ipynb #bm17
+# %% ../../nbs/studies/benchmark.ipynb #bm18
 def _run_answers(
     run: _BenchmarkRun, name: str,   # of the protocol
 ) -> list:                           # of `_Answer`, one a rule
@@ -288,6 +288,7 @@ def _tabulate_runs(
     columns = ['split', 'task', 'arm', 'seed', 'minutes', 'inputs', 'notes', 'failed', 'command']
     return pd.DataFrame([row(r) for r in runs], columns=columns)
 
+# %% ../../nbs/studies/benchmark.ipynb #bm19
 def _fingerprint_data(
     places: _Places, dealt: list,   # of `_DealtSplit`
 ) -> dict:                          # what -> fingerprint
@@ -301,7 +302,7 @@ def _fingerprint_data(
     return found | {f'{d.split.name} {d.split.task}': fingerprint(
         hash_task_tables(d.data_dir, d.split.task)) for d in dealt if not d.empty}
 
-# %% ../../nbs/studies/benchmark.ipynb #bm18
+# %% ../../nbs/studies/benchmark.ipynb #bm20
 def _collect_results(
     p: _Protocol, dealt: list, runs: list,   # of `_DealtSplit`; of `_BenchmarkRun`
     places: _Places, failed: dict,           # title -> why
@@ -310,8 +311,9 @@ def _collect_results(
     "Collect everything that is finished."
     answers = [a for r in runs if r.finished() for a in _run_answers(r, p.name)]
     answers += [a for d in dealt if not d.empty for a in _baseline_answers(d, places, p.name)]
-    def planned(group, arm):
-        return sum(r.arm == arm and r.split['group'] == group for r in runs)
+    def planned(about):
+        asked = [about[k] for k in ('arm', 'group', 'task', 'trained_on')]
+        return sum([r.arm, r.split['group'], r.test_on, r.task] == asked for r in runs)
     named = [d.missing for d in dealt if len(d.missing)]
     missing = pd.concat(named).drop_duplicates() if named else pd.DataFrame(
         columns=['split', 'set', 'id', 'missing'])
@@ -324,6 +326,7 @@ def _collect_results(
                       missing[missing['missing'].astype(bool)], _fingerprint_data(places, dealt),
                       notes)
 
+# %% ../../nbs/studies/benchmark.ipynb #bm21
 def _deal_all(p: _Protocol, places: _Places) -> list:   # of `_DealtSplit`
     "Deal all splits out; one that nobody can be tested on is told."
     dealt = [_deal_split(s, places) for s in _list_splits(p)]
@@ -338,7 +341,7 @@ def run_benchmark(
     processed_dir='data/processed',   # cycles; made where they are not there
     quick=False,                      # the small form
     cross_validate=False,             # folds over all persons in place of the splits
-    jobs=1,                           # runs at once, each in a process with its share of the machine
+    jobs=1,      # runs at once, each in a process with its share of the machine
     overwrite=False,                  # start runs anew that were made with other settings
     draws=1000,                       # of the intervals
     **given,                          # in place of what the file says: seeds, tasks

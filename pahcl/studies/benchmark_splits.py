@@ -24,7 +24,7 @@ from .benchmark_protocol import _Split
 from .downstream import _prepare_stage
 from .fold_plans import _assign_fold_splits, _person_labels
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs07
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs08
 def _find_missing(
     given,          # published1 to published3, or a csv
     recordings,     # of the processed folder, of the task's data set, with a label and a cycle
@@ -59,7 +59,7 @@ def _describe_missing(
             for (split, what), own in missing.groupby(['split', 'set'])
             if own['missing'].any()] if len(missing) else []
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs11
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs12
 @dataclass(frozen=True)
 class _Places:
     "Where recordings, cycles and the benchmark lie."
@@ -102,7 +102,7 @@ def _deal_again(
     run_stage(Stage('deal', folder, lambda: write_fold(Path(base)/task, folder, split_of), inputs,
                     ('task_config.json', 'cycles.csv'), note=folder.parent.name))
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs13
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs14
 def _draw_few(
     label: dict,    # person -> class, of the training persons
     count: int,     # of each class
@@ -146,7 +146,7 @@ def _deal_persons(
                     split.draw)
     return {p: s for p, s in given.items() if s != 'train' or p in few}, ''
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs16
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs17
 def _deal_given(split: _Split, places: _Places) -> _DealtSplit:
     "Deal a given split, or say who is lacking."
     definition = TASKS[split.task]
@@ -174,13 +174,16 @@ def _deal_split(split: _Split, places: _Places) -> _DealtSplit:
     _deal_again(base, split.task, data_dir, dealt)
     return _DealtSplit(split, str(data_dir), str(data_dir), command=command)
 
-# %% ../../nbs/studies/benchmark_splits.ipynb #bs20
+# %% ../../nbs/studies/benchmark_splits.ipynb #bs21
 def _get_cycles(
     places: _Places, tasks: list,   # their names
     num_workers=8,
 ):
-    "Preprocess the data sets of the tasks where there is no processed folder."
-    if (Path(places.processed_dir)/'recordings.csv').exists(): return
-    names = sorted({TASKS[t].dataset for t in tasks})
+    "Preprocess the data sets of the tasks of which there are no cycles."
+    there = set()
+    if (Path(places.processed_dir)/'recordings.csv').exists():
+        there = set(read_processed(places.processed_dir)[0]['dataset'])
+    names = sorted({TASKS[t].dataset for t in tasks}-there)
+    if not names: return
     get_logger().info(f'preprocess {first_few(names)}: {places.processed_dir}')
     preprocess(places.raw_dir, places.processed_dir, names, num_workers=num_workers)

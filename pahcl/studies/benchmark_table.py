@@ -46,6 +46,8 @@ def _read_level(
     table = read_table(Path(folder)/f'predictions_{level}.csv', ['label', 'predicted', *columns],
                        'table of predictions', 'Run pahcl_benchmark again.')
     known = table.astype(dict(label=int, predicted=int))
+    if 'units_below' in known:   # what the challenge of 2016 is unsure about has none
+        known['rows'] = known['units_below'].astype(int)
     return Predictions(known, table[columns].to_numpy(float), label_map, level)
 
 def _read_answer(
@@ -123,7 +125,8 @@ def _collect_answers(
 
 def _result_rows(
     answers: list,   # of `_Answer`, of all runs
-    planned,         # a function (group, arm) -> number of runs that the protocol asks for
+    # a function of `about` -> number of runs that the protocol asks for, over seeds and splits
+    planned,
     draws=1000, seed=0,
 ):                   # DataFrame of `_ROW_COLUMNS`, a row a result
     "Tabulate all results, alone and averaged; `all` stands where seeds or splits are averaged."
@@ -137,7 +140,7 @@ def _result_rows(
     for own in _collect_answers(answers, (*alike, 'split')).values():
         if len(own) > 1: add(own, len(own), seed='all')
     for own in _collect_answers(answers, alike).values():
-        asked = planned(own[0].about['group'], own[0].about['arm']) or len(own)
+        asked = planned(own[0].about) or len(own)
         if own[0].pooled:
             trained = len(own)
             own = [_pool_answers(a) for _, a in sorted(_collect_answers(own, ('seed',)).items())]
@@ -175,7 +178,9 @@ def _format_results(
                           if m in r.index else '–')
         official = next((m for m in r.index if METRICS[m].task == task), None)
         first = r.iloc[0]
-        lines.append({'task': task, 'splits': group, **({} if split else {'split': where}),
+        strange = first['trained_on'] != task
+        splits = f'{group}, trained on {first["trained_on"]}' if strange else group
+        lines.append({'task': task, 'splits': splits, **({} if split else {'split': where}),
                       'arm': arm, 'rule': rule, 'official score': cell(official),
                       **{m: cell(m) for m in metrics}, 'persons': f'{first["persons"]:.0f}',
                       'met': f'{first["met"]:.0f}', 'runs': f'{first["runs"]:.0f}' + (

@@ -47,8 +47,10 @@ def made(tmp_path_factory):
     """
     work = tmp_path_factory.mktemp('benchmark')
     _make_processed_folder(work/'processed', _make_recordings(['circor'], 24), cycles=1)
-    blocks = ['train', 'test', 'val', 'train', 'test', 'train', 'val', 'test']   # of three classes
-    sets = {str(1000+i): blocks[i//3] for i in range(24)} | {'7001': 'test', '7002': 'test', '7003': 'test'}
+    # of three persons, one a class
+    blocks = ['train', 'test', 'val', 'train', 'test', 'train', 'val', 'test']
+    sets = {str(1000+i): blocks[i//3] for i in range(24)}
+    sets |= {'7001': 'test', '7002': 'test', '7003': 'test'}
     text = 'patient_id,split\n'+''.join(f'{k},{v}\n' for k, v in sets.items())
     (work/'mine.csv').write_text(text)
     (work/'torn.csv').write_text(text+'9023,train\n')
@@ -232,6 +234,26 @@ def test_few_persons_are_nested_and_a_folder_is_left_out(tmp_path):
     missing = _Split('without-f', 'g', 'physionet2016', without='folder f')
     assert persons(missing) == ('nobody to test: no folder f here, only folder a, folder b, '
                                 'folder e')
+
+
+def test_another_task_is_tested_and_signal_quality_counts(tmp_path):
+    recordings = _make_recordings(['circor', 'physionet2016'], 24)
+    of_2016 = recordings['dataset'] == 'physionet2016'
+    recordings['signal_quality'] = np.where(of_2016, np.where(of_2016.index % 3 == 0, 'poor',
+                                                              'good'), None)
+    _make_processed_folder(tmp_path/'processed', recordings, cycles=1)
+    protocol = PROTOCOL | dict(tasks=['physionet2016', 'circor_outcome'], rules=['mean'], splits={
+        'own': dict(tasks='physionet2016'),
+        'strange': dict(tasks='circor_outcome', test_on='physionet2016')})
+    rows = run(tmp_path, tmp_path, protocol)
+    assert not rows.query('group == "strange" and kind == "baseline"').size   # not comparable
+    assert (rows['runs'] == rows['planned']).all() and (rows['task'] == 'physionet2016').all()
+    for split in ('seed42', 'seed42-on-physionet2016'):
+        trained = 'physionet2016' if split == 'seed42' else 'circor_outcome'
+        own = read_json(tmp_path/'made'/'runs'/split/f'{trained}_cnn_seed1'/'evaluation'
+                        /'metrics.json')['official']
+        told = rows.query(f'split == "{split}" and arm == "cnn"').set_index('metric')['value']
+        assert own['rule'] == 'signal quality' and told[own['name']] == own['value']
 
 
 @pytest.mark.parametrize('content, told', [
