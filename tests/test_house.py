@@ -207,12 +207,13 @@ def test_few_public_names():
     assert len(names) <= MOST_NAMES, f'{len(names)} public names; {MOST_NAMES} are enough'
 
 def test_the_door_opens_quickly():
-    program = ('import sys, time; start = time.perf_counter(); import pahcl; '
-               'print(time.perf_counter()-start, *{"numpy", "torch", "pandas"} & set(sys.modules))')
-    runs = [subprocess.run([sys.executable, '-c', program], cwd=PACKAGE.parent, text=True,
-                           check=True, capture_output=True).stdout.split() for _ in range(3)]
-    assert all(len(r) == 1 for r in runs), f'import pahcl loads {runs[0][1:]}'
-    assert min(float(r[0]) for r in runs) < 0.1
+    "Counted in modules, not in seconds: a few of the package, and none that takes long."
+    program = ('import sys; before = set(sys.modules); import pahcl; '
+               'print(*sorted(set(sys.modules)-before))')
+    loaded = subprocess.run([sys.executable, '-c', program], cwd=PACKAGE.parent, text=True,
+                            check=True, capture_output=True).stdout.split()
+    assert 'pahcl' in loaded and len(loaded) < 40, f'import pahcl loads {loaded}'
+    assert not {name.split('.')[0] for name in loaded} & {'numpy', 'torch', 'pandas', 'scipy'}
 
 def test_every_name_of_the_door_resolves():
     import pahcl

@@ -77,7 +77,9 @@ def _find_run_state(
     folder = Path(folder)
     if overwrite and any((folder/n).exists() for n in ('config.yaml', 'status.json')):
         shutil.rmtree(folder)
-    if not folder.exists() or not any(folder.iterdir()): return 'new'
+    # what a start leaves that was killed before it had written its configuration
+    begun = lambda path: path.name == 'inputs.json' or path.match('.*.tmp')
+    if not folder.exists() or all(map(begun, folder.iterdir())): return 'new'
     _check_same_experiment(folder, config, inputs or {})
     if not (folder/'final_metrics.json').exists(): return 'resume'
     if not (folder/'best_model.pt').exists():
@@ -177,7 +179,9 @@ def open(cls: Run,
     "Open the run of a configuration; where it is finished already the log says so."
     plain, use_amp = config.model_dump(exclude_none=True), config.training.use_amp
     run = cls(folder, plain, config.seed, overwrite, use_amp, inputs=inputs, **trackers)
-    if run.finished: run.say(f'{folder} is finished already; --overwrite repeats it')
+    if run.finished:
+        run.complete_end()
+        run.say(f'{folder} is finished already; --overwrite repeats it')
     return run
 
 @patch(as_prop=True)
@@ -190,19 +194,33 @@ def metrics(self: Run) -> dict:
 
 # %% ../../nbs/training/runs.ipynb #cell28
 @patch
+def drop_halves(self: Run):
+    "Remove files that a killed run had begun."
+    for half in self.folder.glob('.*.tmp'): half.unlink()
+
+@patch
+def complete_end(self: Run):
+    "Do what a finished run had left to do when it was killed after `final_metrics.json`."
+    if not self.is_main: return
+    self.drop_halves()
+    (self.folder/'last.pt').unlink(missing_ok=True)
+    status = self.folder/'status.json'
+    if status.exists() and read_json(status)['state'] != 'finished': self.set_status('finished')
+
+@patch
 def __enter__(self: Run):
     "Write `config.yaml` and start the log and the trackers (main process only)."
     self.trackers = Trackers()
     if self.is_main:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.drop_halves()
+        write_json(self.folder/'inputs.json', self.inputs)
+        write_text(self.folder/'config.yaml',
+                   yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120))
         try: self.trackers = Trackers(self.folder, self.config, **self.tracker_options)
         except PahclError:
             if self.state == 'new': shutil.rmtree(self.folder)
             raise
-        for half in self.folder.glob('.*.tmp'): half.unlink()  # files that a killed run had begun
-        write_json(self.folder/'inputs.json', self.inputs)
-        write_text(self.folder/'config.yaml',
-                   yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120))
         self.log_file = log_to_file(self.folder/'train.log')
         self.log_file.__enter__()
         self.set_status('running')

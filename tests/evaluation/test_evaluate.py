@@ -364,7 +364,7 @@ def trained(tmp_path_factory):
     from pahcl.data.splitting import prepare
     work = tmp_path_factory.mktemp('evaluate')
     for dataset in ('circor', 'physionet2016'):
-        simulate_dataset(work/'raw', dataset, subjects=20, seed=0)
+        simulate_dataset(work/'raw', dataset, subjects=20, seed=0, seconds=4)
     preprocess(work/'raw', work/'processed', num_workers=1)
     prepare('all', work/'raw', work/'processed', work/'downstream')
     for seed in (1, 2):

@@ -22,6 +22,9 @@ TUNE = dict(config='small_finetune',
             training=dict(num_epochs=1, warmup_epochs=0, cycles_per_recording=1))
 
 
+pytestmark = pytest.mark.usefixtures('quick_starts', 'no_figures')
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     from pahcl.segmentation.preprocessing import preprocess

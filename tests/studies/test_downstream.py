@@ -54,7 +54,7 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def half(settings):
+def half(settings, quick_starts):
     """Both tasks were fine-tuned at once, one of them on a table that cannot be read: the settings,
     and what was said.
     """

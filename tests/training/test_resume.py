@@ -22,14 +22,21 @@ TINY = dict(model=dict(encoder_type='cnn', cnn_channels=[16, 16], cnn_kernel_siz
                           save_interval=2, save_steps=2))
 
 DRIVER = '''
-import json, os, resource, signal, sys, time
+import json, os, resource, signal, sys, threading, time
 import torch
+from tqdm import tqdm
 torch.set_num_threads(1)
+# the bar's own lock is shared with children, and a killed one would keep it; its thread would
+# live while we fork
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 import pahcl.training.probe, pahcl.training.trainer
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.pretrain import pahcl_pretrain
 
-def die(): os.kill(os.getpid(), signal.SIGKILL)
+def die():
+    os.write(2, b'died as planned\\n')
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def at_call(owner, name, wanted, act, count=1):
     "Let `act` stand in for the `count`-th call of owner.name that is wanted."
@@ -130,7 +137,10 @@ def test_killed_at_every_bad_moment(root, kind):
     states, errors = drive(root, (f'{kind}_whole', flags, ['here']),
                            (f'{kind}_killed', flags, DEATHS))
     planned = [s for d, s in states if d not in ('here', None) and d[0] != 'after']
-    assert planned == [9]*8 and states[-1] == [None, 0], f'{states}\n{errors}'
+    assert planned == [9]*8 and states[0] == ['here', 0] and states[-1] == [None, 0], (
+        f'{states}\n{errors}')
+    # by its own hand, not because memory ran out
+    assert errors.count('died as planned') == 8, f'{states}\n{errors}'
     log = (root/'out'/f'{kind}_killed'/'train.log').read_text()
     assert ('goes on after epoch 0 and 2 optimiser steps' in log
             and 'goes on after epoch 1 of' in log), f'{log}\n{errors}'

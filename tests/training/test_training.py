@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 import pahcl.training.runs as runs
+from pahcl.core.basics import PahclError
 from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.models.encoders import build_encoder
@@ -122,6 +123,27 @@ def test_kill_minus_nine(tmp_path):
     assert json.loads((tmp_path/'killed'/'status.json').read_text())['state'] == 'finished'
     assert (not list((tmp_path/'killed').glob('.*.tmp'))
             or all(p.stat().st_size for p in (tmp_path/'killed').glob('*.pt')))
+
+
+def test_killed_before_the_first_file_was_whole(tmp_path):
+    "What is left is no folder of somebody else."
+    for name in ('inputs.json', '.config.yaml.0a1b2c3d.tmp'): (tmp_path/name).touch()
+    assert runs._find_run_state(tmp_path, {}) == 'new'
+    (tmp_path/'thesis.txt').touch()
+    with pytest.raises(PahclError, match='is no run of pahcl'): runs._find_run_state(tmp_path, {})
+
+
+def test_killed_after_the_last_file_but_one(tmp_path):
+    "`final_metrics.json` is there: the run is finished, and what was left to do is done."
+    with Run(tmp_path, {}) as run: run.finish(dict(loss=1.))
+    left = [tmp_path/'last.pt', tmp_path/'.status.json.0a1b2c3d.tmp']
+    for path in (*left, tmp_path/'best_model.pt'): path.touch()
+    (tmp_path/'status.json').write_text('{"state": "running", "why": ""}')
+    again = Run(tmp_path, {})
+    assert again.finished
+    again.complete_end()
+    assert json.loads((tmp_path/'status.json').read_text())['state'] == 'finished'
+    assert not any(path.exists() for path in left) and (tmp_path/'best_model.pt').exists()
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
