@@ -52,8 +52,10 @@ CASES = {
     'data.num_substructures': (3, 'log', PACKAGED),
     'data.frontend': ('logmel', 'shapes'), 'data.unit': ('window', 'losses'),
     'data.state_channels': (True, 'shapes'), 'data.window_s': (1., 'losses', WINDOW),
-    'data.unit_beats': (2, 'losses', BEATS), 'data.mel_bands': (20, 'shapes', MEL_CYCLES),
-    'data.mel_range_hz': ([25, 400], 'losses', MEL_CYCLES), 'data.mel_frame_s': (.1, 'losses', FRAMES),
+    'data.unit_beats': (2, 'losses', BEATS),
+    'data.mel_bands': (20, 'shapes', MEL_CYCLES),
+    'data.mel_range_hz': ([25, 400], 'losses', MEL_CYCLES),
+    'data.mel_frame_s': (.1, 'losses', MEL_CYCLES),
     'data.mel_hop_s': (.02, 'losses', MEL_CYCLES),
     'model.encoder_type': ('cnn_mamba_small', 'shapes', {
         'model.cnn_channels': None, 'model.cnn_kernel_sizes': None, 'model.cnn_strides': None}),
