@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import namedtuple
+from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]/'pahcl'
@@ -194,12 +195,15 @@ def find_faults(package: Path) -> list:
 def test_only_chapters_stand_on_top():
     assert not (found := find_misplaced(PACKAGE)), '\n'.join(found)
 
+@lru_cache
+def package_arrows(): return read_arrows(PACKAGE)
+
 def test_imports_go_one_way():
-    faults = find_steps_back(read_arrows(PACKAGE))
+    faults = find_steps_back(package_arrows())
     assert not faults, '\n'.join(faults)
 
 def test_no_circle():
-    faults = find_circles(read_arrows(PACKAGE))
+    faults = find_circles(package_arrows())
     assert not faults, '\n'.join(faults)
 
 def test_few_public_names():
