@@ -210,7 +210,7 @@ class _ExplainedSplit:
     table: pd.DataFrame   # a row a cycle
     names: list           # of the classes
     cycles: _Saliency      # of the cycles
-    of_frames: bool = False   # the rows are log-mel frames, with several beats in each
+    of_frames: bool = False   # the rows are frames of a spectrum
 
     def mean_shares(self, signed: bool) -> dict:   # class -> share of each state
         """Return how much each class listens to each state, or what it hears there: the mean over
@@ -241,7 +241,7 @@ _NETS_NOTE = ('What it hears there: above 0 speaks for the class, below against 
               'with two standard errors over subjects.')
 _FRAMES_NOTE = ('The model hears frames of a spectrum: shares are those of all channels of a '
                 'moment together, counted from the mean level of the recording, and there is no '
-                'curve, since a window holds more than one beat.')
+                'curve: a state has too few frames for its parts.')
 
 # %% ../../nbs/studies/saliency.ipynb #cell41
 def _draw_saliency(
