@@ -110,9 +110,9 @@ def _read_cycles(
 ) -> Predictions:  # of cycles
     "Read what an evaluation wrote of the cycles."
     table = pd.read_csv(Path(folder)/'predictions_cycle.csv', dtype=str)
-    cycles = task.read_cycles('subject_id')
-    if 'subject_label' in cycles:
-        of_subject = cycles.drop_duplicates('subject_id').set_index('subject_id')['subject_label']
+    known = task.recordings
+    if 'subject_label' in known:
+        of_subject = known.drop_duplicates('subject_id').set_index('subject_id')['subject_label']
         table['subject_label'] = of_subject.reindex(table['subject_id']).astype(int).to_numpy()
     columns = [f'probability_{n}' for n in task.class_names]
     return Predictions(table.astype(dict(label=int)), table[columns].to_numpy(float),

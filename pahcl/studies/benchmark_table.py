@@ -190,11 +190,14 @@ def _format_results(
 
 def _results_markdown(
     path,                       # results.csv of a benchmark
+    # which rows, as `DataFrame.query` takes it, e.g. 'group == "leak-free" and rule == "fitted"'
+    keep=None,
     metrics=('uar', 'auroc'),   # beside the official score
 ) -> str:                       # a sentence where it was not run yet
     "Render the table of a benchmark from its file, for README, site and model cards."
     if not Path(path).exists(): return 'Not run yet.\n'
-    return _table_to_markdown(_format_results(_read_results(path), metrics))
+    rows = _read_results(path)
+    return _table_to_markdown(_format_results(rows.query(keep) if keep else rows, metrics))
 
 # %% ../../nbs/studies/benchmark_table.ipynb #bt22
 _PACKAGES = ('pahcl', 'torch', 'numpy', 'scipy', 'pandas', 'scikit-learn', 'librosa', 'soundfile',
