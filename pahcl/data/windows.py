@@ -232,6 +232,17 @@ def from_processed(cls: Windows,
     return _keep_persons(rows, exclude_persons, datasets, processed_dir)
 
 # %% ../../nbs/data/windows.ipynb #w016
+def _gather(
+    array,         # [N, ...], mapped from disk
+    start,         # int64 [B]
+    length: int,
+) -> np.ndarray:   # [B, length, ...], a copy; behind the end of the array its last step
+    "Read stretches of an array, all at once."
+    if len(array) < length or start.max(initial=0)+length > len(array):
+        return np.take(array, np.minimum(start[:, None]+np.arange(length), len(array)-1), axis=0)
+    every = np.lib.stride_tricks.sliding_window_view(array, length, axis=0)
+    return np.moveaxis(every, -1, 1)[start]
+
 def _shift_stretches(
     stretches: _Stretches,
     shift,     # [n] steps, to later where it is above 0
@@ -289,11 +300,10 @@ def batch(self: Windows,
     rows = np.asarray(rows, np.int64)
     at, to = self.stretches.take(rows), lambda array: torch.from_numpy(array).to(device)
     start = at.start if shift is None else _shift_stretches(at, shift, self.steps.bounds)
-    index = np.minimum(start[:, None]+np.arange(self.length), len(self.steps.states)-1)
     valid = to(at.valid)
     inside = torch.arange(self.length, device=device) < valid[:, None]
-    states = to(np.take(self.steps.states, index, axis=0))*inside
-    x = _assemble(to(np.take(self.steps.values, index, axis=0)),
+    states = to(_gather(self.steps.states, start, self.length))*inside
+    x = _assemble(to(_gather(self.steps.values, start, self.length)),
                   to(self.steps.statistics[at.recording]), states, valid, self.heard)
     phases = (states if num_substructures == 4
               else _equal_parts(valid, self.length, num_substructures))
