@@ -125,8 +125,11 @@ def test_checkpoints_without_the_key_heard_waveforms(tmp_path):
         load_pretrained_encoder(tmp_path/'old.pt', dict(in_channels=84))
 
 def test_one_that_does_not_say_hears_waveforms_only(monkeypatch):
+    from pahcl.core import config_sections
     from pahcl.models import encoder_base
     monkeypatch.setattr(encoder_base, 'ENCODERS', dict(encoder_base.ENCODERS))
+    monkeypatch.setattr(config_sections, '_REGISTERED_KEYS',
+                        {k: dict(v) for k, v in config_sections._REGISTERED_KEYS.items()})
     @encoder_base.register_encoder('sum_of_sounds', sample_rate=5000)
     class Sum(torch.nn.Module):
         def forward(self, x): return x.sum(1, keepdim=True)
