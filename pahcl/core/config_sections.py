@@ -129,7 +129,8 @@ class ModelSection(_OpenSection):
     channel_attention: Optional[bool] = None
     # of resnet34_1d; affine: scale and shift alone, as what batch norms of
     # foreign checkpoints come to
-    norm: Optional[Literal['group', 'affine']] = None
+    # batch (of logmel_cnn): statistics of the batch in training, running ones afterwards
+    norm: Optional[Literal['group', 'affine', 'batch']] = None
     # channels of the input: 1 of a waveform, more of log-mel frames; fine-tuning takes the data's
     in_channels: Optional[int] = Field(None, ge=1)
 

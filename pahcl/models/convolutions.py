@@ -95,9 +95,23 @@ class _ChannelAffine(nn.Module):
                                   nn.Parameter(torch.zeros(channels)))
 
     def forward(self, x, mask=None):
-        return torch.addcmul(self.bias[:, None], x, self.weight[:, None])
+        weight, bias = (p.view(-1, *[1]*(x.dim()-2)) for p in (self.weight, self.bias))
+        return torch.addcmul(bias, x, weight)
 
-_NORM_LAYERS = dict(group=MaskedGroupNorm, affine=_ChannelAffine)
+class _MaskedBatchNorm(nn.BatchNorm2d):
+    "Batch normalisation with mean and variance over the valid frames: [B, C, …, T] → as x."
+    def _check_input_dim(self, x): pass
+
+    def forward(self, x, mask=None):
+        if mask is None or not self.training: return super().forward(x)
+        shape = x.shape
+        x = x.movedim(1, -1)                       # [B, …, T, C]
+        inside = mask.view(len(mask), *[1]*(x.dim()-3), -1).expand(x.shape[:-1])
+        out = torch.zeros_like(x)
+        out[inside] = super().forward(x[inside])   # [valid, C]
+        return out.movedim(-1, 1).view(shape)
+
+_NORM_LAYERS = dict(group=MaskedGroupNorm, affine=_ChannelAffine, batch=_MaskedBatchNorm)
 
 # %% ../../nbs/models/convolutions.ipynb #cell15
 class MaskedConvolution(nn.Module):

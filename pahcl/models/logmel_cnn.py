@@ -47,7 +47,7 @@ def _check_image(
 # %% ../../nbs/models/logmel_cnn.ipynb #lm11
 @register_encoder('logmel_cnn', in_channels=80, mel_planes=2, mel_bands=40, state_dropout=0.,
                   cnn_channels=[24, 24, 48, 72], cnn_kernel_sizes=[3, 3, 3, 3],
-                  cnn_strides=[2, 2, 2, 1], dropout=0.)
+                  cnn_strides=[2, 2, 2, 1], dropout=0., norm='group')
 class _LogMelCNN(Encoder):
     "Log-mel frames [B, in_channels, T] → mean and maximum over time [B, 2 C]."
     def __init__(self,
@@ -58,8 +58,10 @@ class _LogMelCNN(Encoder):
         _check_image(c, self.in_channels)
         image = self.in_channels-c['mel_planes']*(c['mel_bands']-1)
         sizes = [*zip([image, *channels], channels, c['cnn_kernel_sizes'], c['cnn_strides'])]
-        self.stem = MaskedConvolution(*sizes[0], dims=2)
-        self.blocks = nn.ModuleList(ResidualBlock(*s, c['dropout'], dims=2) for s in sizes[1:])
+        norm = c.get('norm', 'group')
+        self.stem = MaskedConvolution(*sizes[0], norm, dims=2)
+        self.blocks = nn.ModuleList(ResidualBlock(*s, c['dropout'], norm, dims=2)
+                                    for s in sizes[1:])
         self.to(memory_format=torch.channels_last)   # a sixth quicker on a CPU
 
     def encode_frames(self, x, valid_length):

@@ -125,8 +125,11 @@ def test_checkpoints_without_the_key_heard_waveforms(tmp_path):
         load_pretrained_encoder(tmp_path/'old.pt', dict(in_channels=84))
 
 def test_one_that_does_not_say_hears_waveforms_only(monkeypatch):
+    from pahcl.core import config_sections
     from pahcl.models import encoder_base
     monkeypatch.setattr(encoder_base, 'ENCODERS', dict(encoder_base.ENCODERS))
+    monkeypatch.setattr(config_sections, '_REGISTERED_KEYS',
+                        {k: dict(v) for k, v in config_sections._REGISTERED_KEYS.items()})
     @encoder_base.register_encoder('sum_of_sounds', sample_rate=5000)
     class Sum(torch.nn.Module):
         def forward(self, x): return x.sum(1, keepdim=True)
@@ -156,3 +159,14 @@ def test_saliency_and_card_of_frames(tmp_path, monkeypatch):
     assert 'no curve' in things[-1] and not list(tmp_path.iterdir())
     assert all(sum(s) == pytest.approx(1) for s in numbers['states'].values())
     assert 'heart sounds in 84 channels with a classifier' in model.generate_model_card().content
+
+def test_a_batch_norm_leaves_the_padding_out():
+    e, x, n = logmel(norm='batch'), windows(), torch.tensor([64, 40, 9])
+    rubbish = torch.cat([x, torch.full((3, 84, 16), 9.)], 2)
+    for mode in (True, False):
+        y, z = (copy.deepcopy(e).train(mode)(v, n) for v in (x, rubbish))
+        torch.testing.assert_close(y, z)
+    norm, x, inside = e.stem.norm.train(), torch.randn(3, 4, 5, 64), torch.arange(64) < n[:, None]
+    valid = x.movedim(1, -1)[inside[:, None].expand(-1, 5, -1)]
+    y = norm(x, inside).movedim(1, -1)[inside[:, None].expand(-1, 5, -1)]
+    torch.testing.assert_close(y, (valid-valid.mean(0))/(valid.var(0, correction=0)+1e-5).sqrt())

@@ -127,7 +127,7 @@ USED = dict(cnn_transformer={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 
                          'mamba_n_layers', 'mamba_d_state', 'mamba_d_conv', 'mamba_expand',
                          'mamba_dt_rank', 'mamba_bidirectional', 'dropout', 'drop_path'},
             logmel_cnn={'cnn_channels', 'cnn_kernel_sizes', 'cnn_strides', 'dropout', 'mel_planes',
-                        'mel_bands', 'state_dropout'})
+                        'mel_bands', 'state_dropout', 'norm'})
 USED = {name: keys | {'in_channels'} for name, keys in USED.items()}
 OTHER = dict(cnn_channels=[4, 16], cnn_kernel_sizes=[9, 7], cnn_strides=[2, 4], mamba_d_model=16,
              mamba_n_layers=3, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3,
