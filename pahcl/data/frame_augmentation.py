@@ -80,17 +80,15 @@ def _stretch_frames(
     length,       # [B] valid frames
     rate,         # [B] relative tempo: 1.1 a tenth faster
     sound: int,   # so many channels are read between two frames, the others at the nearer one
-):                # x, phases, length; what lies behind the new length is not cleared
-    "Read each window at `rate` times its tempo."
-    L = x.shape[-1]
-    at = torch.arange(L, device=x.device)*rate[:, None]
-    before = at.floor().long().clamp(max=L-1)
-    after, nearest = (before+1).clamp(max=L-1), (at+.5).long().clamp(max=L-1)
+):                # x, phases; what lies behind the valid frames is not cleared
+    "Read each window at `rate` times its tempo; behind its end it begins again."
+    valid = length.clamp(min=1)[:, None]
+    at = (torch.arange(x.shape[-1], device=x.device)*rate[:, None]).remainder(valid)
+    before, nearest = at.floor().long() % valid, (at+.5).long() % valid
     take = lambda part, rows: part.gather(2, rows[:, None].expand(-1, part.shape[1], -1))
-    y = torch.lerp(take(x[:, :sound], before), take(x[:, :sound], after), (at-at.floor())[:, None])
-    longest = ((length-1)/rate).floor().long()+1
-    return (torch.cat([y, take(x[:, sound:], nearest)], 1), phases.gather(1, nearest),
-            torch.minimum(longest.clamp(max=L), length.clamp(max=1)*L))
+    y = torch.lerp(take(x[:, :sound], before), take(x[:, :sound], (before+1) % valid),
+                   (at-at.floor())[:, None])
+    return torch.cat([y, take(x[:, sound:], nearest)], 1), phases.gather(1, nearest)
 
 # %% ../../nbs/data/frame_augmentation.ipynb #fa14
 @register_augmentation('rate')
@@ -102,9 +100,13 @@ class _Rate(FrameAugmentation):
         return super().draw(u) | dict(rate_change=(2*u['rate_change']-1)*self.config.rate_change)
 
     def __call__(self, batch):
-        rate = 1+batch.draw['rate_change']*batch.draw['rate']
-        batch.x, batch.phases, batch.length = _stretch_frames(
-            batch.x, batch.phases, batch.length, rate, 2*batch.bands)
+        rows = batch.draw['rate'].nonzero()[:, 0]
+        x, phases, length, change = (part.index_select(0, rows) for part in (
+            batch.x, batch.phases, batch.length, batch.draw['rate_change']))
+        x, phases = _stretch_frames(x, phases, length, 1+change, 2*batch.bands)
+        phases = phases*valid_mask(length, phases.shape[-1]).to(phases.dtype)
+        batch.x, batch.phases = (part.index_copy(0, rows, new) for part, new in
+                                 ((batch.x, x), (batch.phases, phases)))
 
 # %% ../../nbs/data/frame_augmentation.ipynb #fa18
 _NEPER = math.log(10)/10   # natural logarithm of the power ratio that is 1 dB
