@@ -318,11 +318,13 @@ def _collect_results(
     missing = pd.concat(named).drop_duplicates() if named else pd.DataFrame(
         columns=['split', 'set', 'id', 'missing'])
     empty = dict.fromkeys(f'{d.split.name}: {d.empty}.' for d in dealt if d.empty)
-    notes = [*empty, *(f'{title} FAILED: {why}' for title, why in failed.items()),
+    table = _tabulate_runs(runs, failed)
+    odd = [f'{r.split}: {r.arm}, seed {r.seed}: {r.notes}' for r in table.itertuples() if r.notes]
+    notes = [*empty, *(f'{title} FAILED: {why}' for title, why in failed.items()), *odd,
              *_describe_missing(missing)]
     rows = _result_rows(answers, planned, draws, seed) if answers else pd.DataFrame()
     about = {k: v for k, v in asdict(p).items() if k not in ('cut', 'is_quick')}
-    return _Benchmark(about, rows, _tabulate_runs(runs, failed),
+    return _Benchmark(about, rows, table,
                       missing[missing['missing'].astype(bool)], _fingerprint_data(places, dealt),
                       notes)
 
