@@ -63,7 +63,7 @@ def _predict_out_of_fold(
 # %% ../../nbs/evaluation/beat_model.ipynb #cell11
 _SUBJECT_STRENGTH = .1   # inverse penalty of the regression over places: few subjects
 
-def _subject_evidence(
+def _summarise_places(
     probabilities,   # of recordings [n, classes]
     subjects,        # of each recording [n]
 ):                   # DataFrame [subjects, 3·classes + 1] by subject id
@@ -76,7 +76,7 @@ def _subject_evidence(
     return table.assign(recordings=odds.size()).rename(columns=str)
 
 def _subject_answer(
-    evidence,         # of training subjects, from answers out of fold, see `_subject_evidence`
+    evidence,         # of training subjects, from answers out of fold, see `_summarise_places`
     label,            # their classes, Series by subject id
     asked,            # evidence of those who are asked for
     num_classes: int,
@@ -116,7 +116,7 @@ def _beat_answers(
     p = np.zeros((len(x), k))
     p[learns] = _predict_out_of_fold(known, label, rows['person_id'][learns], k, fit, seed=seed)
     if not learns.all(): p[~learns] = fit(known, label, x[~learns].to_numpy(), k, seed)
-    evidence = _subject_evidence(p, x.index.get_level_values(0))
+    evidence = _summarise_places(p, x.index.get_level_values(0))
     return pd.DataFrame(_subject_answer(evidence, train, evidence, k), evidence.index)
 
 # %% ../../nbs/evaluation/beat_model.ipynb #cell16

@@ -18,6 +18,7 @@ from ..data.datasets import identify_devices, TASKS
 from ..data.given_splits import read_splits
 from ..data.own_rows import _qualify_id
 from ..data.task_folders import write_fold
+from ..evaluation.beat_statistics import _share_statistics
 from ..data.tasks import read_processed, Task
 from ..segmentation.preprocessing import preprocess
 from .benchmark_protocol import _Split
@@ -99,8 +100,11 @@ def _deal_again(
     "Write a task with other splits, where it is not there."
     folder = Path(data_dir)/task
     inputs = lambda: dict(base=hash_task_tables(base, task), persons=split_of)
-    run_stage(Stage('deal', folder, lambda: write_fold(Path(base)/task, folder, split_of), inputs,
-                    ('task_config.json', 'cycles.csv'), note=folder.parent.name))
+    def deal():
+        write_fold(Path(base)/task, folder, split_of)
+        _share_statistics(Path(base)/task, folder)
+    run_stage(Stage('deal', folder, deal, inputs, ('task_config.json', 'cycles.csv'),
+                    note=folder.parent.name))
 
 # %% ../../nbs/studies/benchmark_splits.ipynb #bs14
 def _draw_few(

@@ -177,6 +177,8 @@ def make_sampler(self: _FinetuneRecipe,
 @patch
 def validate(self: _FinetuneRecipe, epoch: int) -> dict:   # of `_select_validation_scores`
     "Score the validation split, keep what was said, and draw figures where somebody watches."
+    # persons who train choose nothing: they are scored once, at the end
+    if self.seen and epoch+1 < self.settings.num_epochs: return dict(score=None)
     table, label_map = self.validation.table, self.task.label_map
     level, trackers = self.config.evaluation.level, self.run.trackers
     probabilities = _predict_split(self.run, self.objective.judged, self.validation,

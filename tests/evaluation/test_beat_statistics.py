@@ -13,7 +13,7 @@ from pahcl.data.tasks import Task
 from pahcl.evaluation.baselines import all_baseline_predictions, _subject_labels
 from pahcl.evaluation.beat_model import (
     _beat_answers, _place_labels, _predict_beat_statistics, _predict_out_of_fold,
-    _subject_evidence, _TREES)
+    _summarise_places, _TREES)
 from pahcl.evaluation.beat_statistics import (
     _beat_grid, beat_statistics, _grid_statistics, _share_statistics)
 from pahcl.evaluation.spectrum_baseline import _log_mel_spectrum
@@ -186,7 +186,7 @@ def test_few_persons_and_few_classes():
     x, who = np.arange(6.)[:, None], list('aabbbb')
     assert _predict_out_of_fold(x, [0, 0, 1, 1, 1, 1], who, 3).sum(1) == pytest.approx(1)
     assert (_predict_out_of_fold(x[:2], [0, 0], who[:2], 3) == 1/3).all()
-    one = _subject_evidence([[.7, .2, .1]], ['7'])
+    one = _summarise_places([[.7, .2, .1]], ['7'])
     assert one.loc['7', ['0', '3', '6']].nunique() == 1   # largest, second and mean are one
 
 
