@@ -161,7 +161,7 @@ def _build_starting_model(
     source, wanted = config.pretrain.checkpoint_path, _wanted_encoder(config)
     with _seeded_weights(config.seed):
         if source == 'none':
-            bands = getattr(config.data, 'mel_bands', 40)
+            bands = config.data.mel_bands
             encoder = build_encoder(dict(encoder_type='cnn_mamba')
                                     | _fit_to_input(wanted, channels, bands))
         else:
