@@ -131,5 +131,7 @@ def _format_epoch(
     "Say in one line how an epoch went."
     left = datetime.timedelta(seconds=round(seconds*(num_epochs-state.epoch)))
     score = 'not asked for' if score is None else f'{score:.4f}'
-    return (f'epoch {state.epoch}/{num_epochs}: loss {sums.loss:.4f}, validation {score_name} '
-            f'{score}, best {state.best:.4f} (epoch {state.best_epoch+1}), at most {left} left')
+    judged = (f'validation {score_name} {score}, best {state.best:.4f} '
+              f'(epoch {state.best_epoch+1}), ' if math.isfinite(state.best) else '')
+    return (f'epoch {state.epoch}/{num_epochs}: loss {sums.loss:.4f}, {judged}'
+            f'at most {left} left')
