@@ -14,8 +14,8 @@ from pahcl.core.challenge_metrics import murmur_weighted_accuracy, outcome_cost
 from pahcl.core.metrics import METRICS
 from pahcl.core.predictions import Predictions
 from pahcl.models.decision_layer import (
-    _average_answers, _choose_weights, _decide_weighted, _expected_matrices, _fit_and_answer,
-    _fit_layer, _goal_values, _hold_out, DecisionLayer)
+    _average_answers, _decide_weighted, _fit_and_answer, _fit_layer, _hold_out, DecisionLayer)
+from pahcl.models.decision_weights import _choose_weights, _expected_matrices, _goal_values
 from pahcl.models.subject_evidence import _subject_evidence
 from pahcl.testing.made import _made_cycles
 
