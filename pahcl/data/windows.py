@@ -7,7 +7,7 @@ __all__ = ['Windows']
 
 # %% ../../nbs/data/windows.ipynb #w002
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -20,76 +20,7 @@ from .loader import (
 from .phases import normalise_valid
 from .sampling import get_recording_ids
 from .steps import _InputSettings, _open_steps, _PackedSteps, _StepSettings
-
-# %% ../../nbs/data/windows.ipynb #w005
-@dataclass(frozen=True, eq=False)
-class _Stretches:
-    "Stretches of recordings, in steps; a row each."
-    start: np.ndarray       # int64 [n], from the beginning of the pack
-    valid: np.ndarray       # int32 [n], how many belong to the row
-    recording: np.ndarray   # int64 [n], 0 …: the recording's number
-    first: np.ndarray       # int64 [n], the row of the table of cycles whose words describe it
-
-    def take(self, rows): return _Stretches(*(getattr(self, f)[rows] for f in _STRETCH_FIELDS))
-
-_STRETCH_FIELDS = ('start', 'valid', 'recording', 'first')
-
-def _window_starts(
-    steps: int,    # of a recording
-    length: int,   # of a window, in steps
-) -> np.ndarray:   # int64; at half overlap, the last flush with the end
-    "Cover a recording with windows."
-    starts = np.arange(0, max(steps-length, 0)+1, max(1, length//2))
-    return starts if starts[-1] >= steps-length else np.append(starts, steps-length)
-
-def _place_windows(
-    bounds,         # [recordings + 1] where each begins
-    first,          # [recordings] row of the table that describes it
-    length: int,    # of a window, in steps
-) -> _Stretches:
-    "Lay windows over all recordings."
-    each = [_window_starts(n, length) for n in np.diff(bounds).tolist()]
-    recording = np.repeat(np.arange(len(each)), [len(s) for s in each])
-    start = np.concatenate(each)+np.asarray(bounds)[recording]
-    valid = np.minimum(length, np.diff(bounds)[recording])
-    return _Stretches(start, valid.astype(np.int32), recording, np.asarray(first)[recording])
-
-# %% ../../nbs/data/windows.ipynb #w007
-def _find_runs(
-    onset, offset,    # [n] s, of kept beats, by recording and time
-    recording,        # [n] number of each one's recording
-    beats: int,       # in a row
-):                    # (first beat [m], last beat [m]) of each row
-    "Join kept beats that follow each other; a run that is shorter than asked for is one row."
-    joined = (np.abs(onset[1:]-offset[:-1]) < 2e-3) & (recording[1:] == recording[:-1])
-    begins = np.flatnonzero(np.r_[True, ~joined])
-    sizes = np.diff(np.r_[begins, len(onset)])
-    rows = [b+_window_starts(n, beats) for b, n in zip(begins, sizes.tolist())]
-    first = np.concatenate(rows)
-    last = np.minimum(first+beats, np.repeat(begins+sizes, [len(r) for r in rows]))-1
-    return first, last
-
-def _place_beats(
-    cycles,           # DataFrame, a row a kept beat: `onset_s, offset_s`
-    recording,        # [n] number of each one's recording
-    bounds,           # as of `_place_windows`
-    rate,             # steps a second
-    length: int,      # of a row, in steps; what is longer is cropped
-    beats=1,          # in a row
-) -> _Stretches:
-    "Lay rows over kept beats."
-    onset = cycles['onset_s'].to_numpy(float)
-    order = np.lexsort([onset, recording]) if beats > 1 else np.arange(len(onset))
-    onset, number = onset[order], np.asarray(recording)[order]
-    offset = cycles['offset_s'].to_numpy(float)[order]
-    first, last = (_find_runs(onset, offset, number, beats) if beats > 1
-                   else (np.arange(len(onset)),)*2)
-    begin, end = (np.round(t*rate).astype(np.int64) for t in (onset[first], offset[last]))
-    number, bounds = number[first], np.asarray(bounds)
-    steps = np.diff(bounds)[number]
-    begin = np.minimum(begin, steps-1)
-    valid = np.minimum(np.minimum(end, steps)-begin, length).clip(1)
-    return _Stretches(begin+bounds[number], valid.astype(np.int32), number, order[first])
+from .stretches import _place_beats, _place_windows, _STRETCH_FIELDS, _Stretches
 
 # %% ../../nbs/data/windows.ipynb #w010
 class Windows:

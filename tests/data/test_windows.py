@@ -23,7 +23,8 @@ from pahcl.data.splitting import prepare
 from pahcl.data.steps import (
     _compute_steps, _InputSettings, _label_steps, _PackedSteps, _RecordingSteps, _StepSettings)
 from pahcl.data.task_folders import write_fold
-from pahcl.data.windows import _CYCLE_IDS, _find_runs, _lay_out, _window_starts, Windows
+from pahcl.data.stretches import _find_runs, _window_starts
+from pahcl.data.windows import _CYCLE_IDS, _lay_out, Windows
 from pahcl.evaluation.embedding import _cut_all, embed
 from pahcl.evaluation.evaluator import evaluate, open_model, open_split
 from pahcl.evaluation.prediction import predict
