@@ -99,7 +99,7 @@ class _DataSection(_Section):
     state_channels: bool = False                # S1, systole, S2, diastole as four channels more
     mel_bands: int = Field(40, ge=4, le=128)    # of logmel
     # Hz, what the bands divide; a recording is heard at 4000 Hz
-    mel_range_hz: Annotated[list[float], AfterValidator(_check_mel_range)] = [25, 900]
+    mel_range_hz: Annotated[list[float], AfterValidator(_check_mel_range)] = [25., 900.]
     mel_frame_s: float = Field(0.05, ge=0.008, le=0.25)   # s, length of the Hann window
     mel_hop_s: float = Field(0.016, ge=0.002, le=0.1)     # s from frame to frame: 62.5 a second
     window_s: float = Field(4.096, ge=0.5, le=60)   # s, of `unit: window`; 256 frames

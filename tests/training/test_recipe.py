@@ -162,7 +162,7 @@ def test_any_batch_of_an_epoch_holds_the_same_rows(tasks):
 
 def test_the_whole_recipe_for_any_workers_and_after_a_kill(tasks, monkeypatch):
     import pahcl.training.finetuning as module
-    given = dict(WHOLE, **{'training.save_steps': 1})
+    given = dict(WHOLE, **{'training.save_steps': 1, 'decision.folds': 0})
     whole, folder = tune(tasks, 'whole', 'window', **given)
     ahead, _ = tune(tasks, 'ahead', 'window', **given | {'training.num_workers': 4})
     assert ahead['history'] == whole['history'] and ahead['levels'] == whole['levels']
@@ -172,14 +172,14 @@ def test_the_whole_recipe_for_any_workers_and_after_a_kill(tasks, monkeypatch):
     persons = {person for split in ('train', 'val') for person in open_cycles(
         tasks/'downstream'/'circor_murmur', split).table['person_id']}
     assert set(saved['training_persons']) == persons
-    score, calls = module._select_validation_scores, []
+    score, calls = module._score_training_cycles, []
     def killed(*a):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt
         return score(*a)
-    monkeypatch.setattr(module, '_select_validation_scores', killed)
+    monkeypatch.setattr(module, '_score_training_cycles', killed)
     with pytest.raises(KeyboardInterrupt): tune(tasks, 'killed', 'window', **given)
-    monkeypatch.setattr(module, '_select_validation_scores', score)
+    monkeypatch.setattr(module, '_score_training_cycles', score)
     # what is saved are the averaged weights, not those that learn
     last = load_checkpoint(tasks/'runs'/'circor_murmur_killed'/'last.pt')
     learning = last['training_state']['objective']
