@@ -112,10 +112,13 @@ def _cut_all(
     heard=None,      # as of `_cut_recording`
 ):                   # (DataFrame, a row a recording; `Cycles` of all, in this order)
     "Cut recordings beside each other."
-    jobs = [(s, f'recording {i}', sample_rate, settings, heard) for i, s in enumerate(sources)]
+    is_file = [isinstance(s, (str, Path)) for s in sources]
+    # a worker may stand in another folder
+    there = [Path(s).absolute() if file else s for s, file in zip(sources, is_file)]
+    jobs = [(s, f'recording {i}', sample_rate, settings, heard) for i, s in enumerate(there)]
     told, parts = zip(*map_in_parallel(_cut_recording, jobs, num_workers, label='cutting'))
-    told, joined = pd.DataFrame(told), lambda name: np.concatenate([getattr(c, name)
-                                                                    for c in parts])
+    told = pd.DataFrame(told).assign(path=[str(s) if f else None for s, f in zip(sources, is_file)])
+    def joined(name): return np.concatenate([getattr(c, name) for c in parts])
     silent = told.index[~told['heartbeat']]
     if len(silent):
         get_logger().warning(f'{_NO_HEARTBEAT_FOUND} in {len(silent)} of {len(told)} recordings ('

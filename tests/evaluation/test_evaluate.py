@@ -3,7 +3,6 @@ scripts on simulated recordings
 """
 import json
 import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -55,14 +54,14 @@ def house(tmp_path, monkeypatch):
     class Cycles:
         def __init__(self, table): self.table = table
         def __len__(self): return len(self.table)
-        @classmethod
-        def from_task(cls, folder, split): return cls(table)
-    saved = {}
+    saved, empty = {}, []
     def load_model(path):
         if str(path) not in saved: raise PahclError(f'{path} is not a checkpoint.')
         return saved[str(path)]['answer'], saved[str(path)]
     evaluator = 'pahcl.evaluation.evaluator'
-    monkeypatch.setattr(f'{evaluator}.Cycles', Cycles)
+    for module in (evaluator, 'pahcl.studies.ensemble'):
+        monkeypatch.setattr(f'{module}.open_cycles', lambda folder, split, data=None: Cycles(
+            table[:0] if split in empty else table))
     for module in (evaluator, 'pahcl.studies.ensemble', 'pahcl.models.checkpoints'):
         monkeypatch.setattr(f'{module}.load_classifier', load_model, raising=False)
     monkeypatch.setattr(f'{evaluator}.predict_cycles',
@@ -81,8 +80,8 @@ def house(tmp_path, monkeypatch):
                 'subject_id,file_path,label,label_name,location,split\n')
         table[['subject_id', 'person_id', 'recording_id', 'label']].drop_duplicates().assign(
             split='test').to_csv(folder/'recordings.csv', index=False)
-        table[['subject_id']].assign(s2_end=1500,
-                                     valid_length=3000).to_csv(folder/'cycles.csv', index=False)
+        table[['subject_id', 'recording_id']].assign(s2_end=1500, valid_length=3000).to_csv(
+            folder/'cycles.csv', index=False)
     def checkpoint(name='run', task='circor_murmur', label_map=MURMUR,
                    answer=probabilities, **data):
         path = tmp_path/'outputs'/name/'best_model.pt'
@@ -91,7 +90,7 @@ def house(tmp_path, monkeypatch):
         saved[str(path)] = dict(task=task, label_map=label_map, encoder_type='cnn', answer=answer,
                                 config=dict(data=data, experiment=dict(name='<b>bold</b>')))
         return path
-    return types.SimpleNamespace(table=table, probabilities=probabilities,
+    return types.SimpleNamespace(table=table, probabilities=probabilities, empty=empty,
                                  task=task, checkpoint=checkpoint, data=tmp_path/'downstream',
                                  outputs=tmp_path/'outputs')
 
@@ -276,15 +275,13 @@ def test_rules_that_a_task_does_not_have(house, capsys):
         assert ask(pahcl_evaluate, '--checkpoint', path, '--subject-rule', rule) == 1
         assert why in capsys.readouterr().err
     assert (ask(pahcl_ensemble, '--checkpoints', path, '--subject-rule', 'choose') == 1
-            and 'here there are mean, logmean, trimmed.' in capsys.readouterr().err)
+            and 'here there are mean, logmean, trimmed, fitted.' in capsys.readouterr().err)
     assert ask(pahcl_evaluate, '--checkpoint', path, '--cross-validate', '3', '--robustness') == 2
 
 
-def test_a_task_without_validation_persons(house, monkeypatch):
+def test_a_task_without_validation_persons(house):
     house.task()
-    cycles = sys.modules['pahcl.evaluation.evaluator'].Cycles   # the one of this house
-    monkeypatch.setattr(cycles, 'from_task', classmethod(
-        lambda cls, folder, split: cls(house.table[:0] if split == 'val' else house.table)))
+    house.empty.append('val')
     results = evaluate(house.checkpoint(), 'circor_murmur', house.data, draws=5)
     assert 'rules' not in results and results['subject_rule'] == 'mean'
     with pytest.raises(PahclError, match='needs a validation split'):
