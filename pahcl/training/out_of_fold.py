@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/training/out_of_fold.ipynb #d002
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,10 @@ def _run_fold(
     settings: dict,  # the configuration, plain types
     folder: str,     # gets the folder of the fold
     number: int,     # of the fold
+    root: str,       # where paths of the configuration begin: a worker may stand elsewhere
 ) -> str:            # path of the predictions
     "Train a fold and predict whom it holds out; one that is finished is not repeated."
+    os.chdir(root)
     config = _validate_config(settings)
     with _one_thread():
         data, task = _load_task_cycles(config)
@@ -155,11 +158,12 @@ def _predict_out_of_fold(
     decision = config.decision
     fold_of = _deal_persons(data['train'].table, decision.folds, config.seed)
     settings = config.model_dump(exclude_none=True)
-    jobs = [(train, settings, str(run.folder/'folds'), k) for k in range(decision.folds)]
+    jobs = [(train, settings, str(run.folder/'folds'), k, os.getcwd())
+            for k in range(decision.folds)]
     run.say(f'decision layer: {decision.folds} folds of {len(fold_of)} persons are trained first, '
             f'{decision.jobs} at a time')
     paths = list(map_in_parallel(_run_fold, jobs, decision.jobs, label='folds',
-                                 name_job=lambda *job: f'fold {job[-1]}'))
+                                 name_job=lambda *job: f'fold {job[3]}'))
     held = [_make_fold(data, fold_of, k).held for k in range(decision.folds)]
     return _join_folds(held, [_load_predictions(p) for p in paths], task.label_map)
 
