@@ -27,7 +27,7 @@ from pahcl.studies.paired_tests import _draw_run_weights
 from pahcl.core.config import load_config
 from pahcl.evaluation.evaluator import open_model, open_split
 from pahcl.training.finetuning import finetune
-from pahcl.training.finetuning_data import _drop_inaudible_recordings, _load_task_cycles
+from pahcl.training.finetuning_data import _apply_murmur_locations, _load_task_cycles
 from pahcl.training.finetuning_setup import _build_starting_model
 from pahcl.data.sampling import draw_few_shot_rows, sample_rows_per_group
 from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics
@@ -85,7 +85,7 @@ def frozen(task, data_dir, start, seed, pooling='cycle'):
                          overrides=dict(task=task, data_dir=data_dir, pretrained=start, seed=seed,
                                         encoder_type=COMMON['encoder_type']))
     data, prepared = _load_task_cycles(config)
-    data['train'], _ = _drop_inaudible_recordings(config, data['train'])
+    data['train'], _ = _apply_murmur_locations(config, data['train'])
     heldout = map_ids_to_persons(data['val'].table, data['test'].table)
     encoder = _build_starting_model(config, prepared.num_classes, heldout).model.encoder
     return {s: (data[s].table, encode_cycles(encoder, data[s], pooling=pooling))

@@ -61,7 +61,7 @@ def _pooled_width(
     pooling='cycle',   # 'cycle' or 'phases'
 ) -> int:
     "Count the features that `_pool_features` gives."
-    return dict(cycle=encoder.out_dim, phases=4*encoder.frame_dim)[pooling]
+    return encoder.out_dim if pooling == 'cycle' else 4*encoder.frame_dim
 
 def _pool_features(
     encoder,             # of `build_encoder`
