@@ -127,13 +127,14 @@ def _encode_recording(
             features = _encode_beats(network, cycles)
     except (PahclError, OSError) as e:
         return _EncodedRecording(dict(error=' '.join(str(e).split()), notes=[]))
-    about = heard.summary()
-    facts = dict(beats=about['kept'], cycles_found=about['found'],
+    about, beats = heard.summary(), heard.beats[heard.beats.kept].reset_index(drop=True)
+    # rounded as a prepared task has them
+    spread = _beat_spread((beats['offset_s']-beats['onset_s']).round(4), [file]*len(beats)).iloc[0]
+    facts = dict(beats=about['kept'], cycles_found=about['found'], beat_spread=spread,
                  heart_rate=heard.heart_rate, quality=about['quality'],
                  confidence=about['confidence'], heartbeat=heard.heartbeat,
                  seconds=about['seconds'], sample_rate=heard.sample_rate,
                  notes=_note_recording(heard), error=None)
-    beats = heard.beats[heard.beats.kept].reset_index(drop=True)
     rows = (cycles.table[['start_s', 'end_s']].set_axis(['onset_s', 'offset_s'], axis=1)
             if 'start_s' in cycles.table else beats[[*BEAT_BOUNDARIES, 'confidence']])
     return _EncodedRecording(facts, heard.states, rows, cycles.table, features)
@@ -216,13 +217,9 @@ def _facts_of_heard(
     encoded: list,   # of `_EncodedRecording`s without an error
 ) -> pd.DataFrame:   # as `pahcl.models.subject_evidence._subject_evidence` has them
     "Tabulate what is known of recordings, as a prepared task knows it of its own."
-    def row(e):
-        name, known = e.table['recording_id'].iloc[0], ('seconds', 'confidence', 'quality')
-        lengths = (e.beats['offset_s']-e.beats['onset_s']).round(4)
-        spread = _beat_spread(lengths, [name]*len(lengths)).iloc[0]
-        return dict(recording_id=name, cycles_found=e.facts['cycles_found'], beat_spread=spread,
-                    **{k: e.facts[k] for k in known})
-    return pd.DataFrame([row(e) for e in encoded])
+    known = ('seconds', 'confidence', 'quality', 'cycles_found', 'beat_spread')
+    return pd.DataFrame([dict(recording_id=e.table['recording_id'].iloc[0],
+                              **{k: e.facts[k] for k in known}) for e in encoded])
 
 @dataclass(frozen=True, eq=False)
 class _PredictedLevels:

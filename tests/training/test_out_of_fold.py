@@ -187,17 +187,27 @@ def test_ensembles_average_layers(made, first, tmp_path):
     table = pd.read_csv(tmp_path/'e'/'predictions_subject.csv')
     assert np.allclose(table['probability_Present'], np.mean(values, 0)[:, 0], atol=1e-6)
 
-def test_predictions_and_evaluations_agree(tmp_path):
+@pytest.fixture(scope='module')
+def heard(tmp_path_factory):
+    "Twenty simulated children, prepared."
+    folder = tmp_path_factory.mktemp('heard')
+    simulate_dataset(folder/'raw', 'circor', subjects=20, seconds=4, seed=2)
+    preprocess(folder/'raw', folder/'processed', num_workers=1)
+    prepare('circor', folder/'raw', folder/'processed', folder/'downstream')
+    return folder
+
+WINDOWS = {'data.frontend': 'logmel', 'data.unit': 'window', 'data.window_s': 1.,
+           'model.cnn_strides': [2, 2]}
+
+@pytest.mark.parametrize('more', [{}, WINDOWS], ids=['cycles', 'windows'])
+def test_predictions_and_evaluations_agree(heard, tmp_path, more):
     "The same children, once prepared and once as files of one's own."
-    simulate_dataset(tmp_path/'raw', 'circor', subjects=20, seconds=4, seed=2)
-    preprocess(tmp_path/'raw', tmp_path/'processed', num_workers=1)
-    prepare('circor', tmp_path/'raw', tmp_path/'processed', tmp_path/'downstream')
-    tune(tmp_path, tmp_path/'out')
+    tune(heard, tmp_path/'out', **more)
     best = tmp_path/'out'/'circor_murmur_downstream'/'best_model.pt'
-    evaluate(best, 'circor_murmur', tmp_path/'downstream', output_dir=tmp_path/'e', draws=10)
+    evaluate(best, 'circor_murmur', heard/'downstream', output_dir=tmp_path/'e', draws=10)
     theirs = pd.read_csv(tmp_path/'e'/'predictions_subject.csv', dtype=dict(subject_id=str))
-    own = Task.open(tmp_path/'downstream', 'circor_murmur').recordings.query('split == "test"')
-    paths = load_recordings(tmp_path/'raw').set_index('recording_id').path
+    own = Task.open(heard/'downstream', 'circor_murmur').recordings.query('split == "test"')
+    paths = load_recordings(heard/'raw').set_index('recording_id').path
     own.rename(columns=dict(subject_id='subject'))[['recording_id', 'subject', 'location']].assign(
         file=[paths[r] for r in own.recording_id]).to_csv(tmp_path/'who.csv', index=False)
     found = predict([paths[r] for r in own.recording_id], best, table=tmp_path/'who.csv')
