@@ -75,6 +75,9 @@ def start(arguments, death):
     "Run the command in a forked child; its exit status."
     child = os.fork()
     if child == 0:
+        # torch's pool does not survive a fork; two threads that mend it at once break it
+        # ("Invalid thread pool!"), so one does before there are others
+        torch.set_num_threads(1)
         if death: prepare_death(*death)
         os._exit(pahcl_pretrain(arguments))
     if death and death[0] == 'after':
