@@ -88,6 +88,14 @@ def _open_encoder(
                           _InputSettings.of(_data_settings(opened.saved)))
 
 # %% ../../nbs/evaluation/embedding.ipynb #cell17
+def _is_file(source): return isinstance(source, (str, Path))
+
+def _make_absolute(
+    source,   # a path or a signal [T]
+):            # a signal stays what it is
+    "Say where a file is to a worker that stands in another folder."
+    return Path(source).absolute() if _is_file(source) else source
+
 def _cut_recording(
     source,        # a path or a signal [T]
     name: str,     # of the recording, for messages
@@ -96,7 +104,7 @@ def _cut_recording(
     heard=None,    # `_InputSettings`; None: cycles
 ):                 # (dict: what was heard, `Cycles` or `Windows`)
     "Cut one recording."
-    is_file = isinstance(source, (str, Path))
+    is_file = _is_file(source)
     try: found = hear_recording(source, sample_rate, settings)
     except PahclError as e: raise (e if is_file else PahclError(f'{name}: {e}')) from e
     cycles = cut_recordings([found], settings=settings, heard=heard)
@@ -112,12 +120,10 @@ def _cut_all(
     heard=None,      # as of `_cut_recording`
 ):                   # (DataFrame, a row a recording; `Cycles` of all, in this order)
     "Cut recordings beside each other."
-    is_file = [isinstance(s, (str, Path)) for s in sources]
-    # a worker may stand in another folder
-    there = [Path(s).absolute() if file else s for s, file in zip(sources, is_file)]
-    jobs = [(s, f'recording {i}', sample_rate, settings, heard) for i, s in enumerate(there)]
+    jobs = [(_make_absolute(s), f'recording {i}', sample_rate, settings, heard)
+            for i, s in enumerate(sources)]
     told, parts = zip(*map_in_parallel(_cut_recording, jobs, num_workers, label='cutting'))
-    told = pd.DataFrame(told).assign(path=[str(s) if f else None for s, f in zip(sources, is_file)])
+    told = pd.DataFrame(told).assign(path=[str(s) if _is_file(s) else None for s in sources])
     def joined(name): return np.concatenate([getattr(c, name) for c in parts])
     silent = told.index[~told['heartbeat']]
     if len(silent):

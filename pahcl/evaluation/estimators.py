@@ -31,7 +31,8 @@ from ..models.encoder_base import encoder_fingerprint
 from ..models.pretrained import resolve_checkpoint
 from ..segmentation.segmenter import segment
 from ..training.probe import _average_by_person
-from .embedding import _cut_recording, _list_rows, _open_encoder
+from .embedding import (
+    _cut_recording, _list_rows, _make_absolute, _open_encoder)
 from .prediction import _one_thread
 
 # %% ../../nbs/evaluation/estimators.ipynb #cell10
@@ -59,7 +60,8 @@ class HeartSoundSegmenter(TransformerMixin, _SoundEstimator):
         X,        # paths or signals [T], one a row
     ) -> list:    # of DataFrames `start_s, end_s, state, confidence`
         "Find the states; a recording that cannot be read is a `PahclError`."
-        return Parallel(self.n_jobs)(delayed(segment)(x, self.sample_rate) for x in _list_rows(X))
+        calls = (delayed(segment)(_make_absolute(x), self.sample_rate) for x in _list_rows(X))
+        return Parallel(self.n_jobs)(calls)
 
     def predict(self,
         X,        # paths or signals [T], one a row
@@ -157,7 +159,8 @@ def _embed_rows(
     new = {k: i for i, k in enumerate(keys) if k not in _REMEMBERED}
     ignored = ['source', 'name', 'sample_rate', 'opened']   # the key stands for them
     call = delayed(check_memory(memory).cache(_embed_recording, ignore=ignored))
-    jobs = [call(k, sources[i], f'recording {i}', sample_rate, opened) for k, i in new.items()]
+    jobs = [call(k, _make_absolute(sources[i]), f'recording {i}', sample_rate, opened)
+            for k, i in new.items()]
     found = dict(zip(new, Parallel(n_jobs)(progress(jobs, 'embedding'))))
     features = np.stack([found[k] if k in found else _REMEMBERED[k] for k in keys])
     _REMEMBERED.update(found)

@@ -36,7 +36,7 @@ def _goal_values(
     if perfect != 1:   # a cost, or a sum: from 0, the best of the constant answers, to 1
         constant = official.of_matrices(np.eye(classes)[:, None]*support[None, :, None])
         blind = constant.max() if official.higher_is_better else constant.min()
-        value = (value-blind)/(perfect-blind)
+        if perfect != blind: value = (value-blind)/(perfect-blind)
     return value if goal == 'official' else (value+recall)/2
 
 # %% ../../nbs/models/decision_weights.ipynb #dv027

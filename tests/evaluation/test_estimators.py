@@ -1,6 +1,7 @@
 """The estimators keep scikit-learn's promises, and compute what the pipeline's probe and rules do
 """
 import io
+from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
@@ -226,3 +227,16 @@ def test_what_is_wrong_is_named(table):
     with pytest.raises(PahclError, match='groups has shape'): fitted.predict_proba(X, ['a'])
     with pytest.raises(PahclError, match='gone/best_model.pt'):
         HeartSoundEmbedder('gone/best_model.pt').fit(X)
+
+
+def test_workers_that_stand_in_another_folder(table, features, tmp_path, monkeypatch):
+    "Paths are relative to where the caller stands, not to where the workers were started."
+    monkeypatch.chdir(tmp_path)
+    joblib.Parallel(2)(joblib.delayed(str)(i) for i in range(4))   # they are kept for later calls
+    folder = Path(table.path[0]).parent
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(estimators, '_REMEMBERED', {})
+    few = [Path(p).name for p in table.path[:3]]
+    assert np.allclose(HeartSoundEmbedder(n_jobs=2).fit_transform(few), features[:3])
+    assert len(HeartSoundSegmenter(n_jobs=2).fit_transform(few)) == 3
+    assert len(embed(few, num_workers=2)) == 3

@@ -3,6 +3,7 @@ scripts on simulated recordings
 """
 import json
 import subprocess
+import sys
 import types
 from pathlib import Path
 
