@@ -6,6 +6,9 @@
 __all__ = ['map_in_parallel']
 
 # %% ../../nbs/core/parallel.ipynb #cell2
+import threading
+from contextlib import contextmanager
+
 from .basics import PahclError, progress
 
 # %% ../../nbs/core/parallel.ipynb #cell7
@@ -119,3 +122,16 @@ def map_in_parallel(
     results = (_map_on_cluster(function, jobs, scheduler, name_job) if scheduler
                else _map_on_machine(function, jobs, num_workers))
     yield from progress(results, label, len(jobs))
+
+# %% ../../nbs/core/parallel.ipynb #onethr2
+_THREADS = threading.RLock()   # a worker of a cluster may have several threads
+
+@contextmanager
+def _one_thread():
+    "Let torch use one thread in the block, which one caller is in at a time."
+    import torch
+    with _THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try: yield
+        finally: torch.set_num_threads(before)

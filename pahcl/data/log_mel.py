@@ -70,10 +70,11 @@ def _mel_power(
 # %% ../../nbs/data/log_mel.ipynb #m015
 _RELATIVE_FLOOR = 1e-8   # of the mean power of a recording
 def _hop_samples(
-    hop_s,   # s
-) -> int:    # at 4000 Hz, at least 1
+    hop_s,                      # s
+    sample_rate=_STORED_RATE,   # Hz
+) -> int:                       # at least 1
     "Return the samples from frame to frame."
-    return max(1, round(hop_s*_STORED_RATE))
+    return max(1, round(hop_s*sample_rate))
 
 def _carried_bands(
     sample_rate,                     # Hz, of a recording

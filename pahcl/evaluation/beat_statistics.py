@@ -17,7 +17,8 @@ import pandas as pd
 from ..core.basics import PahclError
 from ..data.loader import Cycles
 from ..data.tasks import SPLIT_FRACTIONS, Task
-from .spectrum_baseline import _hop_samples, _log_mel_spectrum
+from ..data.log_mel import _hop_samples
+from .spectrum_baseline import _HOP_S, _log_mel_spectrum
 from ..training.finetuning_data import cache_features
 
 # %% ../../nbs/evaluation/beat_statistics.ipynb #cell7
@@ -97,7 +98,8 @@ def _compute_statistics(
     def compute(rows):
         x = cycles.batch(rows)['x'][:, 0].numpy()
         levels = _log_mel_spectrum(x, rate, band, _BEAT_BANDS)
-        found = _grid_statistics(_beat_grid(levels, cycles.boundaries[rows], _hop_samples(rate)))
+        hop = _hop_samples(_HOP_S, rate)
+        found = _grid_statistics(_beat_grid(levels, cycles.boundaries[rows], hop))
         return {f'{name} {i} {b}': v for name, values in found.items()
                 for (i, b), v in np.ndenumerate(values)}
     ids = [cycles.table[c].astype(str) for c in ('subject_id', 'recording_id')]

@@ -33,7 +33,7 @@ from ..segmentation.segmenter import segment
 from ..training.probe import _average_by_person
 from .embedding import (
     _cut_recording, _list_rows, _make_absolute, _open_encoder)
-from .prediction import _one_thread
+from ..core.parallel import _one_thread
 
 # %% ../../nbs/evaluation/estimators.ipynb #cell10
 class _SoundEstimator(BaseEstimator):

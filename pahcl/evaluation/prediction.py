@@ -7,19 +7,16 @@ __all__ = ['Prediction', 'predict']
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell2
 import json
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from fastcore.basics import patch
 
 from ..core.basics import get_logger, PahclError, to_json, UsageError, write_text
-from ..core.parallel import map_in_parallel
+from ..core.parallel import map_in_parallel, _one_thread
 from ..core.predictions import Predictions
 from ..data.audio_files import _assign_subjects, _find_recordings
 from ..data.datasets import TASKS
@@ -44,17 +41,6 @@ def _cycle_settings(
     "Cut as the checkpoint's cycles were cut."
     data = _data_settings(saved)
     return PreprocessingSettings(**{k: data[k] for k in CYCLE_SETTINGS if data.get(k) is not None})
-
-_THREADS = threading.Lock()   # a worker of a cluster may have several threads
-
-@contextmanager
-def _one_thread():
-    "Let torch use one thread in the block, which one caller is in at a time."
-    with _THREADS:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try: yield
-        finally: torch.set_num_threads(before)
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell8
 _BATCH, _LEAST_BATCH = 64, 8   # cycles; smaller batches are summed in another order

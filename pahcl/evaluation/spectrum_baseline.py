@@ -12,19 +12,13 @@ import numpy as np
 import pandas as pd
 
 from ..data.loader import Cycles
-from ..data.log_mel import _even_samples, _mel_bank, _mel_power
+from ..data.log_mel import _even_samples, _hop_samples, _mel_bank, _mel_power
 from ..data.sampling import split_into_batches
 from ..training.finetuning_data import cache_features
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell7
 _MEL_BANDS = 32
 _FRAME_S, _HOP_S = 0.0512, 0.0128   # about half a heart sound; at 5000 Hz 256 samples, every 64
-
-def _hop_samples(
-    sample_rate,   # Hz
-) -> int:
-    "Return the samples from one frame to the next."
-    return round(_HOP_S*sample_rate)
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell8
 def _log_mel_spectrum(
@@ -37,7 +31,8 @@ def _log_mel_spectrum(
     frame = _even_samples(_FRAME_S, sample_rate)
     points = 2**int(np.ceil(np.log2(2*frame)))
     bank = _mel_bank(sample_rate, points, tuple(band), bands)
-    return np.log(_mel_power(x, frame, _hop_samples(sample_rate), points, bank)+np.float32(1e-6))
+    power = _mel_power(x, frame, _hop_samples(_HOP_S, sample_rate), points, bank)
+    return np.log(power+np.float32(1e-6))
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell14
 def _state_statistics(
@@ -61,7 +56,7 @@ def _cycle_statistics(
     "Compute the statistics of every cycle."
     rate = cycles.settings.get('sample_rate') or 5000
     band = cycles.settings.get('band_hz') or (25., 400.)
-    hop = _hop_samples(rate)
+    hop = _hop_samples(_HOP_S, rate)
     def compute(batch):
         levels = _log_mel_spectrum(batch['x'][:, 0].numpy(), rate, band)
         return _state_statistics(levels, batch['phases'][:, ::hop].numpy())

@@ -16,11 +16,12 @@ import soundfile
 
 from ..core.basics import progress, write_text
 from ..core.figures import png_bytes, STYLE
+from ..core.parallel import _one_thread
 from ..data.signal import resample
 from ..data.steps import _InputSettings
 from ..data.windows import Windows
 from ..evaluation.pages import _PAGE_TEMPLATE, _section_to_html, format_with_interval
-from ..evaluation.prediction import _cycle_settings, _open_classifier, _one_thread, Prediction
+from ..evaluation.prediction import _cycle_settings, _open_classifier, Prediction
 from ..models.checkpoints import _data_settings
 from ..segmentation.heard_recordings import cut_recordings, hear_recording
 from ..segmentation.plots import _colour_states, _spread_evenly

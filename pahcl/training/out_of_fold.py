@@ -8,18 +8,16 @@ __all__ = []
 # %% ../../nbs/training/out_of_fold.ipynb #d002
 import json
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ..core.aggregation import pick_rarest_labels
 from ..core.basics import atomic_path, first_few, generator, PahclError, UsageError
 from ..core.config_checks import _validate_config
-from ..core.parallel import map_in_parallel
+from ..core.parallel import map_in_parallel, _one_thread
 from ..core.predictions import Predictions
 from ..data.stratification import _deal_folds
 from ..data.tasks import find_met_persons
@@ -77,14 +75,6 @@ def _make_fold(
     return _Fold(number, learn, marked['train'].subset(out['train']), data)
 
 # %% ../../nbs/training/out_of_fold.ipynb #d015
-@contextmanager
-def _one_thread():
-    "Let torch use one thread in the block."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
-
 def _fold_config(
     config,        # a `FinetuneConfig`
     number: int,   # of the fold
