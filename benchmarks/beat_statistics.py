@@ -21,7 +21,7 @@ from pahcl.data.tasks import Task
 from pahcl.evaluation.baselines import _PENALTY_STRENGTHS
 from pahcl.evaluation.beat_model import _beat_answers, _fit_predict_trees, _predict_out_of_fold
 from pahcl.evaluation.beat_statistics import beat_statistics
-from pahcl.evaluation.spectrum_baseline import spectrum_features
+from pahcl.evaluation.spectrum_baseline import _spectrum_features
 from pahcl.evaluation.statistics import bootstrap
 from pahcl.training.probe import fit_predict, fit_probe
 
@@ -133,7 +133,7 @@ def measure(folder, seeds, fits):
     "Rows of one task."
     task = Task.open(folder.parent, folder.name)
     began = time.process_time()
-    tables = {'beats': beat_statistics(folder), 'log-mel': spectrum_features(folder)}
+    tables = {'beats': beat_statistics(folder), 'log-mel': _spectrum_features(folder)}
     print(f'{task.name}: features {time.process_time()-began:.0f} CPU s', flush=True)
     recordings = task.recordings.dropna(subset='label')
     recordings = recordings[recordings['subject_id'].isin(tables['log-mel'].index)]

@@ -46,7 +46,7 @@ def pahcl_preprocess(
     figures: int = 0,
 ):
     "Cut recordings into heart cycles; run again to go on where it stopped."
-    from pahcl.segmentation.beat_counts import format_summary
+    from pahcl.segmentation.beat_counts import _format_summary
     from pahcl.segmentation.preprocessing import preprocess
     if audio_dir or labels:
         from pahcl.data.labelled_audio import write_recordings_table
@@ -54,7 +54,7 @@ def pahcl_preprocess(
     stats = preprocess(raw_dir, output_dir, dataset, states, num_workers, sample_rate,
                        target_length, length_mode, skip_broken, scheduler=scheduler,
                        states_dir=states_dir, figures=figures, keep_withdrawn=keep_withdrawn)
-    print(format_summary(stats, output_dir))
+    print(_format_summary(stats, output_dir))
 
 # %% ../nbs/01_cycle_segmentation.ipynb #segmentfiles
 @console_script
@@ -94,9 +94,9 @@ def pahcl_score_states(
     stretches only.
     """
     from pahcl.segmentation.folder_scoring import (
-        format_report, score_folders_in_groups, write_score_report)
+        _format_report, _score_folders_in_groups, _write_score_report)
     names = [c for c in columns.split(',') if c]
-    table, each = score_folders_in_groups(pred_dir, truth_dir, groups, names,
+    table, each = _score_folders_in_groups(pred_dir, truth_dir, groups, names,
                                           only_predicted, persons)
-    print(format_report(table, each))
-    if output: write_score_report(output, table, each)
+    print(_format_report(table, each))
+    if output: _write_score_report(output, table, each)

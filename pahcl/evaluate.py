@@ -222,8 +222,8 @@ def pahcl_downstream(
              and value is not None}
     from dataclasses import replace
     from pahcl.core.pipeline import PipelineSettings
-    from pahcl.studies.downstream import demo_settings, run_downstream
-    settings = demo_settings(**given) if demo else PipelineSettings(**given)
+    from pahcl.studies.downstream import _demo_settings, run_downstream
+    settings = _demo_settings(**given) if demo else PipelineSettings(**given)
     if audio_dir or labels:
         from pahcl.data.labelled_audio import write_recordings_table
         settings = replace(settings, dataset=write_recordings_table(
@@ -250,10 +250,10 @@ def pahcl_represent(
     normal cycles, and saliency.
     """
     require_flags(checkpoint=checkpoint, task=task)
-    from pahcl.studies.representation import describe_representation, represent
+    from pahcl.studies.representation import _describe_representation, represent
     results = represent(checkpoint, task, data_dir, split, output_dir, processed_dir,
                         cycles_per_recording, points, batch_size, seed=seed)
-    print(describe_representation(results))
+    print(_describe_representation(results))
 
 # %% ../nbs/06_eval.ipynb #cell42
 @console_script

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'COLOURS', 'MARKERS', 'line_style', 'png_bytes', 'save_figure', 'confusion_figure', 'roc_figure',
-           'precision_recall_figure', 'curves_figure']
+           'curves_figure']
 
 # %% ../../nbs/core/figures.ipynb #cell2
 import io
@@ -194,7 +194,7 @@ def roc_figure(y_true, probabilities, names, title='', decided=None) -> Figure:
     return _make_figure(_draw_roc, y_true, probabilities, names, title, decided=decided)
 
 # %% ../../nbs/core/figures.ipynb #cell47
-def precision_recall_figure(y_true, probabilities, names, title='') -> Figure:
+def _precision_recall_figure(y_true, probabilities, names, title='') -> Figure:
     "A figure of `_draw_precision_recall`."
     return _make_figure(_draw_precision_recall, y_true, probabilities, names, title)
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core.basics import PahclError, read_table
 from ..data.tasks import Task
-from .spectrum_baseline import spectrum_features
+from .spectrum_baseline import _spectrum_features
 
 # %% ../../nbs/evaluation/baseline_features.ipynb #cell8
 # CirCor's order of ages
@@ -151,4 +151,4 @@ def _baseline_features(
     elif 'device' in recordings or 'site' in recordings:
         out['device'] = lambda: _device_features(recordings)
     out['segmentation'] = lambda: _segmentation_features(task)
-    return out | {'log-mel statistics': lambda: spectrum_features(task.folder)}
+    return out | {'log-mel statistics': lambda: _spectrum_features(task.folder)}

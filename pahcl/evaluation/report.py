@@ -13,14 +13,14 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import PahclError, write_json
-from ..core.figures import confusion_figure, precision_recall_figure, roc_figure, save_figure
+from ..core.figures import confusion_figure, _precision_recall_figure, roc_figure, save_figure
 from ..core.metrics import metric_names
 from ..core.predictions import positive_class
 from ..data.tasks import LEAKY_SPLIT
-from .calibration import apply_temperature, reliability_figure
+from .calibration import apply_temperature, _reliability_figure
 from .pages import format_number, format_with_interval, _item_to_html, write_page
 from .scoring import _class_aurocs, Evaluation
-from .thresholds import referral_figure
+from .thresholds import _referral_figure
 
 # %% ../../nbs/evaluation/report.ipynb #cell9
 def _format_level(
@@ -164,10 +164,10 @@ def figures(self: Evaluation) -> dict:   # file name -> figure
     versions = dict(model=values) | ({f'temperature {t:.2f}': apply_temperature(values, t)}
                                      if t else {})
     out['roc'] = roc_figure(y, values, names, title, decided)
-    out['precision_recall'] = precision_recall_figure(y, values, names, title)
-    out['reliability'] = reliability_figure(y, versions, title)
+    out['precision_recall'] = _precision_recall_figure(y, values, names, title)
+    out['reliability'] = _reliability_figure(y, versions, title)
     if (self.official or {}).get('name') == 'outcome_cost':
-        out['referral_cost'] = referral_figure(y, values[:, 1], decided, title)
+        out['referral_cost'] = _referral_figure(y, values[:, 1], decided, title)
     return out
 
 # %% ../../nbs/evaluation/report.ipynb #cell32
@@ -199,7 +199,7 @@ def _describe_rules(
 
 # %% ../../nbs/evaluation/report.ipynb #cell36
 def _describe_calibration(
-    calibration: dict,  # of `pahcl.evaluation.calibration.calibration_scores`
+    calibration: dict,  # of `pahcl.evaluation.calibration._calibration_scores`
 ) -> list:              # a sentence and a DataFrame
     "Tabulate the calibration before and after the temperature."
     t = calibration['temperature']

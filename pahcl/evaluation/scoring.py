@@ -19,8 +19,8 @@ from ..core.challenge_metrics import random_referral_cost
 from ..core.metrics import CHALLENGE_METRICS, classification_metrics, metric_names
 from ..core.predictions import class_names, positive_class
 from ..core.resampling import number_persons, resampling_weights
-from .baselines import compare_with_baselines, score_baselines
-from .calibration import calibration_scores
+from .baselines import compare_with_baselines, _score_baselines
+from .calibration import _calibration_scores
 from .challenge_rules import (
     _binary_scores, _challenge_decisions, _score_pascal_sets)
 from .coverage import _count_class_persons, _coverage_notes
@@ -175,7 +175,7 @@ def _class_aurocs(
 # %% ../../nbs/evaluation/scoring.ipynb #cell26
 @patch(as_prop=True)
 def baselines(self: Evaluation) -> dict:   # name -> scores of subjects, `official` among them
-    "Return the scores of every baseline: constant predictions and `score_baselines`."
+    "Return the scores of every baseline: constant predictions and `_score_baselines`."
     majority, scored = self.results['floors']['subject'], self.results.get('shortcuts', {})
     known = {n: s for n, s in scored.items() if 'reason' not in s}
     out = {f'all {majority["class_name"]}': majority}
@@ -192,7 +192,7 @@ def compare_with_baselines(self: Evaluation,
     "Compare the subjects' scores, and the official one, with every baseline."
     if shortcuts is None:
         decisions = self.decisions
-        shortcuts = score_baselines(decisions.levels, decisions.baselines,
+        shortcuts = _score_baselines(decisions.levels, decisions.baselines,
                                     decisions.official_metric)
     out, scores = self.add(shortcuts=shortcuts), self.scores['subject']
     areas = _class_aurocs(scores, self.label_map)
@@ -234,7 +234,7 @@ def add_calibration(self: Evaluation) -> Evaluation:   # `calibration`
     subjects, chosen_on = self.decisions.levels['subject'], self.decisions.validation
     pair = lambda predictions: (predictions.table['label'], predictions.probabilities)
     fitted_on = chosen_on and pair(chosen_on['subject'])
-    return self.add(calibration=calibration_scores(*pair(subjects), fitted_on))
+    return self.add(calibration=_calibration_scores(*pair(subjects), fitted_on))
 
 # %% ../../nbs/evaluation/scoring.ipynb #cell33
 @patch(as_prop=True)

@@ -18,7 +18,7 @@ from ..core.aggregation import persons_of
 from ..core.resampling import (
     bootstrap_interval, bootstrap_p_value, number_persons, resampling_weights)
 from ..evaluation.pages import (
-    flatten_settings, format_p_value, format_with_interval, write_table)
+    _flatten_settings, format_p_value, format_with_interval, write_table)
 from .paired_tests import (
     bootstrap_experiment, _check_same_subjects, _paired_scores, read_subject_predictions,
     _score_runs, _stack_probabilities)
@@ -121,7 +121,7 @@ def _describe_variant(
     variant: dict,   # of the file
 ) -> str:
     "Describe what a variant changes, in one line."
-    return ', '.join(f'{k} {v}' for k, v in flatten_settings(variant).items()) or '–'
+    return ', '.join(f'{k} {v}' for k, v in _flatten_settings(variant).items()) or '–'
 
 # %% ../../nbs/studies/ablation_table.ipynb #cell25
 def _tabulate_variant(

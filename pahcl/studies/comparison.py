@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.basics import PahclError, write_text
-from ..evaluation.pages import format_interval, format_number, format_p_value, write_table
+from ..evaluation.pages import _format_interval, format_number, format_p_value, write_table
 from .paired_tests import (
     _check_same_subjects, _compare_runs, _delong_by_class, read_subject_predictions)
 from .summary import _collect_run_notes, _read_runs, _select_runs
@@ -74,7 +74,7 @@ def _format_comparison(
     def row(r):
         return {'Score': r.score, names[0]: format_number(r.a, 4), names[1]: format_number(r.b, 4),
                 'Difference': format_number(r.difference, 4, '+'),
-                '95 %': format_interval(r.low, r.high, 4, '+') or '–'}
+                '95 %': _format_interval(r.low, r.high, 4, '+') or '–'}
     tests = {'p (bootstrap)': 'p_bootstrap', 'p (Wilcoxon, seeds)': 'p_wilcoxon',
              'p (DeLong)': 'p_delong'}
     p_values = {title: [format_p_value(p) for p in scores[column]]

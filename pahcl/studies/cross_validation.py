@@ -18,9 +18,9 @@ from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.beat_statistics import _share_statistics
 from ..evaluation.decisions import Decisions
 from ..evaluation.evaluator import (
-    _answer_by_layer, note_bag_levels, open_model, open_split, predict_validation)
+    _answer_by_layer, _note_bag_levels, open_model, open_split, _predict_validation)
 from ..evaluation.subject_rules import check_rules, VALIDATION_RULES
-from ..evaluation.thresholds import check_threshold
+from ..evaluation.thresholds import _check_threshold
 from ..models.checkpoints import _checkpoint_folder, load_classifier, persons_trained_on
 from ..models.pretrained import read_pretrained, resolve_checkpoint
 from .fold_plans import (
@@ -58,7 +58,7 @@ def _predict_fold(
     model = open_model(checkpoint, prepared)
     cycles, _ = open_split(task, data_dir, 'test', model.data)
     chosen_on_val = subject_rule in VALIDATION_RULES or threshold != 'argmax'
-    validation = predict_validation(model, 'test') if chosen_on_val else None
+    validation = _predict_validation(model, 'test') if chosen_on_val else None
     predictions = model.predict(cycles)
     fitted = _answer_by_layer(model, predictions, validation)
     decisions = Decisions.make(predictions, prepared, 'test', validation, rule, subject_rule,
@@ -120,7 +120,7 @@ def _check_choices(
 ):
     "Refuse a rule or threshold that cannot be before hours of training."
     check_rules(task, rule, subject_rule, (*VALIDATION_RULES, 'fitted'))
-    check_threshold(threshold, task)
+    _check_threshold(threshold, task)
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell18
 def _open_checkpoint_and_task(
@@ -176,7 +176,7 @@ def _plan_and_check(
     _check_validation(planned, labels, subject_rule, threshold, task.positive_class)
     notes = _note_tested_persons(planned, met, folds, set(recordings['person_id']))
     return planned, [*notes, *_note_whole_persons(task), *([doubt] if doubt else []),
-                     *note_bag_levels(saved, subject_rule)]
+                     *_note_bag_levels(saved, subject_rule)]
 
 # %% ../../nbs/studies/cross_validation.ipynb #cell24
 def _add_devices(decisions: Decisions, task: Task) -> Decisions:

@@ -21,7 +21,7 @@ from ..data.inputs import open_cycles
 from ..data.steps import _InputSettings
 from ..data.tasks import find_met_persons, Task
 from ..evaluation.evaluator import (
-    note_bag_levels, note_trained_persons, open_model, open_split, score_split)
+    _note_bag_levels, note_trained_persons, open_model, open_split, score_split)
 from ..evaluation.subject_rules import check_rules
 from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on
 from ..models.decision_layer import _average_answers, DecisionLayer
@@ -246,7 +246,7 @@ def _collect_ensemble_notes(
     matched = '; '.join(task.describe_match(saved['label_map'], saved['task']))
     across = [f'across data sets: {matched}'] if saved['task'] != task.name else []
     each = [note for m in members
-            for note in [*note_bag_levels(m, subject_rule), *note_trained_persons(m, table)]]
+            for note in [*_note_bag_levels(m, subject_rule), *note_trained_persons(m, table)]]
     layers = sum('decision_layer' in m for m in members)
     who = (f'the probabilities of subjects are the mean of what {layers} decision layers say, each '
            'of its own member; those of cycles and recordings are the mean of the members')

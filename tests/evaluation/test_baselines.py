@@ -7,9 +7,9 @@ import pytest
 from pahcl.core.basics import read_json
 from pahcl.evaluation.baseline_features import _segmentation_features
 from pahcl.evaluation.baselines import (
-    all_baseline_predictions, _PENALTY_STRENGTHS, score_baselines, _subject_labels)
+    all_baseline_predictions, _PENALTY_STRENGTHS, _score_baselines, _subject_labels)
 from pahcl.core.predictions import Predictions
-from pahcl.evaluation.spectrum_baseline import spectrum_features
+from pahcl.evaluation.spectrum_baseline import _spectrum_features
 from pahcl.data.splitting import prepare
 from pahcl.data.tasks import _PREPARE_AGAIN, Task
 from pahcl.testing.made import _make_processed_folder, _make_recordings
@@ -56,7 +56,7 @@ def levels(task):
 
 def score(task, levels):
     subjects = levels['subject'].table['subject_id']
-    return score_baselines(levels, all_baseline_predictions(task, subjects))
+    return _score_baselines(levels, all_baseline_predictions(task, subjects))
 
 
 def test_each_baseline_finds_what_it_can_know(task, levels):
@@ -73,8 +73,9 @@ def test_each_baseline_finds_what_it_can_know(task, levels):
 
 def test_by_hand(task, levels):
     "Standardise, balanced logistic regression, the penalty with the best validation AUROC."
-    x, train, val = spectrum_features(task), *(_subject_labels(Task.open(task.parent, task.name), s)
-                                               for s in ('train', 'val'))
+    prepared = Task.open(task.parent, task.name)
+    train, val = (_subject_labels(prepared, s) for s in ('train', 'val'))
+    x = _spectrum_features(task)
     ids = levels['subject'].table['subject_id']
     filled = SimpleImputer(strategy='median').fit(x.loc[train.index])
     scaled = StandardScaler().fit(filled.transform(x.loc[train.index]))

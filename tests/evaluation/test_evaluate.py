@@ -68,7 +68,7 @@ def house(tmp_path, monkeypatch):
     monkeypatch.setattr(f'{evaluator}.predict_cycles',
                         lambda answer, cycles, batch_size=64: answer)
     def no_sounds(folder): raise PahclError('the house has no sounds.')
-    monkeypatch.setattr('pahcl.evaluation.baseline_features.spectrum_features', no_sounds)
+    monkeypatch.setattr('pahcl.evaluation.baseline_features._spectrum_features', no_sounds)
     def task(name='circor_murmur', label_map=MURMUR, **extra):
         folder = tmp_path/'downstream'/name
         folder.mkdir(parents=True)

@@ -15,7 +15,7 @@ from pahcl.evaluation.thresholds import _choose_threshold, decide_classes
 from pahcl.evaluation.challenge_rules import _quality_weighted_mean, UNSURE
 from pahcl.evaluation.baseline_features import _demographic_features
 from pahcl.evaluation.baselines import (
-    all_baseline_predictions, compare_with_baselines, score_baselines)
+    all_baseline_predictions, compare_with_baselines, _score_baselines)
 from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics, METRICS
 from pahcl.core.predictions import positive_class, Predictions
 from pahcl.testing.made import _made_cycles
@@ -238,7 +238,7 @@ def task_on_disk(folder, persons=60):
 
 def score(task, levels, official=None):
     subjects = levels['subject'].table['subject_id']
-    return score_baselines(levels, all_baseline_predictions(task, subjects), official)
+    return _score_baselines(levels, all_baseline_predictions(task, subjects), official)
 
 
 def test_the_folder_letter_is_found_out(tmp_path):

@@ -12,7 +12,7 @@ from pahcl.models.hub import from_pretrained
 from pahcl.models.masked_layers import MaskedGroupNorm
 from pahcl.models.pooling import pool_levels
 from pahcl.models.pretrained import load_pretrained_encoder
-from pahcl.studies.saliency import _ExplainedSplit, _explain_cycles, saliency_report
+from pahcl.studies.saliency import _ExplainedSplit, _explain_cycles, _saliency_report
 from pahcl.training.contrastive_model import ContrastiveModel
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -155,7 +155,7 @@ def test_saliency_and_card_of_frames(tmp_path, monkeypatch):
     assert not found.shares[found.phases == 0].any()
     explained = _ExplainedSplit(Windows.table, ['normal', 'murmur'], found, True)
     monkeypatch.setattr('pahcl.studies.saliency._explain_split', lambda *a: explained)
-    numbers, things = saliency_report('c.pt', 'pascal', 'data', 'test', tmp_path)
+    numbers, things = _saliency_report('c.pt', 'pascal', 'data', 'test', tmp_path)
     assert 'no curve' in things[-1] and not list(tmp_path.iterdir())
     assert all(sum(s) == pytest.approx(1) for s in numbers['states'].values())
     assert 'heart sounds in 84 channels with a classifier' in model.generate_model_card().content

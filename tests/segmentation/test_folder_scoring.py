@@ -10,7 +10,7 @@ from pahcl.core.basics import PahclError
 from pahcl.data.recordings import read_annotation
 from pahcl.cycles import pahcl_score_states
 from pahcl.segmentation.folder_scoring import (
-    _find_annotation_files, _group_recordings, _score_folders, score_folders_in_groups)
+    _find_annotation_files, _group_recordings, _score_folders, _score_folders_in_groups)
 from pahcl.segmentation.scoring import f1_interval
 from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.simulation import simulate_dataset
@@ -77,8 +77,8 @@ def test_interval_holds_the_score(rows):
 def test_what_is_missing_counts(folders, tmp_path):
     pred, true, _ = folders
     for p in sorted(pred.glob('*.tsv'))[::2]: write_states(tmp_path/p.name, read_annotation(p))
-    strict, kind = (score_folders_in_groups(tmp_path, true)[0],
-                    score_folders_in_groups(tmp_path, true, only_predicted=True)[0])
+    strict, kind = (_score_folders_in_groups(tmp_path, true)[0],
+                    _score_folders_in_groups(tmp_path, true, only_predicted=True)[0])
     assert (strict.sensitivity_60['all'] < 0.7 < 0.9 < kind.sensitivity_60['all']
             and strict.frame_accuracy['all'] < 0.7
             and kind.recordings['all'] < strict.recordings['all'])
@@ -93,7 +93,7 @@ def _renamed(folder):
 
 def test_groups(folders, tmp_path):
     pred, true, labels = folders
-    table, each = score_folders_in_groups(pred, true, labels)
+    table, each = _score_folders_in_groups(pred, true, labels)
     murmur = pd.read_csv(labels, dtype=str).set_index('Patient ID').Murmur
     for value in ('Present', 'Absent', 'Unknown'):
         assert table.recordings[f'Murmur {value}'] == sum(murmur[n.split('_')[0]] == value
@@ -108,7 +108,7 @@ def test_2016_annotations_can_be_the_truth(tmp_path):
     files = _find_annotation_files(tmp_path/'raw'/'physionet2016'/'annotations')
     for name, path in files.items():
         write_states(tmp_path/'pred'/f'{name}.tsv', read_annotation(path))
-    assert score_folders_in_groups(
+    assert _score_folders_in_groups(
         tmp_path/'pred', tmp_path/'raw'/'physionet2016'/'annotations')[0].f1_60['all'] == 1
 
 def test_console_script(folders, tmp_path, capsys):
@@ -127,17 +127,17 @@ def test_console_script(folders, tmp_path, capsys):
 def test_the_interval_is_over_persons_that_a_table_names(folders, tmp_path, capsys):
     "of a recording's name nothing follows: five clips of one raw recording have five names"
     pred, true, labels = folders
-    alone, each = score_folders_in_groups(pred, true)
+    alone, each = _score_folders_in_groups(pred, true)
     assert alone.persons['all'] == alone.recordings['all'] == len(each) and each.person.isna().all()
     (tmp_path/'one.csv').write_text(
         'recording_id,person_id\n'+''.join(f'{n},P\n' for n in each.recording))
-    one = score_folders_in_groups(pred, true, persons=tmp_path/'one.csv')[0]
+    one = _score_folders_in_groups(pred, true, persons=tmp_path/'one.csv')[0]
     # nobody else to draw
     assert one.persons['all'] == 1 and one[['f1_low', 'f1_high']].isna().loc['all'].all()
-    raw = score_folders_in_groups(pred, true, persons=labels.parent.parent)[0]
+    raw = _score_folders_in_groups(pred, true, persons=labels.parent.parent)[0]
     assert raw.persons['all'] == 9   # the simulated children; the first is there under two ids
     # the table of patients alone does not know that
-    assert score_folders_in_groups(pred, true, labels)[0].persons['all'] == 10
+    assert _score_folders_in_groups(pred, true, labels)[0].persons['all'] == 10
     for more, message in (([], 'persons are not known'),
                           (['--persons', str(tmp_path/'one.csv')], 'over 1 persons')):
         assert (pahcl_score_states([str(pred), str(true), *more]) == 0
