@@ -186,9 +186,10 @@ def _describe_purpose(facts: dict) -> list:
 def _show_packaged_use(facts: dict) -> list:
     "Show the lines that use what comes with the package."
     name, task = facts['package']['called'], facts.get('task')
-    if not task: return ['## Use', '```sh', f'pahcl_finetune --task circor_murmur --pretrained {name}',
-                         '```', '```python', 'import pahcl',
-                         f"encoder = pahcl.from_pretrained('{name}')", '```']
+    if not task:
+        return ['## Use', '```sh', f'pahcl_finetune --task circor_murmur --pretrained {name}',
+                '```', '```python', 'import pahcl',
+                f"encoder = pahcl.from_pretrained('{name}')", '```']
     return ['## Use', '```sh', f'pahcl_predict wavs --checkpoint {name} --task {task}', '```',
             '```python', 'import pahcl', f"pahcl.predict('wavs', '{name}', '{task}')", '```']
 
@@ -205,7 +206,7 @@ def _describe_use(facts: dict) -> list:
 def _describe_recipe(facts: dict) -> list:
     "Say how the weights are made again, who decides, and which known test persons were met."
     package, layer = facts.get('package') or {}, facts.get('decision_layer')
-    lines = [f'- made by: `{package["made_by"]}`']*('made_by' in package)
+    lines = [f'- made by: `{package["made_by"]}`'] if package else []
     if layer:
         scores = ', '.join(f'{k} {v:.4g}' for k, v in layer['scores'].items() if v is not None)
         lines += [f'- subjects are decided by a layer fitted on {layer["persons"]} persons out of '
@@ -238,8 +239,9 @@ def _describe_groups(
     if not names: return []
     def cell(g, k):
         if k not in g['metrics']: return ''
-        low, high = g['intervals'].get(k, (None, None))
-        return f'{g["metrics"][k]:.3f}'+(f' ({low:.3f} to {high:.3f})' if k in g['intervals'] else '')
+        value = f'{g["metrics"][k]:.3f}'
+        return value+(' ({:.3f} to {:.3f})'.format(*g['intervals'][k]) if k in g['intervals']
+                      else '')
     return ['', '| by | group | n | '+' | '.join(names)+' |', '|---|---|---|'+'---|'*len(names),
             *(f'| {g["by"]} | {g["group"]} | {g["n"]} {g["level"]}s | '
               + ' | '.join(cell(g, k) for k in names)+' |' for g in groups)]

@@ -12,7 +12,7 @@ from ..core.basics import read_json, write_text
 from ..data.tasks import _hash_person
 from .checkpoints import load_checkpoint, persons_trained_on
 from .hub_folders import _NOT_KEPT
-from .model_card import _LIMITS, _make_model_card
+from .model_card import _LIMITS, _list_hashes, _make_model_card
 
 # %% ../../nbs/models/packaged.ipynb #2770fe1b
 def _strip_to_classifier(
@@ -33,6 +33,7 @@ def _write_card(
     facts = {k: v for k, v in load_checkpoint(path).items() if k not in _NOT_KEPT}
     write_text(Path(path).with_suffix('.md'), _make_model_card(facts).content)
 
+# %% ../../nbs/models/packaged.ipynb #segcard1
 def _write_segmenter_card(
     path,   # of heart_states.json
 ):
@@ -41,14 +42,13 @@ def _write_segmenter_card(
     names = ('recordings', 'f1', 'sensitivity', 'ppv', 'frame_accuracy')
     met = ', '.join(f'{v["persons"]} persons ({v["recordings"]} recordings) of {k}'
                     for k, v in made['fitted_on'].items())
-    hashes = made.get('persons', [])
-    lines = ['# heart_states', '', 'Finds S1, systole, S2 and diastole: a small network and durations.',
-             '', '## Use', '```python', 'import pahcl', "pahcl.segment('a.wav')", '```', '',
+    lines = ['# heart_states', '',
+             'Finds S1, systole, S2 and diastole: a small network, and durations.', '',
+             '## Use', '```python', 'import pahcl', "pahcl.segment('a.wav')", '```', '',
              '## Trained on', f'- {met}', *(f'- {d}' for d in made['data']),
              f'- made by: `{made["made_by"]}`', '', '## Results', f'Of {made["scores_of"]}.', '',
              f'| on | {" | ".join(names)} |', '|---'*(len(names)+1)+'|',
              *(f'| {k} | {" | ".join(str(v.get(n, "")) for n in names)} |'
-               for k, v in made['scores'].items()), '',
-             *_LIMITS.splitlines()[:3], '', '## Persons', 'Hashes of the ids:', '```',
-             *(' '.join(hashes[i:i+6]) for i in range(0, len(hashes), 6)), '```']
+               for k, v in made['scores'].items()), '', *_LIMITS.splitlines()[:3], '',
+             *_list_hashes(dict(training_persons=made['persons']))]
     write_text(Path(path).with_suffix('.md'), '\n'.join(lines)+'\n')
