@@ -4,6 +4,7 @@ the script that makes them.
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -124,7 +125,8 @@ def test_the_encoder_answers_as_it_always_did():
     ramp = torch.arange(1, len(values)+1, dtype=torch.float64)
     assert [values.sum().item(), (values*ramp).mean().item()] == pytest.approx(SUMS, rel=1e-12)
 
-SUMS = [10841.228490119429, 4834.142526850829]   # of pretrained_small.pt, as it lay in pahcl/parameters
+# of pretrained_small.pt, as it lay in pahcl/parameters
+SUMS = [10841.228490119429, 4834.142526850829]
 
 
 # ---- whom they have met
@@ -216,3 +218,25 @@ def test_the_script_makes_every_file(script):
     assert {n: task for n, (task, *_) in script.MODELS.items()} == {
         n: n.removesuffix('_unseen') for n in (*PACKAGED, 'circor_murmur_unseen',
                                                'circor_outcome_unseen')}
+
+
+def test_the_script_parts_a_test_split(script, tmp_path):
+    recordings = pd.DataFrame(dict(subject_id=['1', '1', '2'], recording_id=['a', 'b', 'c'],
+                                   location=['AV', 'Phc', 'AV']))
+    tables = dict(subject=pd.DataFrame(dict(subject_id=['1', '2'])),
+                  recording=recordings.drop(columns='location'),
+                  cycle=recordings.iloc[[0, 0, 1, 2]].drop(columns='location'))
+    (tmp_path/'circor').mkdir()
+    (tmp_path/'circor'/'training_data.csv').write_text(
+        'Patient ID,Age,Sex\n1,Child,Female\n2,,Female\n3,Infant,Male\n')
+    decisions = SimpleNamespace(levels={k: SimpleNamespace(table=t) for k, t in tables.items()})
+    task = SimpleNamespace(recordings=recordings, dataset='circor')
+    found = {(by, group): (level, [''.join('01'[int(v)] for v in masks[k])
+                                   for k in ('subject', 'recording', 'cycle')])
+             for by, group, level, masks in script.list_groups(task, decisions, tmp_path)}
+    assert found == {
+        ('age', 'Child'): ('subject', ['10', '110', '1110']),
+        ('age', 'not recorded'): ('subject', ['01', '001', '0001']),
+        ('sex', 'Female'): ('subject', ['11', '111', '1111']),
+        ('place', 'AV'): ('recording', ['11', '101', '1101']),
+        ('place', 'Phc'): ('recording', ['10', '010', '0010'])}
