@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,32 +14,20 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
 from pahcl.core.basics import PahclError, UsageError
-from pahcl.data.loader import Cycles
 from pahcl.data.datasets import DATASETS, TASKS
 from pahcl.data.given_splits import _PUBLISHED, read_splits
-from pahcl.data.simulation import simulate_dataset
 from pahcl.data.tasks import _hash_person, find_met_persons
 from pahcl.evaluation.evaluator import note_trained_persons
 from pahcl.models.checkpoints import (
     load_checkpoint, load_classifier, persons_trained_on, save_checkpoint)
-from pahcl.models.classifier import predict_cycles
 from pahcl.models.packaged import _strip_to_classifier, _write_card, _write_segmenter_card
 from pahcl.models.pretrained import (
     _classifier_files, _WEIGHTS, load_pretrained_encoder, resolve_checkpoint)
-from pahcl.segmentation.preprocessing import preprocess
 
 find = lambda task: resolve_checkpoint('packaged', task=task)
 PACKAGED = sorted(_classifier_files())
 FILES = sorted(p.stem for p in _WEIGHTS.glob('*.safetensors') if p.stem != 'encoder')
 load = lambda name: load_checkpoint(_WEIGHTS/f'{name}.safetensors')
-
-
-@pytest.fixture(scope='module')
-def cycles(tmp_path_factory, quiet):
-    folder = tmp_path_factory.mktemp('packaged')
-    simulate_dataset(folder/'raw', 'circor', subjects=9, seed=0, seconds=3)
-    preprocess(folder/'raw', folder/'processed', num_workers=1)
-    return Cycles.from_processed(folder/'processed').subset(range(20))
 
 
 @pytest.fixture(scope='module')
@@ -105,15 +92,13 @@ def test_all_of_them_are_small_and_no_other_is_known(tmp_path):
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_answers_for_new_recordings(name, cycles):
+def test_answers_and_serves_as_an_encoder(name):
     path = _WEIGHTS/f'{name}.safetensors'
     model, saved = load_classifier(path)
-    if saved['config']['data'].get('unit', 'cycle') == 'cycle':
-        answers = predict_cycles(model, cycles)
-        if isinstance(answers, dict): answers = answers['subject']
-        assert np.isfinite(answers).all() and answers.shape[1] == len(saved['label_map'])
-        assert answers.sum(1) == pytest.approx(1, abs=1e-5)
-    # it serves as an encoder, too
+    channels = saved['encoder_config'].get('in_channels', 1)
+    x = torch.randn(2, channels, 4000 if channels == 1 else 256)
+    with torch.no_grad(): answers = model(x)
+    assert answers.shape == (2, len(saved['label_map'])) and answers.isfinite().all()
     assert load_pretrained_encoder(path).found['encoder_skipped'] == []
 
 
