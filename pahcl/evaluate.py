@@ -28,7 +28,8 @@ __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
 # %% ../nbs/06_eval.ipynb #cell17
 @console_script
 def pahcl_evaluate(
-    # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt
+    # needed: checkpoint of pahcl_finetune, e.g. outputs/circor_murmur_downstream/best_model.pt;
+    # or packaged, packaged_unseen: the model of --task that comes with pahcl
     checkpoint: str = None,
     # needed: prepared task to evaluate on, e.g. circor_murmur
     task: str = None,
@@ -71,21 +72,23 @@ def pahcl_evaluate(
     print(Evaluation(results).summary())
     if robustness:
         from pahcl.evaluation.subject_rules import MODEL_RULES, VALIDATION_RULES
+        from pahcl.models.pretrained import resolve_checkpoint
         from pahcl.studies.robustness import evaluate_robustness
         own = (*VALIDATION_RULES, *MODEL_RULES)
         fixed_rule = None if subject_rule in own else subject_rule
         if subject_rule in VALIDATION_RULES or threshold != 'argmax':
             print('Robustness is of the most probable class, without --threshold, '
                   'and without a rule that was chosen or learnt on val.')
-        evaluate_robustness(checkpoint, task, data_dir, split, output_dir, batch_size, rule,
-                            fixed_rule)
+        evaluate_robustness(resolve_checkpoint(checkpoint, task), task, data_dir, split,
+                            results['output_dir'], batch_size, rule, fixed_rule)
 
 # %% ../nbs/06_eval.ipynb #predict1
 @console_script
 def pahcl_predict(
     paths: Param('recordings: files, folders, or patterns in quotes', str, opt=False,
                  nargs='+') = None,
-    # checkpoint of pahcl_finetune, or the folder of its run; packaged: the model of --task
+    # checkpoint of pahcl_finetune, or the folder of its run; packaged: the model of --task;
+    # packaged_unseen: one that has met nobody of CirCor's published validation and test splits
     checkpoint: str = 'packaged',
     task: str = None,            # whose packaged model to take, e.g. circor_murmur
     # regular expression: its first group in a file's name is the subject, e.g. '^([0-9]+)_'

@@ -9,6 +9,7 @@ __all__ = ['BEAT_BOUNDARIES', 'CYCLE_SETTINGS', 'LEAKY_SPLIT', 'SPLIT_FRACTIONS'
 
 # %% ../../nbs/data/tasks.ipynb #cell2
 import csv
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -336,13 +337,23 @@ def _find_separated_persons(
     return sorted(splits.index[splits > 1].astype(str))
 
 # %% ../../nbs/data/tasks.ipynb #cell43
+def _hash_person(
+    person,   # id, e.g. `2530` or `2016-a-C11`
+) -> str:     # e.g. `#…` or `2016-#…`: the data set can still be told; a hash stays as it is
+    "Name a person without the id."
+    person = str(person)
+    if '#' in person: return person
+    dataset = f'{person.partition("-")[0]}-' if '-' in person else ''
+    return f'{dataset}#{hashlib.sha256(person.encode()).hexdigest()[:12]}'
+
 def map_ids_to_persons(
     *tables,  # `person_id`, and `subject_id`
-) -> dict:    # id of a person, or of one of their subjects → the person
-    "Under which ids the persons of some tables may be known."
+) -> dict:    # id of a person, or of one of their subjects, or a hash of it → the person
+    "Under which names the persons of some tables may be known."
     columns = lambda t: [c for c in ('subject_id', 'person_id') if c in t]
-    return {str(i): str(p) for t in tables for c in columns(t)
-            for i, p in zip(t[c], t['person_id'])}
+    known = {str(i): str(p) for t in tables for c in columns(t)
+             for i, p in zip(t[c], t['person_id'])}
+    return known | {_hash_person(i): p for i, p in known.items()}
 
 def find_met_persons(
     known: set,  # ids that a checkpoint names, see `pahcl.models.checkpoints.persons_trained_on`

@@ -24,6 +24,7 @@ from .subject_rules import check_rules, VALIDATION_RULES
 from .thresholds import _check_threshold
 from ..models.checkpoints import (
     _checkpoint_folder, _data_settings, load_classifier, persons_trained_on)
+from ..models.pretrained import _PACKAGED, resolve_checkpoint
 from ..models.classifier import Classifier, predict_cycles
 from ..models.decision_layer import DecisionLayer
 from ..models.subject_evidence import _task_recording_facts
@@ -226,12 +227,15 @@ def _predict_and_score(
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell37
 def evaluate(
-    # a checkpoint of pahcl_finetune or a folder of save_pretrained; it alone makes the model
+    # a checkpoint of pahcl_finetune or a folder of save_pretrained, `packaged` or
+    # `packaged_unseen`; it alone makes the model
     checkpoint,
     task: str,                   # a prepared task, e.g. `circor_murmur`
     data_dir='data/downstream',  # the folder of all tasks
     split='test',                # train, val or test
-    output_dir=None,             # None: `evaluation_<task>_<split>` beside the checkpoint
+    # None: `evaluation_<task>_<split>` beside the checkpoint; of a packaged one in
+    # `outputs/<task>_<checkpoint>`
+    output_dir=None,
     batch_size=64,               # only speed and memory depend on it
     rule='mean',                 # cycles to recordings
     subject_rule=None,           # recordings to subjects; None: as `rule`, or a model of bags
@@ -244,12 +248,13 @@ def evaluate(
 
     A `PahclError` where checkpoint, task, split or rule are not there or do not agree.
     """
-    path = Path(require_path(checkpoint, 'checkpoint', 'Train one with pahcl_finetune.'))
+    path = require_path(resolve_checkpoint(checkpoint, task), 'checkpoint',
+                        'Train one with pahcl_finetune.')
     prepared = Task.open(data_dir, task, split)
     # a misspelt rule is an error before anything is computed
     check_rules(prepared, rule, subject_rule)
     _check_threshold(threshold, prepared)
-    model = open_model(checkpoint, prepared)
+    model = open_model(path, prepared)
     cycles, _ = open_split(task, data_dir, split, model.data)
     scored = _predict_and_score(model, cycles, split, subject_rule, threshold, batch_size,
                                 rule=rule, draws=draws, seed=seed, raw_dir=raw_dir)
@@ -258,7 +263,9 @@ def evaluate(
     scored = replace(scored, results=about | scored.results)
     for note in scored.notes: get_logger().info(note)
     # write
-    folder = Path(output_dir or evaluation_folder(_checkpoint_folder(path), task, split))
+    own = str(checkpoint) in _PACKAGED   # nothing is written into the package
+    beside = Path('outputs')/f'{task}_{checkpoint}' if own else _checkpoint_folder(path)
+    folder = Path(output_dir or evaluation_folder(beside, task, split))
     asked = dict(about, data_dir=str(data_dir), rule=rule, subject_rule=subject_rule,
                  threshold=threshold, draws=draws, seed=seed)
     settings = dict(evaluation=asked, checkpoint=model.saved.get('config') or {})

@@ -27,7 +27,7 @@ from .operating_points import _choose_operating_point, _OperatingPoint
 from .subject_rules import _apply_answers, _weights_by_level
 from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on
 from ..models.classifier import encode_cycles, predict_probabilities
-from ..models.pretrained import resolve_checkpoint
+from ..models.pretrained import _PACKAGED, resolve_checkpoint
 from ..models.subject_evidence import _beat_spread
 from ..segmentation.beat_counts import _NO_HEARTBEAT_FOUND
 from ..segmentation.heard_recordings import (
@@ -303,12 +303,12 @@ def _tabulate_subjects(
 
 # %% ../../nbs/evaluation/prediction.ipynb #cell24
 def _find_classifier(
-    checkpoint,   # a .pt file, the folder of a run, or `packaged`
-    task=None,    # of the packaged one
+    checkpoint,   # a .pt file, the folder of a run, `packaged`, or `packaged_unseen`
+    task=None,    # of a packaged one
 ) -> Path:
     "Find a fine-tuned model; none is a `PahclError`."
-    if str(checkpoint) == 'packaged':
-        if task: return Path(resolve_checkpoint('packaged', task=task))
+    if str(checkpoint) in _PACKAGED:
+        if task: return resolve_checkpoint(checkpoint, task=task)
         raise UsageError('no model was named; give --checkpoint, or --task for a packaged one.')
     path = Path(checkpoint)
     inside = path/'best_model.pt'
@@ -348,7 +348,9 @@ def _encode_all(
 # %% ../../nbs/evaluation/prediction.ipynb #cell26
 def predict(
     paths,                   # a file, a folder, a pattern, or several of them
-    checkpoint='packaged',   # of pahcl_finetune: a .pt file or a run's folder; or `packaged`
+    # of pahcl_finetune: a .pt file or a run's folder; or a set that comes with the package,
+    # `packaged` or `packaged_unseen`: see `pahcl.models.packaged`
+    checkpoint='packaged',
     task=None,               # whose packaged model to take, e.g. `circor_murmur`
     subject_from=None,       # regular expression: its first group in a file's name is the subject
     table=None,              # csv with file, subject and, where known, location

@@ -9,26 +9,30 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'classifier_checkpoint', 'load_
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from ..core.basics import atomic_path, PahclError, require_path
 from .classifier import _build_saved_classifier, Classifier
 from .encoders import _build_saved_encoder
-from .hub_folders import _FORMAT_VERSION, _read_model_folder
+from .hub_folders import (
+    _FORMAT_VERSION, _read_model_file, _read_model_folder, _write_model_file)
 from .model_card import persons_trained_on
 
 # %% ../../nbs/models/checkpoints.ipynb #cell8
 def save_checkpoint(
-    path,           # the file to write
+    path,           # the file to write: `.pt`, or `.safetensors`
     content: dict,  # tensors and plain types, nested as you like
 ):
     """Write a checkpoint atomically; where that fails the old one stays, and a `PahclError` says
     what to do.
     """
+    write = _write_model_file if Path(path).suffix == '.safetensors' else (
+        lambda file, content: torch.save(content, file))
     try:
         with atomic_path(path) as temporary:
-            torch.save(content | dict(format_version=_FORMAT_VERSION), temporary)
+            write(temporary, content | dict(format_version=_FORMAT_VERSION))
     # torch reports a full disk as a RuntimeError of its zip writer
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, SafetensorError) as e:
         reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
         advice = ('Is the disk full? Free some space and give the same command again: '
                   'the run goes on.')
@@ -37,7 +41,8 @@ def save_checkpoint(
 
 # %% ../../nbs/models/checkpoints.ipynb #cell9
 def load_checkpoint(
-    # a checkpoint of `pahcl_pretrain` or `pahcl_finetune`, or a folder of `save_pretrained`
+    # a checkpoint of `pahcl_pretrain` or `pahcl_finetune`, a folder of `save_pretrained`, or a
+    # safetensors file of `save_checkpoint`
     path,
     kind=None,     # 'pretrain' or 'finetune': any other kind is an error
 ) -> dict:         # its content, tensors on the CPU
@@ -46,8 +51,9 @@ def load_checkpoint(
     """
     advice = 'Give a .pt file of pahcl_pretrain or pahcl_finetune.'
     path = require_path(path, 'checkpoint', 'Give the path of a .pt file that a training wrote.')
-    try: content = _read_model_folder(path) if path.is_dir() else torch.load(
-        path, map_location='cpu', weights_only=True)
+    try: content = (_read_model_folder(path) if path.is_dir()
+                    else _read_model_file(path) if path.suffix == '.safetensors'
+                    else torch.load(path, map_location='cpu', weights_only=True))
     except PahclError: raise
     except Exception as e:
         raise PahclError(f'{path} is not a checkpoint, or is damaged ({type(e).__name__}). '

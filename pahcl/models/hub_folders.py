@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/models/hub_folders.ipynb #0dafaba2
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import load_file, save, save_file
 
 from ..core.basics import (
     get_logger, PahclError, read_json, require_path, write_json, write_text)
@@ -139,6 +140,25 @@ def _read_model_folder(
     content = dict(format_version=_FORMAT_VERSION) | _join_arrays(config, arrays)
     return content | dict(model_state_dict=state)
 
+# %% ../../nbs/models/hub_folders.ipynb #onefile2
+def _write_model_file(
+    path,            # of the file
+    content: dict,   # of a checkpoint: tensors and plain types
+):
+    "Write a checkpoint as one safetensors file."
+    plain, arrays = _split_arrays(content)
+    # one entry: safetensors writes several in any order
+    Path(path).write_bytes(save(arrays, metadata=dict(pahcl=json.dumps(plain))))
+
+def _read_model_file(path) -> dict:
+    "Read what `_write_model_file` wrote; any other file is a `PahclError`."
+    arrays = _load_tensors(path)
+    with safe_open(path, 'pt') as file: plain = (file.metadata() or {}).get('pahcl')
+    if plain is None:
+        raise PahclError(f'{path} holds numbers, but does not say of what: it is no checkpoint of '
+                         'pahcl. Give one, or the whole folder that save_pretrained wrote.')
+    return _join_arrays(json.loads(plain), arrays)
+
 # %% ../../nbs/models/hub_folders.ipynb #955a0673
 @dataclass(frozen=True)
 class _Origin:
@@ -168,7 +188,7 @@ def _remember_origin(
     model.origin = _Origin(facts, Path(path), _hash_weights(model))
 
 # %% ../../nbs/models/hub_folders.ipynb #bdea9b73
-_OF_THESE_WEIGHTS = ('validation', 'evaluations', 'epoch', 'decision_layer')
+_OF_THESE_WEIGHTS = ('validation', 'evaluations', 'epoch', 'decision_layer', 'package')
 
 def _recall_origin(
     model,     # a `_HubModel`

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.basics import fingerprint, get_logger, read_json
 from ..data.datasets import DATASETS, TASKS
+from ..data.tasks import _hash_person
 
 # %% ../../nbs/models/model_card.ipynb #2b6dfd2c
 def _select_numbers(
@@ -34,8 +35,10 @@ def _summarize_evaluation(
         metrics |= _select_numbers({official['name']: official['value']})
         intervals[official['name']] = [official.get('low'), official.get('high')]
     intervals = {k: v for k, v in intervals.items() if k in metrics and None not in v}
+    by_layer = level == 'subject' and results.get('subject_rule') == 'fitted'
     return dict(task=results['task'], split=results['split'], level=level, n=results['n'][level],
-                threshold=results.get('threshold'), metrics=metrics, intervals=intervals,
+                threshold='the decision layer' if by_layer else results.get('threshold'),
+                metrics=metrics, intervals=intervals,
                 threshold_value=(results.get('thresholds') or {}).get(level))
 
 # %% ../../nbs/models/model_card.ipynb #4e652368
@@ -72,19 +75,21 @@ def _read_evaluations(
     return found
 
 # %% ../../nbs/models/model_card.ipynb #e8ff6084
-_PERSON_IDS = dict(circor=r'\d+', physionet2016=r'2016-.+', pascal=r'pascal-.+')
+_PERSON_IDS = dict(circor=r'\d+|#\w+', physionet2016=r'2016-.+', pascal=r'pascal-.+')
 _HUB_LICENCES = {'ODC-By 1.0': 'odc-by', 'CC BY 4.0': 'cc-by-4.0', 'CC0 1.0': 'cc0-1.0',
                  'CC BY-SA 4.0': 'cc-by-sa-4.0', 'CC BY-NC 4.0': 'cc-by-nc-4.0',
                  'CC BY-NC-SA 4.0': 'cc-by-nc-sa-4.0'}
 
 def persons_trained_on(
     saved: dict,   # a checkpoint's content
-):                 # set of person ids, or None where the checkpoint does not say
+):                 # set of person ids, or hashes of them; None where the checkpoint does not say
     "Collect all persons that a checkpoint was trained on, in pretraining or fine-tuning."
     lists = [saved[k] for k in ('pretrain_persons', 'training_persons') if saved.get(k) is not None]
     # as older versions called the persons of 2016's folder b
     today = lambda p: re.sub(r'^bS(\d+)$', r'2016-b-\1', str(p))
-    return {today(p) for persons in lists for p in persons} if lists else None
+    named = {today(p) for persons in lists for p in persons}
+    # who is named by id needs no hash
+    return named-{_hash_person(p) for p in named if '#' not in p} if lists else None
 
 def _find_datasets(
     facts: dict,   # a checkpoint's content without its weights
@@ -130,6 +135,7 @@ def _make_eval_results(
 # %% ../../nbs/models/model_card.ipynb #b583b3a8
 def _name_model(facts: dict) -> str:
     "Name a model as its run's folder is named, else by its encoder."
+    if 'package' in facts: return facts['package']['name']
     experiment = ((facts.get('config') or {}).get('experiment') or {}).get('name')
     parts = [p for p in (facts.get('task'), experiment) if p]
     return '_'.join(parts) or facts.get('encoder_type', 'encoder')
@@ -175,8 +181,21 @@ def _describe_purpose(facts: dict) -> list:
     if data: lines += [_describe_input(data)]
     return lines
 
+
+# %% ../../nbs/models/model_card.ipynb #use01
+def _show_packaged_use(facts: dict) -> list:
+    "Show the lines that use what comes with the package."
+    name, task = facts['package']['called'], facts.get('task')
+    if not task:
+        return ['## Use', '```sh', f'pahcl_finetune --task circor_murmur --pretrained {name}',
+                '```', '```python', 'import pahcl',
+                f"encoder = pahcl.from_pretrained('{name}')", '```']
+    return ['## Use', '```sh', f'pahcl_predict wavs --checkpoint {name} --task {task}', '```',
+            '```python', 'import pahcl', f"pahcl.predict('wavs', '{name}', '{task}')", '```']
+
 def _describe_use(facts: dict) -> list:
     "Show the lines that load the model."
+    if 'package' in facts: return _show_packaged_use(facts)
     what = 'model' if 'head' in facts else 'encoder'
     return ['## Use', '```python', 'import pahcl',
             f"{what} = pahcl.from_pretrained('folder or owner/name')   # this one",
@@ -184,6 +203,19 @@ def _describe_use(facts: dict) -> list:
             '```']
 
 # %% ../../nbs/models/model_card.ipynb #5d9cf6a7
+def _describe_recipe(facts: dict) -> list:
+    "Say how the weights are made again, who decides, and which known test persons were met."
+    package, layer = facts.get('package') or {}, facts.get('decision_layer')
+    lines = [f'- made by: `{package["made_by"]}`'] if package else []
+    if layer:
+        scores = ', '.join(f'{k} {v:.4g}' for k, v in layer['scores'].items() if v is not None)
+        lines += [f'- subjects are decided by a layer fitted on {layer["persons"]} persons out of '
+                  f'fold ({layer["folds"]} folds); out of fold: {scores}']
+    for split, met in (package.get('met') or {}).items():
+        told = ', '.join(f'{n} of {what}' for what, n in met.items())
+        lines += [f'- whom it has met of the split `{split}` of CirCor: {told}']
+    return lines
+
 def _describe_training(facts: dict) -> list:
     "Say whom and what the weights were made from."
     persons, (datasets, _) = persons_trained_on(facts), _find_datasets(facts)
@@ -196,9 +228,24 @@ def _describe_training(facts: dict) -> list:
     lines += [f'- {DATASETS[n].source.title}: {DATASETS[n].source.credit}' for n in datasets]
     if start: lines += [f'- start: `{Path(start).name if start != "none" else "random weights"}`']
     if facts.get('epoch'): lines += [f'- epoch {facts["epoch"]}']
-    return lines
+    return lines+_describe_recipe(facts)
 
 # %% ../../nbs/models/model_card.ipynb #cb272f11
+def _describe_groups(
+    groups: list,   # of an evaluation: `by, group, level, n, metrics, intervals`
+) -> list:
+    "Tabulate the scores of parts of the test split."
+    names = list(dict.fromkeys(k for g in groups for k in g['metrics']))
+    if not names: return []
+    def cell(g, k):
+        if k not in g['metrics']: return ''
+        value = f'{g["metrics"][k]:.3f}'
+        return value+(' ({:.3f} to {:.3f})'.format(*g['intervals'][k]) if k in g['intervals']
+                      else '')
+    return ['', '| by | group | n | '+' | '.join(names)+' |', '|---|---|---|'+'---|'*len(names),
+            *(f'| {g["by"]} | {g["group"]} | {g["n"]} {g["level"]}s | '
+              + ' | '.join(cell(g, k) for k in names)+' |' for g in groups)]
+
 def _describe_results(facts: dict) -> list:
     "Tabulate the scores with their intervals."
     lines = []
@@ -210,6 +257,7 @@ def _describe_results(facts: dict) -> list:
         interval = lambda k: '{:.4f} to {:.4f}'.format(*e['intervals'][k])
         lines += [f'| {k} | {v:.4f} | {interval(k) if k in e["intervals"] else ""} |'
                   for k, v in e['metrics'].items()]
+        lines += _describe_groups(e.get('groups') or [])
     return ['## Results', *lines] if lines else []
 
 _LIMITS = """## Limits
@@ -218,6 +266,13 @@ _LIMITS = """## Limits
 - A heart cycle is cut by the package's own segmenter: where it fails, so does this model.\
 """
 
+def _list_hashes(facts: dict) -> list:
+    "List the hashes of those who were learnt from, where the file holds hashes."
+    hashes = sorted(p for p in persons_trained_on(facts) or () if '#' in p)
+    rows = [' '.join(hashes[i:i+6]) for i in range(0, len(hashes), 6)]
+    return ['## Persons', 'The first twelve digits of the SHA-256 of each id:', '```', *rows,
+            '```'] if rows else []
+
 # %% ../../nbs/models/model_card.ipynb #4b2b4b4e
 def _make_model_card(
     facts: dict,   # a checkpoint's content without its weights, and `evaluations`
@@ -225,6 +280,7 @@ def _make_model_card(
 ) -> ModelCard:
     "Write the card of a model."
     parts = [[f'# {_name_model(facts)}', '', *_describe_purpose(facts)], _describe_use(facts),
-             _describe_training(facts), _describe_results(facts), [_LIMITS]]
+             _describe_training(facts), _describe_results(facts), [_LIMITS],
+             _list_hashes(facts)]
     text = '\n\n'.join('\n'.join(p) for p in parts if p)
     return ModelCard(f'---\n{_make_card_data(facts, tags).to_yaml()}\n---\n\n{text}\n')

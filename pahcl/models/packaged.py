@@ -6,29 +6,49 @@
 __all__ = []
 
 # %% ../../nbs/models/packaged.ipynb #501f95ae
-import io
+from pathlib import Path
 
-import torch
-
-from ..core.basics import atomic_path
-from .checkpoints import _FORMAT_VERSION
+from ..core.basics import read_json, write_text
+from ..data.tasks import _hash_person
+from .checkpoints import load_checkpoint, persons_trained_on
+from .hub_folders import _NOT_KEPT
+from .model_card import _LIMITS, _list_hashes, _make_model_card
 
 # %% ../../nbs/models/packaged.ipynb #2770fe1b
 def _strip_to_classifier(
     saved: dict,   # a fine-tuning checkpoint's content
 ) -> dict:         # marked as having seen persons whom others may hold out
-    "Keep what the package ships of a checkpoint."
+    "Keep what the package ships of a checkpoint, without anybody's id."
     keys = ('kind', 'encoder_type', 'encoder_config', 'head', 'model_state_dict', 'task',
-            'label_map', 'config', 'training_persons', 'validation', 'epoch')
-    layer = {k: saved[k] for k in ('decision_layer',) if k in saved}
-    return {k: saved[k] for k in keys} | layer | dict(include_heldout_subjects=True)
+            'label_map', 'config', 'validation', 'epoch', 'decision_layer')
+    persons = sorted({_hash_person(p) for p in persons_trained_on(saved)})
+    return {k: saved[k] for k in keys if k in saved} | dict(
+        training_persons=persons, include_heldout_subjects=True)
 
 # %% ../../nbs/models/packaged.ipynb #ae8e9dbf
-def _save_packaged(
-    path,           # the file to write
-    content: dict,  # tensors and plain types
+def _write_card(
+    path,   # of a packaged safetensors file
 ):
-    "Write a checkpoint whose bytes depend on its content alone."
-    buffer = io.BytesIO()
-    torch.save(content | dict(format_version=_FORMAT_VERSION), buffer)
-    with atomic_path(path) as temporary: temporary.write_bytes(buffer.getvalue())
+    "Write the model card of a file beside it."
+    facts = {k: v for k, v in load_checkpoint(path).items() if k not in _NOT_KEPT}
+    write_text(Path(path).with_suffix('.md'), _make_model_card(facts).content)
+
+# %% ../../nbs/models/packaged.ipynb #segcard1
+def _write_segmenter_card(
+    path,   # of heart_states.json
+):
+    "Write the model card of the segmenter's numbers beside them."
+    made = read_json(path)['made_from']
+    names = ('recordings', 'f1', 'sensitivity', 'ppv', 'frame_accuracy')
+    met = ', '.join(f'{v["persons"]} persons ({v["recordings"]} recordings) of {k}'
+                    for k, v in made['fitted_on'].items())
+    lines = ['# heart_states', '',
+             'Finds S1, systole, S2 and diastole: a small network, and durations.', '',
+             '## Use', '```python', 'import pahcl', "pahcl.segment('a.wav')", '```', '',
+             '## Trained on', f'- {met}', *(f'- {d}' for d in made['data']),
+             f'- made by: `{made["made_by"]}`', '', '## Results', f'Of {made["scores_of"]}.', '',
+             f'| on | {" | ".join(names)} |', '|---'*(len(names)+1)+'|',
+             *(f'| {k} | {" | ".join(str(v.get(n, "")) for n in names)} |'
+               for k, v in made['scores'].items()), '', *_LIMITS.splitlines()[:3], '',
+             *_list_hashes(dict(training_persons=made['persons']))]
+    write_text(Path(path).with_suffix('.md'), '\n'.join(lines)+'\n')

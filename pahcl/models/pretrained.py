@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..core.basics import first_few, PahclError
-from .checkpoints import load_checkpoint
+from ..core.basics import first_few, PahclError, UsageError
+from ..data.datasets import TASKS
+from ..data.tasks import _hash_person
+from .checkpoints import load_checkpoint, persons_trained_on
 from .encoder_base import _encoder_facts, load_weights, _rename_weights
 from .encoders import build_encoder
 from .foreign_checkpoints import _convert_checkpoint, read_foreign_checkpoint
@@ -83,21 +85,35 @@ def read_pretrained(
     return saved if 'format_version' in saved else _convert_checkpoint(saved)
 
 # %% ../../nbs/models/pretrained.ipynb #cell17
-_PACKAGED_CHECKPOINT = 'pahcl/parameters/pretrained_small.pt'
+_WEIGHTS = Path(str(files('pahcl')/'weights'))
+_PACKAGED = ('packaged', 'packaged_unseen')   # names of sets of weights
+
+def _classifier_files(
+    name='packaged',   # of the set
+) -> dict:             # task -> path
+    "Find the classifiers that come with the package."
+    files_of = lambda end: {p.stem.removesuffix(end): p for p in sorted(_WEIGHTS.glob(
+        f'*{end}.safetensors')) if p.stem != 'encoder'}
+    unseen, all_files = files_of('_unseen'), files_of('')
+    if name != 'packaged':   # of other data sets there is one file for both
+        own = {t: p for t, p in all_files.items() if t in TASKS and TASKS[t].dataset != 'circor'}
+        return own | unseen
+    return {t: p for t, p in all_files.items() if p not in unseen.values()}
 
 def resolve_checkpoint(
-    source,     # a path, or `packaged`
-    task=None,  # of `packaged`: the classifier of this task; None: the encoder
+    source,     # a path, `packaged`, or `packaged_unseen`: see `pahcl.models.packaged`
+    task=None,  # of a packaged set: the classifier of this task; None: the encoder
 ) -> Path:
     "Find the file of a checkpoint; a task that no packaged classifier knows is a `PahclError`."
-    if str(source) != 'packaged': return Path(source)
-    folder = Path(str(files('pahcl')/'parameters'))
-    encoder = folder/Path(_PACKAGED_CHECKPOINT).name
-    if task is None: return encoder
-    known = {p.stem: p for p in sorted(folder.glob('*.pt')) if p != encoder}
+    if str(source) not in _PACKAGED: return Path(source)
+    if task is None and source == 'packaged': return _WEIGHTS/'encoder.safetensors'
+    if task is None:
+        raise UsageError(f'{source} are classifiers of tasks; the encoder is called packaged.')
+    known = _classifier_files(source)
     if task in known: return known[task]
-    raise PahclError(f'no classifier of {task} comes with pahcl, only of {", ".join(known)}. '
-                     'Train one with pahcl_finetune and give it with --checkpoint.')
+    raise PahclError(f'no classifier of {task} comes with pahcl as {source}, only of '
+                     f'{", ".join(known)}. Train one with pahcl_finetune and give it with '
+                     '--checkpoint.')
 
 # %% ../../nbs/models/pretrained.ipynb #cell19
 class _LoadedWeights(NamedTuple):
@@ -176,4 +192,5 @@ def _strip_to_encoder(
     keys = ('kind', 'encoder_type', 'encoder_config', 'epoch', 'config', 'pretrain_persons',
             'chosen_by')
     facts = {k: saved[k] for k in keys if k in saved or k != 'chosen_by'}
+    facts['pretrain_persons'] = sorted({_hash_person(p) for p in persons_trained_on(saved)})
     return facts | dict(model_state_dict=weights, include_heldout_subjects=True)

@@ -45,7 +45,7 @@ def load_parameters(
     path=None,  # a JSON file written by `pahcl.segmentation.fitting`; None: the packaged one
 ) -> SegmenterParameters:   # its lists as arrays
     "Read fitted numbers; a file that is not there or cannot be read is a `PahclError`."
-    path = path or files('pahcl')/'parameters'/'heart_states.json'
+    path = path or files('pahcl')/'weights'/'heart_states.json'
     groups = read_json(path, 'heart state parameters', 'Install the package again.')
     for group in ('emission', 'durations', 'confidence', 'heartbeat'):
         groups[group] = {k: np.asarray(v) for k, v in groups[group].items()}

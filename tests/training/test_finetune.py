@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from pahcl.core.basics import PahclError, read_json
-from pahcl.models.packaged import _save_packaged, _strip_to_classifier
+from pahcl.models.packaged import _strip_to_classifier
 from pahcl.models.pretrained import resolve_checkpoint
 from pahcl.models.encoders import build_encoder
 from pahcl.evaluate import pahcl_evaluate
@@ -185,8 +185,8 @@ def test_a_run_is_repeated_by_its_config_and_never_overwritten(work, capsys):
     packaged = []           # and the file that would be packaged, to the last byte
     for out in ('outputs', 'repeated'):
         saved = load_checkpoint(work/out/'pascal_again'/'best_model.pt')
-        _save_packaged(work/out/'packaged.pt', _strip_to_classifier(saved))
-        packaged.append((work/out/'packaged.pt').read_bytes())
+        save_checkpoint(work/out/'packaged.safetensors', _strip_to_classifier(saved))
+        packaged.append((work/out/'packaged.safetensors').read_bytes())
     assert packaged[0] == packaged[1]
     assert pahcl_finetune(['--config', str(work/'outputs'/'pascal_again'/'config.yaml'),
                            '--output-dir', str(work/'outputs'), '--overwrite']) == 0
