@@ -353,6 +353,9 @@ class _DecisionSection(_Section):
     # recall, nothing (the most probable class), or a given weight a class
     goal: Union[Literal['official', 'compromise', 'argmax'], list[float]] = 'compromise'
     jobs: int = Field(1, ge=1)           # folds that are trained at a time, a thread each
+    # what answers in the end: a network that is trained on everybody after the folds, or the mean
+    # of the networks of the folds, without a further training
+    networks: Literal['final', 'folds'] = 'final'
 
 # %% ../../nbs/core/config_sections.ipynb #c032
 class _FinetuneConfig(_Section):

@@ -200,6 +200,9 @@ def _collect_notes(
     if saved.get('decision_layer') and not model.layer:
         across.append(f'the decision layer of the checkpoint is of {saved["label_map"]} and not of '
                       f'{model.task.label_map}: subjects are decided by {used}')
+    if (count := saved.get('head', {}).get('networks', 1)) > 1:
+        across.append(f'what is said of a recording is the mean of {count} networks, each trained '
+                      'without a part of the training persons')
     notes = [*across, *_note_bag_levels(saved, subject_rule, used),
              *note_trained_persons(saved, table)]
     if _trained_on_validation(saved):

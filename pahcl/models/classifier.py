@@ -19,6 +19,7 @@ from .encoders import _build_saved_encoder
 from .heads import ClassifierHead, _FeatureNormaliser
 from .hub_folders import (
     _find_folder, _HubModel, _read_model_folder, _recall_origin, _remember_origin, _weights_file)
+from .network_average import _average_logits
 from .pooling import _pool_features, _pooled_width
 
 # %% ../../nbs/models/classifier.ipynb #cell7
@@ -34,17 +35,21 @@ class Classifier(nn.Module, _HubModel):
         attention_dim=64,       # hidden width of the attention
         bag_level='subject',    # 'recording' or 'subject': what a bag was in training
         pooling='cycle',        # 'cycle' or 'phases': one mean, or one a heart state
+        networks=1,             # heads, each of its own part of the features: their mean answers
     ):
         super().__init__()
-        width = _pooled_width(encoder, pooling)
+        width = _pooled_width(encoder, pooling)//networks
         self.encoder, self.pooling = encoder, pooling
-        self.classifier = ClassifierHead(width, hidden_dim, num_classes, dropout)
-        self.standardise = _FeatureNormaliser(width) if standardise else nn.Identity()
+        def each(make): return make() if networks == 1 else nn.ModuleList(
+            make() for _ in range(networks))
+        self.classifier = each(lambda: ClassifierHead(width, hidden_dim, num_classes, dropout))
+        self.standardise = each(lambda: _FeatureNormaliser(width)) if standardise else nn.Identity()
         attends = aggregation == 'attention'
-        self.attention = GatedAttention(width, attention_dim) if attends else None
+        self.attention = each(lambda: GatedAttention(width, attention_dim)) if attends else None
         self.head_settings = dict(num_classes=num_classes, hidden_dim=hidden_dim, dropout=dropout,
                                   standardise=standardise, aggregation=aggregation,
-                                  attention_dim=attention_dim, bag_level=bag_level, pooling=pooling)
+                                  attention_dim=attention_dim, bag_level=bag_level, pooling=pooling,
+                                  networks=networks)
 
 # %% ../../nbs/models/classifier.ipynb #cell9
 @patch
@@ -59,11 +64,23 @@ def head(self: Classifier,
     bag=None,   # the bag of each [n], int64 from 0; None: each for itself
 ):              # logits [n or bags, num_classes]
     "Classify cycles by their features, or bags of them."
-    features = self.standardise(features)
-    if bag is None: return self.classifier(features)
-    if self.attention is None: return _average_bags(self.classifier(features), bag)
-    weight = _softmax_within_bags(self.attention(features), bag)
-    return self.classifier(_sum_bags(weight[:, None]*features, bag))
+    count, scale, attention = self.head_settings['networks'], self.standardise, self.attention
+    if count == 1: return _classify(features, bag, self.classifier, scale, attention)
+    scale, attention = (part if isinstance(part, nn.ModuleList) else [part]*count
+                        for part in (scale, attention))
+    return _average_logits([_classify(own, bag, *parts) for own, *parts in zip(
+        features.chunk(count, -1), self.classifier, scale, attention)])
+
+def _classify(
+    features, bag,                 # as of `Classifier.head`, of one network
+    classifier, scale, attention,  # its modules; no attention: None
+):                                 # logits
+    "Classify cycles by their features, or bags of them."
+    features = scale(features)
+    if bag is None: return classifier(features)
+    if attention is None: return _average_bags(classifier(features), bag)
+    weight = _softmax_within_bags(attention(features), bag)
+    return classifier(_sum_bags(weight[:, None]*features, bag))
 
 # %% ../../nbs/models/classifier.ipynb #cell11
 @patch

@@ -25,6 +25,7 @@ from .encoder_base import (
 from .hub_folders import (
     _find_folder, _read_model_folder, _remember_origin, _weights_file)
 from .masked_layers import count_frames, _length_mask, MaskedGroupNorm
+from .network_average import _ParallelEncoders
 from .pooling import AttentiveStatisticsPooling
 from .sequence_layers import LSTMStack, MambaStack, TransformerStack
 from .sinc_filters import SincConv
@@ -247,13 +248,18 @@ def _resolve_settings(
 
 # %% ../../nbs/models/encoders.ipynb #cell26
 def build_encoder(
-    # as for `_resolve_settings`: a name, a dictionary, a `ModelSection`
+    # as for `_resolve_settings`: a name, a dictionary, a `ModelSection`; of an average of networks
+    # the dictionary says `networks`, how many
     name_or_config='cnn_mamba',
     **overrides,                 # single keys of `model:`, e.g. `mamba_n_layers=2`
 ) -> Encoder:                    # with random weights, drawn from PyTorch's generator
     "Build an encoder by its name; what `_resolve_settings` refuses is a `PahclError`."
-    settings = _resolve_settings(name_or_config, **overrides)
-    return _registered_encoder(settings['encoder_type']).encoder_class(settings)
+    count, plain = 1, name_or_config
+    if isinstance(plain, dict) and 'networks' in plain:   # of an average
+        count, plain = plain['networks'], {k: v for k, v in plain.items() if k != 'networks'}
+    settings = _resolve_settings(plain, **overrides)
+    build = lambda: _registered_encoder(settings['encoder_type']).encoder_class(settings)
+    return build() if count == 1 else _ParallelEncoders([build() for _ in range(count)])
 
 # %% ../../nbs/models/encoders.ipynb #b5saveda
 def _build_saved_encoder(

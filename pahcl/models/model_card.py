@@ -176,6 +176,8 @@ def _describe_purpose(facts: dict) -> list:
     what = 'heart cycles' if channels == 1 else f'heart sounds in {channels} channels'
     lines = [f'An encoder `{facts.get("encoder_type")}` of {what}'
              + (' with a classifier.' if head else '.')]
+    if (count := (head or {}).get('networks', 1)) > 1:
+        lines += [f'- the answer is the mean of {count} networks of the same settings']
     if task: lines += [f'- task: `{task}`']
     if classes: lines += [f'- classes, in the order of the outputs: {named} (`{classes}`)']
     if data: lines += [_describe_input(data)]

@@ -72,6 +72,9 @@ def _pool_features(
     pooling='cycle',     # 'cycle' or 'phases'
 ):   # [B, out_dim], or [B, 4 frame_dim]: S1, systole, S2, diastole
     "Pool the features of cycles; states that are asked for and not given are a `PahclError`."
+    if networks := getattr(encoder, 'networks', ()):   # of an average: each its own
+        return torch.cat([_pool_features(e, x, valid_length, phases, pooling)
+                          for e in networks], -1)
     if pooling == 'cycle': return encoder(x, valid_length)
     if phases is None:
         raise PahclError('classifier.pooling is phases, but the states of the cycles were not '

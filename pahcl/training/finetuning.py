@@ -20,7 +20,8 @@ from ..core.metrics import confusion_matrix
 from ..core.predictions import Predictions
 from ..data.splitting import describe_persons
 from ..data.tasks import map_ids_to_persons
-from ..models.checkpoints import classifier_checkpoint, load_classifier
+from ..models.checkpoints import (
+    classifier_checkpoint, load_classifier, save_checkpoint)
 from ..models.classifier import encode_cycles, predict_probabilities
 from ..models.mamba_block import slow_scan_warnings
 from .batch_changes import _check_recipe, _make_changes
@@ -32,7 +33,7 @@ from .finetuning_setup import _build_starting_model, _pretrained_fingerprint
 from .objective import (
     _ClassificationObjective, _keep_validation, _score_cycles, _score_test_cycles,
     _score_training_cycles, _select_validation_scores)
-from .out_of_fold import _fit_decision
+from .out_of_fold import _fit_decision, _join_fold_networks
 from .runs import Run
 from .schedule import _parameter_groups
 from .trainer import Trainer
@@ -225,6 +226,9 @@ def _describe_finetuning(
     for key in [k for k, on in balanced.items() if on and training.use_class_weights]:
         sentences.append(f'WARNING: use_class_weights and {key} are both on: '
                          'rare classes count twice over. Set one of them to false.')
+    if config.decision.networks == 'folds':
+        sentences.append(f'nothing is trained on all of them: the model is the mean of the '
+                         f'{config.decision.folds} networks of the folds')
     if training.epoch_choice == 'last':
         sentences.append('best_model.pt is the last epoch, whatever the validation says')
     return sentences+_note_validation(training)
@@ -292,11 +296,16 @@ def _run_finetuning(
     for line in (*slow_scan_warnings(model, run.accelerator.device), *opening): run.say(line)
     if config.few_shot and run.is_main:
         write_text(run.folder/'few_shot.csv', train.to_csv(index=False))
-    recipe = _FinetuneRecipe(run, config, model, data, task, start.persons, decision=decision)
-    history = Trainer(run, recipe).fit().history
+    history, metric = [], config.evaluation.primary_metric or task.primary_metric
+    if config.decision.networks == 'folds':   # they are trained already
+        content = _join_fold_networks(run.folder, config.model_dump(), decision)
+        save_checkpoint(run.folder/'best_model.pt', content)
+    else:
+        recipe = _FinetuneRecipe(run, config, model, data, task, start.persons, decision=decision)
+        history = Trainer(run, recipe).fit().history
     run.accelerator.wait_for_everyone()
     best, saved = load_classifier(run.folder/'best_model.pt')
-    facts = _describe_result(config, train, saved, recipe.metric, start.loaded, history)
+    facts = _describe_result(config, train, saved, metric, start.loaded, history)
     scores = _test_best_epoch(run, config, best, data['test'], task)
     notes = [*task.split_notes, *_note_validation(config.training)]
     decided = dict(decision=decision['decision_layer']['scores']) if decision else {}
@@ -345,6 +354,9 @@ def _load_finetune_config(
     if not source:
         raise UsageError('--pretrained is needed: the path of a checkpoint, packaged, '
                          'or none for a random start.')
+    if config.decision.networks == 'folds' and not config.decision.folds:
+        raise UsageError('decision.networks is folds, but decision.folds is 0: give the number of '
+                         'folds, e.g. 5.')
     if config.pretrain.freeze_encoder and source == 'none':
         get_logger().warning('WARNING: a frozen encoder with random weights: '
                              'this measures the floor, not a pretraining.')

@@ -21,7 +21,9 @@ from ..core.parallel import map_in_parallel, _one_thread
 from ..core.predictions import Predictions
 from ..data.stratification import _deal_folds
 from ..data.tasks import find_met_persons
+from ..models.checkpoints import load_checkpoint, save_checkpoint
 from ..models.decision_layer import _fit_and_answer
+from ..models.network_average import _join_checkpoints
 from ..models.subject_evidence import (
     _subject_evidence, _subject_places, _task_recording_facts)
 from .finetuning_data import _load_task_cycles
@@ -186,3 +188,31 @@ def _fit_decision(
     own = predictions.level_probabilities | dict(subject=fitted.probabilities)
     kept = _keep_validation(Predictions(predictions.table, own, task.label_map))
     return dict(decision_layer=fitted.layer.to_plain(), validation=kept)
+
+# %% ../../nbs/training/out_of_fold.ipynb #d029
+def _join_fold_networks(
+    folder,           # of the run whose folds are trained
+    config: dict,     # its configuration, plain types
+    decision: dict,   # of `_fit_decision`
+) -> dict:            # content of a checkpoint
+    "Join the networks of the folds, and the layer that they taught."
+    paths = [Path(folder)/'folds'/f'fold_{k}'/'best_model.pt'
+             for k in range(config['decision']['folds'])]
+    joined = _join_checkpoints([load_checkpoint(path, 'finetune') for path in paths])
+    return joined | dict(config=config) | decision
+
+def _average_folds(
+    folder,       # of a finished run with a decision layer
+    path=None,    # the file to write; None: folds_model.pt in the folder
+) -> Path:        # the file
+    "Write the average of a run's folds beside the network that was trained on everybody."
+    saved = load_checkpoint(Path(folder)/'best_model.pt', 'finetune')
+    config, layer = saved['config'], {k: saved[k] for k in ('decision_layer', 'validation')
+                                      if k in saved}
+    if 'decision_layer' not in layer:
+        raise PahclError(f'{folder} was trained without decision.folds: there are no networks to '
+                         'average.')
+    config = config | dict(decision=config['decision'] | dict(networks='folds'))
+    path = Path(path or Path(folder)/'folds_model.pt')
+    save_checkpoint(path, _join_fold_networks(folder, config, layer))
+    return path

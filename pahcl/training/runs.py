@@ -42,10 +42,25 @@ def _first_difference(
 
 # %% ../../nbs/training/runs.ipynb #cell11
 _OTHER_FOLDER_ADVICE = 'Choose another --experiment-name or --output-dir'
+_NO_MATTER = ('decision.jobs',)   # keys that change no number
+
+def _complete_config(
+    old: dict, new: dict, defaults: dict,   # nested configurations
+    before='',                              # prefix of the dotted names
+) -> dict:   # `old`, with what `new` names besides
+    "Give keys that an older version did not know, or that are no matter, a value to compare."
+    out = dict(old)
+    for key, value in new.items():
+        if isinstance(value, dict):
+            inside = (d.get(key) or {} for d in (old, defaults))
+            out[key] = _complete_config(next(inside), value, next(inside), f'{before}{key}.')
+        elif f'{before}{key}' in _NO_MATTER: out[key] = value
+        elif key not in old and key in defaults: out[key] = defaults[key]
+    return out
 
 # %% ../../nbs/training/runs.ipynb #cell12
 def _check_same_experiment(
-    folder, config: dict, inputs: dict,   # as in `_find_run_state`
+    folder, config: dict, inputs: dict, defaults: dict,   # as in `_find_run_state`
 ):
     "Raise `PahclError` where a folder holds another experiment, or one with other inputs."
     written, anew = folder/'config.yaml', 'or start anew with --overwrite.'
@@ -55,6 +70,7 @@ def _check_same_experiment(
     try: old = yaml.safe_load(written.read_text()) or {}
     except yaml.YAMLError as e:
         raise PahclError(f'{written} is damaged. Choose another --experiment-name, {anew}') from e
+    old = _complete_config(old, config, defaults)
     if found := _first_difference(old, config):
         values = f'{found.key} is {found.old} there and {found.new} here'
         raise PahclError(f'{folder} holds another experiment: {values}. {_OTHER_FOLDER_ADVICE}, '
@@ -70,6 +86,7 @@ def _find_run_state(
     config: dict,      # the resolved configuration, plain types
     overwrite=False,   # start anew where a run is
     inputs=None,       # name -> fingerprint of what the run learns from
+    defaults=None,     # a configuration: what keys mean that the folder's does not name
 ) -> str:              # 'new', 'resume' or 'finished'
     """Decide what a run's folder means for this configuration; raises `PahclError` where it belongs
     to another experiment.
@@ -80,7 +97,7 @@ def _find_run_state(
     # what a start leaves that was killed before it had written its configuration
     begun = lambda path: path.name == 'inputs.json' or path.match('.*.tmp')
     if not folder.exists() or all(map(begun, folder.iterdir())): return 'new'
-    _check_same_experiment(folder, config, inputs or {})
+    _check_same_experiment(folder, config, inputs or {}, defaults or {})
     if not (folder/'final_metrics.json').exists(): return 'resume'
     if not (folder/'best_model.pt').exists():
         raise PahclError(f'{folder} is a finished run, but its best_model.pt is gone. '
@@ -127,10 +144,12 @@ class Run:
         overwrite=False,    # start anew in a folder that holds a run
         use_amp=True,       # half precision where the device has it, see `_choose_precision`
         inputs=None,        # name -> fingerprint of what it learns from
+        defaults=None,      # a configuration: what keys mean that an older folder does not name
         **trackers,         # see `pahcl.training.trackers._make_trackers`
     ):
         self.folder, self.config, self.seed, self.inputs, self.tracker_options = (
             Path(folder), config, seed, inputs or {}, trackers)
+        self.defaults = defaults or {}
         AcceleratorState._reset_state()  # a second run in one process may use another precision
         # torchrun without a GPU: gloo
         several = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.cuda.is_available()
@@ -161,7 +180,8 @@ def find_state(self: Run, overwrite: bool) -> str:
     "What the folder means, for all processes alike; see `_find_run_state`."
     answer = [None]
     if self.is_main:
-        try: answer = [_find_run_state(self.folder, self.config, overwrite, self.inputs)]
+        try: answer = [_find_run_state(self.folder, self.config, overwrite, self.inputs,
+                                       self.defaults)]
         except PahclError as e: answer = [e]
     answer = broadcast_object_list(answer)[0]
     if isinstance(answer, PahclError): raise answer
@@ -178,7 +198,8 @@ def open(cls: Run,
 ) -> Run:
     "Open the run of a configuration; where it is finished already the log says so."
     plain, use_amp = config.model_dump(exclude_none=True), config.training.use_amp
-    run = cls(folder, plain, config.seed, overwrite, use_amp, inputs=inputs, **trackers)
+    defaults = type(config)().model_dump(exclude_none=True)
+    run = cls(folder, plain, config.seed, overwrite, use_amp, inputs, defaults, **trackers)
     if run.finished:
         run.complete_end()
         run.say(f'{folder} is finished already; --overwrite repeats it')

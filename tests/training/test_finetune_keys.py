@@ -100,6 +100,7 @@ CASES = {
     'evaluation.level': ('cycle', 'scores'), 'evaluation.save_confusion_matrix': (False, 'files'),
     'decision.folds': (2, 'files'), 'decision.penalty': (1., 'decision', FOLDS),
     'decision.goal': ('argmax', 'decision', FOLDS), 'decision.jobs': (2, 'log', FOLDS),
+    'decision.networks': ('folds', 'files', FOLDS),
     'few_shot': (0.5, 'files'), 'seed': (7, 'weights')}
 CASES |= {
     'training.balance_exponent': (1., 'losses'), 'training.rows_per_epoch': (10, 'losses'),
@@ -142,7 +143,8 @@ def tasks(tmp_path_factory):
 
 
 def observe(folder, metrics):
-    saved, history = load_checkpoint(folder/'final_model.pt'), metrics['history']
+    ends = (p for n in ('final', 'best') if (p := folder/f'{n}_model.pt').exists())
+    saved, history = load_checkpoint(next(ends)), metrics['history']
     state = saved['model_state_dict']
     lines = [re.sub(r'^\S+ \S+ |/\S+|at most \S+ left', '', line)
              for line in (folder/'train.log').read_text().splitlines()]

@@ -3,24 +3,27 @@ bit, jobs change nothing; and the layer that comes of it decides alike in evalua
 and ensembles
 """
 import json
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 from pahcl.core.basics import PahclError, UsageError
 from pahcl.data.recordings import load_recordings
+from pahcl.data.heart_sounds import simulate_recording
 from pahcl.data.simulation import simulate_dataset
 from pahcl.data.splitting import prepare
 from pahcl.data.tasks import Task
+from pahcl.evaluation.embedding import embed
 from pahcl.evaluation.evaluator import _default_rule, evaluate, open_model, open_split
 from pahcl.evaluation.prediction import predict
 from pahcl.models.checkpoints import load_checkpoint, save_checkpoint
 from pahcl.models.decision_layer import DecisionLayer
+from pahcl.models.hub import from_pretrained
 from pahcl.models.subject_evidence import _subject_evidence, _task_recording_facts
 from pahcl.segmentation.preprocessing import preprocess
 from pahcl.studies.ensemble import ensemble
 from pahcl.testing.made import _made_cycles, _make_processed_folder, _make_recordings
 from pahcl.training import out_of_fold
 from pahcl.training.finetuning import finetune
-from pahcl.training.out_of_fold import _deal_persons, _make_fold
+from pahcl.training.out_of_fold import _average_folds, _deal_persons, _make_fold
 
 pytestmark = pytest.mark.usefixtures('quiet', 'one_thread')
 TINY = {'pretrained': 'none', 'encoder_type': 'cnn', 'model.cnn_channels': [4, 6],
@@ -120,6 +123,14 @@ def test_jobs_change_nothing(made, first, tmp_path):
     tune(made, tmp_path, **{'decision.jobs': 2})
     run = tmp_path/'circor_murmur_downstream'
     assert same(weights_and_layer(run), weights_and_layer(first))
+    tune(made, tmp_path)   # one at a time: still the same experiment, and it is finished
+    # a key that an older version did not write means its default; another value is another run
+    written = yaml.safe_load((run/'config.yaml').read_text())
+    del written['decision']['penalty']
+    (run/'config.yaml').write_text(yaml.safe_dump(written))
+    tune(made, tmp_path)
+    with pytest.raises(PahclError, match='decision.penalty is 0.03 there and 1.0 here'):
+        tune(made, tmp_path, **{'decision.penalty': 1.})
 
 @pytest.mark.parametrize('more', [
     {'pretrained': 'packaged', 'linear_eval': True, 'encoder_type': None,
@@ -162,6 +173,37 @@ def test_evaluations_use_the_layer(made, first, tmp_path):
     assert {r['rule'] for r in found['rules']} >= {'mean', 'learned', 'fitted'}
     assert (_default_rule(model), _default_rule(model, 'mean')) == ('fitted', 'mean')
 
+def test_the_average_of_the_folds(made, first, tmp_path):
+    "Its log odds are the mean of theirs; evaluations, embeddings and the hub take it."
+    path = _average_folds(first, tmp_path/'average.pt')
+    members = [first/'folds'/f'fold_{k}'/'best_model.pt' for k in range(2)]
+    cycles, task = open_split('circor_murmur', made/'downstream', 'test')
+    said = lambda p: np.log(open_model(p, task).predict(cycles).probabilities)
+    mean = np.mean([said(p) for p in members], 0)
+    mean -= np.log(np.exp(mean).sum(1, keepdims=True))
+    assert np.allclose(said(path), mean, atol=1e-5)
+    model = open_model(path, task)
+    whole = load_checkpoint(first/'best_model.pt')
+    assert model.saved['training_persons'] == whole['training_persons']
+    # who decides is the layer of the run, and a reader is told whose mean it is
+    found = evaluate(path, 'circor_murmur', made/'downstream', output_dir=tmp_path/'e', draws=10)
+    assert found['subject_rule'] == 'fitted'
+    assert any('mean of 2 networks' in note for note in found['notes'])
+    # features of both stand behind each other, also where a folder of the Hub is opened
+    signal = simulate_recording(seconds=4, sample_rate=4000, seed=1)[0]
+    each = [embed(signal, p, sample_rate=4000) for p in members]
+    assert np.array_equal(embed(signal, path, sample_rate=4000), np.concatenate(each, 1))
+    model.network.save_pretrained(tmp_path/'hub')
+    again = from_pretrained(tmp_path/'hub')
+    assert same(dict(again.state_dict()), dict(model.network.state_dict()))
+    alone = from_pretrained(members[0], num_classes=0)
+    assert from_pretrained(tmp_path/'hub', num_classes=0).out_dim == 2*alone.out_dim
+    assert 'mean of 2 networks' in (tmp_path/'hub'/'README.md').read_text()
+    with pytest.raises(PahclError, match='without decision.folds'):
+        _average_folds(members[0].parent)
+    with pytest.raises(UsageError, match='decision.folds is 0'):
+        tune(made, tmp_path, **{'decision.networks': 'folds', 'decision.folds': 0})
+
 def test_other_classes_are_decided_by_the_mean(made, first, tmp_path):
     saved = load_checkpoint(first/'best_model.pt')
     swapped = dict(Absent=0, Present=1, Unknown=2)   # the same names, other numbers
@@ -197,7 +239,7 @@ def heard(tmp_path_factory):
     return folder
 
 WINDOWS = {'data.frontend': 'logmel', 'data.unit': 'window', 'data.window_s': 1.,
-           'model.cnn_strides': [2, 2]}
+           'model.cnn_strides': [2, 2], 'decision.networks': 'folds'}
 
 @pytest.mark.parametrize('more', [{}, WINDOWS], ids=['cycles', 'windows'])
 def test_predictions_and_evaluations_agree(heard, tmp_path, more):
