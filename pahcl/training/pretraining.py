@@ -6,6 +6,7 @@
 __all__ = ['pretrain']
 
 # %% ../../nbs/training/pretraining.ipynb #cell2
+from functools import lru_cache
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -89,7 +90,7 @@ def _describe_gradients(
 
 # %% ../../nbs/training/pretraining.ipynb #cell15
 class _PretrainRecipe:
-    "Two views, a contrast and no labels, for a `pahcl.training.trainer.Trainer`."
+    "Objectives and no labels, for a `pahcl.training.trainer.Trainer`."
     def __init__(self,
         run,                   # an entered `pahcl.training.runs.Run`
         config,                # a `_PretrainConfig`
@@ -108,10 +109,10 @@ class _PretrainRecipe:
         if not data.validation: self.score_name = 'epoch'
         else: self.score_name = 'probe (mean AUROC)' if choice.probes else 'score (-loss)'
 
-    def epoch_rows(self, epoch): return _shuffled_rows(self.config, self.data.train, epoch)
+        self.epoch_rows = lru_cache(2)(lambda epoch: _shuffled_rows(config, data.train, epoch))
 
     def make_batch(self, rows, epoch):
-        # the first batch of an epoch is asked how strongly each objective pulls
+        # the first batch of an epoch tells how strongly each objective pulls
         first = rows[0] == self.epoch_rows(epoch)[0]
         return self.read(rows, epoch) | (dict(measured=True) if first else {})
 
