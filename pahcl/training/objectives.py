@@ -6,8 +6,6 @@
 __all__ = ['OBJECTIVES', 'Objective', 'register_objective']
 
 # %% ../../nbs/training/objectives.ipynb #ob03
-import math
-
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -62,7 +60,7 @@ class Objective(nn.Module):
 
     def targets(self,
         rows,   # `Windows`, or `Cycles`
-    ):          # the answer of each row [n, D] float32, NaN where it is not known; None: none needed
+    ):          # the answer of each row [n, D], NaN where it is not known; None: none is needed
         return None
 
     def row_losses(self,

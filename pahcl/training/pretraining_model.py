@@ -52,7 +52,7 @@ class _PretrainingModel(nn.Module):
 def _compare_gradients(
     losses: dict,   # name -> weighted loss
     encoder,
-) -> dict:          # 'gradient_share_NAME' of all norms; 'gradient_cosine_NAME' with all others' sum
+) -> dict:          # gradient_share_NAME of all norms, gradient_cosine_NAME with the others' sum
     "Measure what each objective asks of the encoder: how much, and whether the others agree."
     weights = [p for p in encoder.parameters() if p.requires_grad]
     def pull(loss):
@@ -130,7 +130,8 @@ def _build_pretraining_model(
     if rows is not None: _check_objectives(config, asked, rows)
     with _seeded_weights(config.seed):
         encoder = _build_encoder_for(config, rows)
-        model = _PretrainingModel(encoder, {n: OBJECTIVES[n](encoder, config) for n in asked}, asked)
+        objectives = {name: OBJECTIVES[name](encoder, config) for name in asked}
+        model = _PretrainingModel(encoder, objectives, asked)
     for name, targets in model.targets(rows).items() if rows is not None else ():
         model.objectives[name].fit(targets)
     return model

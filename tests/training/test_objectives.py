@@ -2,6 +2,7 @@
 answer; the contrast is what it was before it stood among others
 """
 import json
+from dataclasses import replace
 import numpy as np, pytest, torch
 import pahcl.training.pretraining as P
 from pahcl.core.basics import PahclError
@@ -12,15 +13,16 @@ from pahcl.models.checkpoints import load_checkpoint
 from pahcl.models.encoders import build_encoder
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.training.objectives import _HeardBatch, Objective, OBJECTIVES, register_objective
-from pahcl.training.pretraining_data import _load_pretrain_data, _make_pair_batcher
+from pahcl.training.pretraining_data import (
+    _load_pretrain_data, _make_pair_batcher, _sample_positives)
 from pahcl.training.pretraining_model import _build_pretraining_model
 from pahcl.training.state import _seeded_weights
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-SMALL = {'model.cnn_channels': [4, 8], 'model.cnn_kernel_sizes': [3, 3], 'model.cnn_strides': [2, 2],
-         'data.window_s': 1.6, 'training.num_epochs': 2, 'training.warmup_epochs': 0,
-         'training.batch_size': 8, 'training.use_amp': False}
+SMALL = {'model.cnn_channels': [4, 8], 'model.cnn_kernel_sizes': [3, 3],
+         'model.cnn_strides': [2, 2], 'data.window_s': 1.6, 'training.num_epochs': 2,
+         'training.warmup_epochs': 0, 'training.batch_size': 8, 'training.use_amp': False}
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
@@ -33,8 +35,8 @@ def root(tmp_path_factory):
 
 def config_of(root, objectives=None, **more):
     asked = dict(objectives=objectives) if objectives else {}
-    return load_config('pretrain', 'pretrain_window', None, SMALL | asked | {
-        'data.processed_dir': str(root/'processed'), 'data.base_dir': str(root/'downstream')} | more)
+    where = {'data.processed_dir': str(root/'processed'), 'data.base_dir': str(root/'downstream')}
+    return load_config('pretrain', 'pretrain_window', None, SMALL | asked | where | more)
 
 @pytest.fixture(scope='module')
 def rows(root): return _load_pretrain_data(config_of(root)).train
@@ -93,10 +95,9 @@ def test_rows_without_states_do_not_count(root, rows, name):
         if k.startswith('phases'): unknown[k] = batch[k].clone().index_fill_(0, torch.arange(3), 0)
         if k.startswith('target'): unknown[k] = batch[k].index_fill(0, torch.arange(3), torch.nan)
     some, known = model.objectives[name].row_losses(_HeardBatch(model.encoder, unknown))
-    assert counted.all() and known.tolist() == [False]*3+[True]*3
-    torch.testing.assert_close(some[3:], losses[3:])
-    mean = model(unknown)[0]
-    torch.testing.assert_close(mean, losses[3:].mean())
+    assert not known[:3].any() and known.any() and torch.equal(known[3:], counted[3:])
+    torch.testing.assert_close(some[known], losses[known])
+    torch.testing.assert_close(model(unknown)[0], losses[known].mean())
 
 def test_several_objectives_from_end_to_end(root, tmp_path, monkeypatch):
     "Log, metrics, checkpoint; killed after the first epoch it goes on to the same weights."
@@ -108,7 +109,8 @@ def test_several_objectives_from_end_to_end(root, tmp_path, monkeypatch):
     assert found['objectives'] == {k: v for k, v in asked.items() if v}
     assert {'train_loss_heart_states', 'train_gradient_share_simclr', 'validation_loss_cycle',
             'train_gradient_cosine_systole_minus_diastole'} <= found.keys()
-    assert sum(v for k, v in found.items() if k.startswith('train_gradient_share')) == pytest.approx(1)
+    shares = [v for k, v in found.items() if k.startswith('train_gradient_share')]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(1)
     log = (best.parent/'train.log').read_text()
     assert 'share of the gradient' in log and 'heart_states × 0.5' in log
     real, calls = P._PretrainRecipe.validate, []
@@ -120,14 +122,15 @@ def test_several_objectives_from_end_to_end(root, tmp_path, monkeypatch):
         P.pretrain('pretrain_window', output_dir=tmp_path/'killed', **flags)
     monkeypatch.setattr(P._PretrainRecipe, 'validate', real)
     again = P.pretrain('pretrain_window', output_dir=tmp_path/'killed', **flags)
-    weights = [load_checkpoint(b.parent/'final_model.pt')['model_state_dict'] for b in (best, again)]
+    weights = [load_checkpoint(b.parent/'final_model.pt')['model_state_dict']
+               for b in (best, again)]
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
     # and the window recipe begins from it
     from pahcl.training.finetuning import finetune
     small = {k: v for k, v in SMALL.items() if k != 'training.use_amp'}
     finetune('window', task='circor_outcome', pretrained=best, data_dir=root/'downstream',
-             output_dir=tmp_path, **small | {'training.num_epochs': 1, 'training.rows_per_epoch': 16,
-                                             'decision.folds': 0})
+             output_dir=tmp_path, **small | {'training.num_epochs': 1, 'decision.folds': 0,
+                                             'training.rows_per_epoch': 16})
     log = (tmp_path/'circor_outcome_window'/'train.log').read_text()
     assert 'parameters of heads skipped' in log and 'parameters loaded' in log
 
@@ -137,23 +140,24 @@ def refused(root, told, objectives=None, **more):
         _build_pretraining_model(config, _load_pretrain_data(config).train)
 
 def test_settings_that_cannot_be_are_told(root):
-    refused(root, r"objectives: unknown key 'simclear'; the nearest valid one is 'simclr'", {'simclear': 1.})
+    refused(root, "objectives: unknown key 'simclear'; the nearest valid one is 'simclr'",
+            {'simclear': 1.})
     refused(root, 'names none with a weight above 0', {'simclr': 0.})
     refused(root, r'objectives\.simclr is -1', {'simclr': -1.})
     refused(root, 'objectives does not name moco', {'simclr': 1.}, **{'contrast.moco': True})
     refused(root, 'needs the four heart states', **{'data.num_substructures': 3})
     refused(root, 'data.state_channels is on', **{'data.state_channels': True})
-    refused(root, 'augmentation.noise_probability cannot change', **{'augmentation.noise_probability': .5})
+    refused(root, 'augmentation.noise_probability cannot change',
+            **{'augmentation.noise_probability': .5})
     with pytest.raises(PahclError, match='needs log-mel frames, but data.frontend is waveform'):
         config = load_config('pretrain', dict(objectives=dict(masked_frames=1.)))
         _build_pretraining_model(config, Cycles.from_processed(root/'processed'))
 
 def test_recordings_without_states_are_refused(root, rows):
     config = config_of(root)
-    silent = rows.subset(np.arange(len(rows)))
-    steps = silent.steps
-    silent.steps = type(steps)(steps.values, np.zeros_like(steps.states), steps.statistics, steps.bounds)
-    with pytest.raises(PahclError, match='systole_minus_diastole needs heart states, and none were'):
+    silent, steps = rows.subset(np.arange(len(rows))), rows.steps
+    silent.steps = replace(steps, states=np.zeros_like(steps.states))
+    with pytest.raises(PahclError, match='systole_minus_diastole needs heart states, and none'):
         _build_pretraining_model(config, silent)
     _build_pretraining_model(config_of(root, {'masked_frames': 1.}), silent)
 
@@ -165,9 +169,7 @@ def test_windows_do_not_depend_on_the_batch(root, rows):
     for k in whole: assert torch.equal(whole[k], torch.cat([p[k] for p in parts])), k
     assert isinstance(rows, Windows) and not torch.equal(whole['x1'], whole['x2'])
     recording = rows.table['folder'].to_numpy()
-    ring = pytest.importorskip('pahcl.training.pretraining_data')._sample_positives(
-        rows.table, 'recording', config.seed, 3)
-    assert (recording[ring] == recording).all()
+    assert (recording[_sample_positives(rows.table, 'recording', 0, 3)] == recording).all()
 
 def test_an_objective_of_ones_own(root, rows):
     class Loud(Objective):
@@ -183,6 +185,7 @@ def test_an_objective_of_ones_own(root, rows):
         config = config_of(root, {'loud': 1., 'heart_rate': 2.})
         model = _build_pretraining_model(config, rows)
         loss, values = model(batch_of(config, model, rows, range(8)) | dict(measured=True))
-        assert loss.item() == pytest.approx(values['loss_loud'].item()+2*values['loss_heart_rate'].item())
+        assert loss.item() == pytest.approx(
+            values['loss_loud'].item()+2*values['loss_heart_rate'].item())
         assert {'gradient_share_loud', 'gradient_cosine_heart_rate'} <= values.keys()
     finally: del OBJECTIVES['loud']
