@@ -82,7 +82,8 @@ def merge_configs(
     "`high` over `low`, section by section."
     out = dict(low)
     for k, v in high.items():
-        both = isinstance(v, dict) and isinstance(out.get(k), dict) and k != 'label_map'
+        whole = k in ('label_map', 'objectives')   # lists by name: the upper layer's alone counts
+        both = isinstance(v, dict) and isinstance(out.get(k), dict) and not whole
         out[k] = merge_configs(out[k], v) if both else v
     return out
 

@@ -298,19 +298,11 @@ class AugmentationSection(_OpenSection):
     band_filter_low_hz: list[float] = [25.0, 60.0]
     band_filter_high_hz: list[float] = [200.0, 400.0]   # likewise
 
-# %% ../../nbs/core/config_sections.ipynb #ftaug2
-class _FinetuneAugmentation(AugmentationSection):
-    """How the rows of fine-tuning are changed while they are learnt: nothing, unless it is asked
-    for (see `pahcl.data.augmentation` and, of log-mel frames, `pahcl.data.frame_augmentation`).
+# %% ../../nbs/core/config_sections.ipynb #ftaug4
+class _PretrainAugmentation(AugmentationSection):
+    """How rows of pretraining are changed: cycles (see `pahcl.data.augmentation`), or windows of
+    log-mel frames (see `pahcl.data.frame_augmentation`).
     """
-    time_shift: float = Field(0., ge=0, le=0.5)
-    time_stretch: float = Field(0., ge=0, lt=0.5)
-    polarity_probability: float = Field(0., ge=0, le=1)
-    noise_probability: float = Field(0., ge=0, le=1)
-    respiration_probability: float = Field(0., ge=0, le=1)
-    time_mask_probability: float = Field(0., ge=0, le=1)
-    frequency_mask_probability: float = Field(0., ge=0, le=1)
-    band_filter_probability: float = Field(0., ge=0, le=1)
     # largest shift of where a window begins, share of its length; 0.25: of windows that overlap
     # by half, every position
     window_shift: float = Field(0., ge=0, le=0.5)
@@ -327,6 +319,20 @@ class _FinetuneAugmentation(AugmentationSection):
     spec_augment_masks: int = Field(2, ge=0)              # as many in time and over bands
     spec_augment_time: float = Field(0.1, ge=0, le=1)     # largest width, share of the valid frames
     spec_augment_bands: float = Field(0.2, ge=0, le=1)    # likewise, share of the bands
+
+# %% ../../nbs/core/config_sections.ipynb #ftaug2
+class _FinetuneAugmentation(_PretrainAugmentation):
+    """How the rows of fine-tuning are changed while they are learnt: nothing, unless it is asked
+    for (see `pahcl.data.augmentation` and, of log-mel frames, `pahcl.data.frame_augmentation`).
+    """
+    time_shift: float = Field(0., ge=0, le=0.5)
+    time_stretch: float = Field(0., ge=0, lt=0.5)
+    polarity_probability: float = Field(0., ge=0, le=1)
+    noise_probability: float = Field(0., ge=0, le=1)
+    respiration_probability: float = Field(0., ge=0, le=1)
+    time_mask_probability: float = Field(0., ge=0, le=1)
+    frequency_mask_probability: float = Field(0., ge=0, le=1)
+    band_filter_probability: float = Field(0., ge=0, le=1)
 
 # %% ../../nbs/core/config_sections.ipynb #c031
 class _ProbeSection(_Section):
@@ -382,7 +388,10 @@ class _PretrainConfig(_Section):
     data: _DataSection = _DataSection()
     model: ModelSection = Field(default_factory=ModelSection)  # anew: keys may have been registered
     contrast: _ContrastSection = _ContrastSection()
-    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)   # likewise
+    # name of an objective -> its weight; None: `simclr`, or `moco` where `contrast.moco` is on
+    objectives: Optional[dict[str, Annotated[float, Field(ge=0)]]] = None
+    # anew, as `model`
+    augmentation: _PretrainAugmentation = Field(default_factory=_PretrainAugmentation)
     training: _TrainingSection = _TrainingSection()
     probe: _ProbeSection = _ProbeSection()
     # also learn from the tasks' validation and test subjects

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 
-from ..core.config_sections import _FinetuneAugmentation
+from ..core.config_sections import _PretrainAugmentation
 from .augmentation_steps import (
     Augmentation, AUGMENTATIONS, _read_limits, register_augmentation, _scale_to_limits)
 from .phases import gap_mask, valid_mask
@@ -40,13 +40,13 @@ class FrameAugmentation(Augmentation):
     `apply(x, drawn)` takes x [R, C, L]; `drawn.batch.bands`, `drawn.length` and `drawn['name']`
     say the rest.
     """
-    of_frames, section = True, _FinetuneAugmentation
+    of_frames, section = True, _PretrainAugmentation
 
 # %% ../../nbs/data/frame_augmentation.ipynb #fa09
 class _FrameAugmenter:
     "Random changes of log-mel windows; each one's draws are a function of (seed, its key)."
     def __init__(self,
-        config,       # any object with the fields of `_FinetuneAugmentation`
+        config,       # any object with the fields of `_PretrainAugmentation`
         bands: int,   # M, see `_ViewedFrames`
     ):
         made = [make(config, None) for make in AUGMENTATIONS.values() if make.of_frames]

@@ -47,10 +47,13 @@ def pool_levels(
     x,           # [B, 1, T] one view
     phases,      # [B, T] uint8, 0 padding, 1 … K, of the same view
     K=4,         # sub-structures; 0: none are asked for
+    # [B] valid steps; None: up to the last that has a state
+    length=None,
+    sequence=None,   # [B, L', C] of x, where it is known; None: it is computed
 ) -> _LevelFeatures:
     "Pool the features of both levels from one pass through the encoder."
-    length = valid_lengths(phases)
-    sequence = encoder.sequence(x, length)
+    length = valid_lengths(phases) if length is None else length
+    sequence = encoder.sequence(x, length) if sequence is None else sequence
     cycle = encoder.pool(sequence, encoder.frame_mask(length, x.shape[-1]))
     if not K: return _LevelFeatures(cycle, None, None)
     return _LevelFeatures(cycle, *_pool_phases(sequence, phase_masks(phases, K), encoder.stride))

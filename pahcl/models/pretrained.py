@@ -22,15 +22,15 @@ from .foreign_checkpoints import _convert_checkpoint, read_foreign_checkpoint
 from .hub_folders import _remember_origin
 
 # %% ../../nbs/models/pretrained.ipynb #cell7
-_HEAD_PREFIXES = ('cycle_projector.', 'substructure_projector.', 'classifier.', 'standardise.',
-                  'attention.')
+_HEAD_PREFIXES = ('objectives.', 'cycle_projector.', 'substructure_projector.', 'classifier.',
+                  'standardise.', 'attention.')
 
 # %% ../../nbs/models/pretrained.ipynb #cell8
 def _weight_part(
     key: str,   # of a `model_state_dict`
 ) -> str:       # 'encoder', 'heads', 'moco' or ''
     "Tell which part of a checkpoint a key belongs to."
-    if '_momentum.' in key or 'queue' in key.split('.')[0]: return 'moco'
+    if '_momentum.' in key or key.startswith(('queue', 'objectives.moco.model.queue')): return 'moco'
     return ('encoder' if key.startswith('encoder.') else 'heads'
             if key.startswith(_HEAD_PREFIXES) else '')
 

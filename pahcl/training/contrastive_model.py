@@ -18,6 +18,7 @@ from ..models.pooling import pool_levels
 from .collapse import _collapse_signs
 from .contrast import _gather_rows, _make_rows, nt_xent
 from .momentum import MomentumQueue, queue_loss, update_moving_average
+from .objectives import Objective, register_objective
 from .schedule import _initial_share, _limit_momentum, _momentum_schedule
 
 # %% ../../nbs/training/contrastive_model.ipynb #cell7
@@ -102,16 +103,29 @@ def set_pace(self: ContrastiveModel,
 def project(self: ContrastiveModel,
     x, phases,        # one view, as in `pool_levels`
     momentum=False,   # by the slow copies
+    length=None, sequence=None,   # likewise; the sequence is of the encoder that learns
     # 'features' [B, C]; 'cycle' [B, D] and 'substructure' [B, K, D], where asked for;
     # 'present' [B, K] bool, or None
 ) -> dict:
     "Return the embeddings of one view at all levels."
     part = lambda name: getattr(self, f'{name}_momentum' if momentum else name)
     K = self.K if 'substructure' in self.weights else 0
-    pooled = pool_levels(part('encoder'), x, phases, K)
+    pooled = pool_levels(part('encoder'), x, phases, K, length, sequence)
     projected = {level: part(f'{level}_projector')(getattr(pooled, level))
                  for level in self.weights}
     return dict(features=pooled.cycle, present=pooled.present) | projected
+
+# %% ../../nbs/training/contrastive_model.ipynb #pv16
+@patch
+def project_view(self: ContrastiveModel,
+    batch: dict,      # as `forward` takes it
+    view: int,        # 1 or 2
+    heard=None,       # likewise
+    momentum=False,   # by the slow copies
+) -> dict:            # of `project`
+    "Return the embeddings of one view of a batch."
+    return self.project(batch[f'x{view}'], batch[f'phases{view}'], momentum,
+                        batch.get(f'length{view}'), heard and heard.sequence(view))
 
 # %% ../../nbs/training/contrastive_model.ipynb #cell18
 @patch
@@ -158,13 +172,15 @@ def enqueue_keys(self: ContrastiveModel,
 # %% ../../nbs/training/contrastive_model.ipynb #cell19
 @patch
 def forward(self: ContrastiveModel,
-    batch: dict,  # x1, x2 [B, 1, T], phases1, phases2 [B, T], person, group [B]
+    # x1, x2 [B, C, T], phases1, phases2 [B, T], person, group [B]; of windows length1, length2 [B]
+    batch: dict,
+    heard=None,   # the batch as a `_HeardBatch`, where other objectives hear it too
 ):                # (loss, {'loss_cycle': …, 'loss_substructure': …})
     "Return the weighted loss of a batch."
-    first = self.project(batch['x1'], batch['phases1'])
+    first = self.project_view(batch, 1, heard)
     if self.contrast.moco:
-        with torch.no_grad(): second = self.project(batch['x2'], batch['phases2'], momentum=True)
-    else: second = self.project(batch['x2'], batch['phases2'])
+        with torch.no_grad(): second = self.project_view(batch, 2, momentum=True)
+    else: second = self.project_view(batch, 2, heard)
     losses = (self.moco_losses if self.contrast.moco
               else self.simclr_losses)(first, second, batch['person'], batch['group'])
     return (sum(self.weights[l]*v for l, v in losses.items()),
@@ -178,11 +194,12 @@ _MONITOR_ROWS = 2048
 @torch.no_grad()
 def embed(self: ContrastiveModel,
     batch: dict,  # as `forward` takes it
+    heard=None,   # likewise
 ) -> dict:        # '<view>/<name>' -> tensor on the CPU, and 'person', 'group'
     "Return the embeddings of both views, by the encoder that learns."
     out = {k: batch[k].cpu() for k in ('person', 'group')}
     for view in (1, 2):
-        found = self.project(batch[f'x{view}'], batch[f'phases{view}'])
+        found = self.project_view(batch, view, heard)
         out |= {f'{view}/{k}': (v if k == 'present' else v.float()).cpu() for k, v in found.items()
                 if v is not None}
     return out
@@ -206,3 +223,34 @@ def validation_losses(self: ContrastiveModel,
     signs = _collapse_signs(*(embedded[f'{v}/features'][:_MONITOR_ROWS] for v in (1, 2)))
     return (dict(loss=sum(self.weights[l]*v for l, v in totals.items()))
             | {f'loss_{l}': v for l, v in totals.items()} | signs)
+
+# %% ../../nbs/training/contrastive_model.ipynb #co2
+@register_objective('simclr')
+class _SimCLR(Objective):
+    "Two views of a cycle, or two windows of a recording, among those of other persons."
+    views, moco = 2, False
+
+    def __init__(self, encoder, config):
+        super().__init__(encoder, config)
+        contrast = config.contrast.model_copy(update=dict(moco=self.moco))
+        self.model = ContrastiveModel(encoder, contrast, config.data.num_substructures)
+        del self.model.encoder   # it is registered once, by whom all objectives belong to
+        vars(self.model)['encoder'] = encoder
+
+    def parts(self): return {k: v for k, v in self.model.parts().items() if k != 'encoder'}
+
+    def follow(self, share): self.model.follow(share)
+
+    def set_pace(self, steps, rows): return self.model.set_pace(steps, rows)
+
+    def forward(self, heard): return self.model(heard.batch, heard)
+
+    def embed(self, heard): return self.model.embed(heard.batch, heard)
+
+    def validation_losses(self, embedded, batch_size):
+        return self.model.validation_losses(embedded, batch_size)
+
+@register_objective('moco')
+class _MoCo(_SimCLR):
+    "The same, with the keys of past batches by a slow copy of the encoder."
+    moco = True

@@ -22,14 +22,16 @@ class _WatchedCycles:
     def __init__(self,
         run,      # a `pahcl.training.runs.Run`
         config,   # a `_PretrainConfig`
-        cycles,   # validation `Cycles`
+        cycles,   # validation `Cycles` or `Windows`
+        model,    # a `_PretrainingModel`, which says what it needs to know of each row
     ):
         self.run, self.size = run, config.training.batch_size
-        self.make_batch = _make_pair_batcher(cycles, config, run.accelerator.device)
+        self.make_batch = _make_pair_batcher(cycles, config, run.accelerator.device, model.views,
+                                             model.targets(cycles))
         share = _split_batch(_shuffled_rows(config, cycles, 0), run.processes)[run.rank]
         self.batches = split_into_batches(share, self.size)
 
-    def losses(self, model) -> dict:   # of `ContrastiveModel.validation_losses`
+    def losses(self, model) -> dict:   # of `_PretrainingModel.validation_losses`
         "Return losses of all levels and signs of collapse, over the cycles of all processes."
         parts = [model.embed(self.make_batch(rows, 0)) for rows in self.batches]
         if self.run.processes > 1: parts = gather_object(parts)

@@ -6,43 +6,34 @@
 __all__ = ['pretrain']
 
 # %% ../../nbs/training/pretraining.ipynb #cell2
+from functools import lru_cache
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from ..core.config import load_config
-from ..models.encoders import build_encoder
 from ..models.mamba_block import slow_scan_warnings
+from . import contrastive_model, masked_objectives, state_objectives
 from .batches import _group_batches
-from .contrastive_model import ContrastiveModel
 from .epoch_choice import _EpochChoice, _select_probes, _WatchedCycles
 from .pretraining_data import (
     _load_pretrain_data, _make_pair_batcher, _PretrainData, _shuffled_rows)
+from .pretraining_model import _build_pretraining_model
 from .probe import _score_probes
 from .runs import Run
 from .schedule import _parameter_groups
-from .state import _seeded_weights
 from .trainer import Trainer
-
-# %% ../../nbs/training/pretraining.ipynb #fd3b79b7
-def _build_contrastive_model(
-    config,   # a `_PretrainConfig`
-):            # a `ContrastiveModel`
-    "Build encoder and projectors with random weights from the seed."
-    with _seeded_weights(config.seed):
-        encoder = build_encoder(config.model)
-        return ContrastiveModel(encoder, config.contrast, config.data.num_substructures)
 
 # %% ../../nbs/training/pretraining.ipynb #cell10
 def _make_pretrain_checkpoint(
-    model,         # a `ContrastiveModel`
+    model,         # a `_PretrainingModel`
     config,        # a `_PretrainConfig`
     facts: dict,   # of `_PretrainData` and `_EpochChoice`
 ) -> dict:         # plain types and tensors
     "Return what a pretraining checkpoint holds."
-    c = config.contrast
-    moco = dict(is_moco=c.moco, momentum=model.momentum if c.moco else None,
-                queue_size=c.queue_size if c.moco else None)
+    slow = model.objectives['moco'].model if 'moco' in model.objectives else None
+    moco = dict(is_moco=bool(slow), momentum=slow.momentum if slow else None,
+                queue_size=config.contrast.queue_size if slow else None)
     weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     return dict(kind='pretrain', encoder_type=model.encoder.config['encoder_type'],
                 encoder_config=model.encoder.config, model_state_dict=weights,
@@ -50,7 +41,7 @@ def _make_pretrain_checkpoint(
 
 # %% ../../nbs/training/pretraining.ipynb #cell11
 def _collect_pretrain_metrics(
-    config, model,        # a `_PretrainConfig`, a `ContrastiveModel`
+    config, model,        # a `_PretrainConfig`, a `_PretrainingModel`
     state,                # a `pahcl.training.trainer._TrainingState`
     data: _PretrainData,
     choice: _EpochChoice,
@@ -61,9 +52,9 @@ def _collect_pretrain_metrics(
     numbers = {k.replace('/', '_'): v for k, v in best.items() if k.startswith(tracked)}
     about = dict(
         experiment=config.experiment.name, encoder_type=model.encoder.config['encoder_type'],
-        moco=contrast.moco, positives=contrast.positives, seed=config.seed,
-        best_epoch=best['epoch'], epochs=len(state.history))
-    if contrast.moco: about['moco_momentum'] = model.momentum
+        objectives=model.weights, moco='moco' in model.weights, positives=contrast.positives,
+        seed=config.seed, best_epoch=best['epoch'], epochs=len(state.history))
+    if about['moco']: about['moco_momentum'] = model.objectives['moco'].model.momentum
     whom = dict(
         heldout_persons=data.facts['heldout_persons'], **choice.facts,
         include_heldout_subjects=data.facts['include_heldout_subjects'])
@@ -71,47 +62,67 @@ def _collect_pretrain_metrics(
 
 # %% ../../nbs/training/pretraining.ipynb #cell13
 def _describe_contrast(
-    config, model,  # a `_PretrainConfig`, a `ContrastiveModel`, whose momentum is fitted to the run
+    config, model,  # a `_PretrainConfig`, a `_PretrainingModel`, which is fitted to the run
     rows: int,       # cycles of an epoch
     processes: int = 1,
 ) -> list:           # sentences for the log
     "Say how many cycles a cycle is contrasted with, and how slow the momentum encoder is."
     contrast, settings = config.contrast, config.training
     size, batches = settings.batch_size, settings.accumulation_steps
-    queue = f' and the {contrast.queue_size} keys of a queue' if contrast.moco else ''
+    queue = f' and the {contrast.queue_size} keys of a queue' if 'moco' in model.weights else ''
     more = (f'; accumulation_steps {batches} makes a step of {size*batches} cycles, '
             'but no more negatives')
     if batches == 1: more = ''
     steps = settings.num_epochs*len(_group_batches(range(rows), size, batches, processes))
-    return [f'negatives of a cycle: other persons in its batch of {size}{queue}{more}',
+    told = [f'negatives of a cycle: other persons in its batch of {size}{queue}{more}']
+    return [*told*(not model.weights.keys().isdisjoint(('simclr', 'moco'))),
             *model.set_pace(steps, rows)]
+
+# %% ../../nbs/training/pretraining.ipynb #gr15
+def _describe_gradients(
+    values: dict,   # what a training reported of an epoch
+) -> list:          # no or one sentence
+    "Say how much of the encoder's gradient is each objective's, and whether the others agree."
+    share = {k.removeprefix('gradient_share_'): v for k, v in values.items()
+             if k.startswith('gradient_share_')}
+    each = [f'{k} {v:.0%} (cosine {values[f"gradient_cosine_{k}"]:+.2f})' for k, v in share.items()]
+    return [f'  share of the gradient, cosine with the others: {", ".join(each)}'] if each else []
 
 # %% ../../nbs/training/pretraining.ipynb #cell15
 class _PretrainRecipe:
-    "Two views, a contrast and no labels, for a `pahcl.training.trainer.Trainer`."
+    "Objectives and no labels, for a `pahcl.training.trainer.Trainer`."
     def __init__(self,
         run,                   # an entered `pahcl.training.runs.Run`
         config,                # a `_PretrainConfig`
         data: _PretrainData,
-        model,                 # of `_build_contrastive_model`
+        model,                 # of `_build_pretraining_model`
         choice: _EpochChoice,
     ):
         self.run, self.config, self.data, self.choice = run, config, data, choice
         self.settings, self.objective = config.training, model.to(run.accelerator.device)
         self.batch_rows = self.settings.batch_size
         self.groups = _parameter_groups(model.parts(), self.settings.weight_decay)
-        self.make_batch = _make_pair_batcher(data.train, config, run.accelerator.device)
-        self.watch = _WatchedCycles(run, config, data.validation) if data.validation else None
+        self.read = _make_pair_batcher(data.train, config, run.accelerator.device, model.views,
+                                       model.targets(data.train))
+        self.watch = (_WatchedCycles(run, config, data.validation, model) if data.validation
+                      else None)
         if not data.validation: self.score_name = 'epoch'
         else: self.score_name = 'probe (mean AUROC)' if choice.probes else 'score (-loss)'
 
-    def epoch_rows(self, epoch): return _shuffled_rows(self.config, self.data.train, epoch)
+        self.epoch_rows = lru_cache(2)(lambda epoch: _shuffled_rows(config, data.train, epoch))
+
+    def make_batch(self, rows, epoch):
+        # the first batch of an epoch tells how strongly each objective pulls
+        first = rows[0] == self.epoch_rows(epoch)[0]
+        return self.read(rows, epoch) | (dict(measured=True) if first else {})
 
     def after_step(self, share): self.objective.follow(share)
 
     def resume(self, saved): pass
 
-    def training_scores(self, values): return values
+    def training_scores(self, values):
+        for line in _describe_gradients(values): self.run.say(line)
+        return values
 
     def checkpoint(self):
         return _make_pretrain_checkpoint(self.objective, self.config,
@@ -136,12 +147,12 @@ def validate(self: _PretrainRecipe, epoch: int) -> dict:   # 'score', 'loss', 'p
 def _run_pretraining(
     run, config,           # an entered `Run`, a `_PretrainConfig`
     data: _PretrainData,
-    model,                 # of `_build_contrastive_model`
+    model,                 # of `_build_pretraining_model`
     choice: _EpochChoice,
 ) -> dict:                 # what stands in final_metrics.json
     "Train, and return what came of it."
-    levels, kind = ', '.join(model.weights), 'MoCo' if config.contrast.moco else 'SimCLR'
-    about = f'{model.encoder.config["encoder_type"]}, {kind}, levels {levels}: {data.counts()}'
+    asked = ', '.join(f'{name} × {weight:g}' for name, weight in model.weights.items())
+    about = f'{model.encoder.config["encoder_type"]}, objectives {asked}: {data.counts()}'
     rows = len(_shuffled_rows(config, data.train, 0))
     opening = [*slow_scan_warnings(model, run.accelerator.device), data.message, choice.message,
                about, *_describe_contrast(config, model, rows, run.processes)]
@@ -170,7 +181,7 @@ def pretrain(
     data = _load_pretrain_data(config)
     choice = _select_probes(config, data)
     # before the folder is made: a mistake leaves nothing behind
-    model = _build_contrastive_model(config)
+    model = _build_pretraining_model(config, data.train)
     inputs = {name: c.fingerprint() for name, c in data.splits.items() if c}
     inputs |= {f'probe_{p.name}': p.cycles.fingerprint() for p in choice.probes}
     run = Run.open(

@@ -16,12 +16,17 @@ import torch
 
 from ..core.basics import fingerprint, generator, PahclError
 from ..data.augmentation import Augmenter
+from ..data.augmentation_steps import AUGMENTATIONS
+from ..data.frame_augmentation import _FrameAugmenter
 from ..data.loader import Cycles
 from ..data.sampling import draw_epoch_rows, get_recording_ids
 from ..data.random_numbers import sample_keys
 from ..data.own_recordings import _holds_no_task
+from ..data.phases import valid_lengths
 from ..data.steps import _InputSettings
 from ..data.tasks import find_cut_difference, find_held_out_persons, list_prepared_tasks
+from ..data.windows import Windows
+from .batch_changes import _draw_shifts
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell6
 _HELDOUT_WARNING = ('validation and test persons of the downstream tasks are learnt from too. '
@@ -77,6 +82,29 @@ def _check_unused_keys(
             raise PahclError(f'training.{key} is {value}, but has no effect in pretraining, '
                              'which knows no labels. Leave it out.')
 
+# %% ../../nbs/training/pretraining_data.ipynb #in15
+def _check_pretrain_input(
+    config,   # a `_PretrainConfig`
+):
+    "Raise `PahclError` for an input, or changes of it, that pretraining does not know."
+    heard, changes = _InputSettings.of(config.data), config.augmentation
+    if heard.state_channels:
+        raise PahclError('data.state_channels is on, but pretraining asks for the states: an '
+                         'encoder that is told them learns nothing. Leave the key out.')
+    if not heard.is_plain and not heard.spectral:
+        raise PahclError(f'data.unit is {heard.unit} and data.frontend waveform, but pretraining '
+                         'hears samples as cycles. Set data.frontend: logmel, or leave unit out.')
+    for name, make in AUGMENTATIONS.items():
+        if make.of_frames == heard.spectral or not make(changes, (25., 400.)).active: continue
+        keys = ' and '.join(f'augmentation.{k}' for k in (
+            [f'{name}_probability'] if make.columns[0] == name else make.columns))
+        raise PahclError(f'data.frontend is {heard.frontend}, which {keys} cannot change. Set it '
+                         'to 0, or begin from --config '
+                         f'{"pretrain_window" if heard.spectral else "pretrain"}.')
+    if changes.window_shift and heard.unit != 'window':
+        raise PahclError(f'augmentation.window_shift is set, but data.unit is {heard.unit}. Leave '
+                         'it out.')
+
 # %% ../../nbs/training/pretraining_data.ipynb #cell15
 def _check_pretrain_settings(
     config,          # a `_PretrainConfig`
@@ -92,10 +120,7 @@ def _check_pretrain_settings(
         raise PahclError('contrast.second_view is other, but contrast.positives is view: '
                          'there is no other cycle that counts as the same. '
                          'Set positives to recording or subject.')
-    if not (heard := _InputSettings.of(config.data)).is_plain:
-        raise PahclError(f'data.frontend is {heard.frontend}, data.unit {heard.unit} and '
-                         f'data.state_channels {str(heard.state_channels).lower()}, but '
-                         'pretraining hears cycles as samples. Leave the keys out.')
+    _check_pretrain_input(config)
     _check_unused_keys(config.training)
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell18
@@ -124,10 +149,13 @@ class _PretrainData:
 def _load_pretrain_data(
     config,   # a `_PretrainConfig`
 ) -> _PretrainData:
-    "Read the processed cycles of everybody who is not held out, and split the persons."
+    "Read the cycles or windows of everybody who is not held out, and split the persons."
     exclude, message = _find_heldout_persons(config)
-    cycles = Cycles.from_processed(config.data.processed_dir, exclude_persons=exclude)
-    _check_pretrain_settings(config, cycles.settings, config.data.processed_dir)
+    heard, folder = _InputSettings.of(config.data), config.data.processed_dir
+    _check_pretrain_input(config)
+    cycles = (Cycles.from_processed(folder, exclude_persons=exclude) if heard.is_plain
+              else Windows.from_processed(folder, heard, exclude_persons=exclude))
+    _check_pretrain_settings(config, cycles.settings, folder)
     person = cycles.table['person_id'].astype(str)
     train, validation = _split_validation_persons(person, config.validation_fraction, config.seed)
     rows = {name: person.isin(persons).to_numpy().nonzero()[0]
@@ -169,37 +197,70 @@ def _sample_positives(
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell27
 def _make_views(
-    views,                # a `pahcl.data.augmentation.Augmenter`
-    first, second,        # batches of `Cycles`: what the two views show
+    views,         # a `pahcl.data.augmentation.Augmenter`, or a `_FrameAugmenter`
+    parts: dict,   # view, 1 or 2 -> batch of `Cycles` or `Windows`: what it shows
     epoch: int, config,   # a `_PretrainConfig`
-) -> dict:                # x1, x2 [B, 1, T], phases1, phases2 [B, T]
-    "Change both batches at once, which costs less than one after the other."
-    both = lambda key: torch.cat([first[key], second[key]])
-    keys = torch.cat([sample_keys(b['index'], epoch, v) for v, b in ((1, first), (2, second))])
-    x, phases = views(both('x'), both('phases'), config.data.sample_rate, config.seed, keys)
-    n = len(first['x'])
-    return dict(x1=x[:n], x2=x[n:], phases1=phases[:n], phases2=phases[n:])
+) -> dict:         # of each view x1 [B, C, T], phases1 [B, T], length1 [B] valid steps
+    "Change all views at once, which costs less than one after the other."
+    join = lambda key: torch.cat([b[key] for b in parts.values()])
+    keys = torch.cat([sample_keys(b['index'], epoch, v) for v, b in parts.items()])
+    both = {k: join(k) for k in ('x', 'phases', 'valid_length')}
+    if config.data.frontend == 'logmel': both = views(both, config.seed, keys)
+    else:
+        x, phases = views(both['x'], both['phases'], config.data.sample_rate, config.seed, keys)
+        both = dict(x=x, phases=phases, valid_length=valid_lengths(phases))
+    cut = {k: v.chunk(len(parts)) for k, v in both.items()}
+    names = dict(x='x', phases='phases', valid_length='length')
+    return {f'{names[k]}{v}': cut[k][i] for i, v in enumerate(parts) for k in names}
+
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell28
+def _make_view_changes(
+    config, cycles,   # a `_PretrainConfig`, `Cycles` or `Windows`
+):                    # what `_make_views` takes
+    "Return the random changes of views: of samples, or of frames."
+    if config.data.frontend == 'logmel':
+        return _FrameAugmenter(config.augmentation, config.data.mel_bands)
+    band = cycles.settings.get('band_hz')
+    return Augmenter(config.augmentation, *([band] if band else []))
+
+def _make_row_reader(
+    config, cycles, device,   # as of `_make_pair_batcher`
+):                            # function (rows, epoch, view) -> batch
+    "Return the function that reads rows; a window is moved within its recording, if that is asked."
+    share, K = config.augmentation.window_shift, config.data.num_substructures
+    most = round(share*cycles.length) if share else 0
+    def read(rows, epoch, view):
+        if not most: return cycles.batch(rows, K, device)
+        keys = sample_keys(torch.as_tensor(rows), epoch, view)
+        return cycles.batch(rows, K, device, _draw_shifts(config.seed, keys, most))
+    return read
+
 def _make_pair_batcher(
-    cycles,   # `Cycles`
+    cycles,   # `Cycles` or `Windows`
     config,   # a `_PretrainConfig`
     device,   # where the batch is wanted
-):            # function (rows, epoch) -> batch as `ContrastiveModel` takes it
+    views=2,      # 1: no objective looks at the second
+    targets={},   # name of an objective -> what it asks of each row [n, D]
+):            # function (rows, epoch) -> batch, see `pahcl.training.objectives._HeardBatch`
     "Return the function that makes the batches of an epoch."
-    band = cycles.settings.get('band_hz')
-    views = Augmenter(config.augmentation, *([band] if band else []))
+    changes, read = _make_view_changes(config, cycles), _make_row_reader(config, cycles, device)
     person, group = (c.to(device) for c in _group_ids(cycles.table, config.contrast.positives))
+    targets = {f'target_{name}': t.to(device) for name, t in targets.items()}
     ring = lru_cache(2)(lambda epoch: _sample_positives(cycles.table, config.contrast.positives,
                                                         config.seed, epoch))
     def pair(rows, epoch):
         at = torch.as_tensor(rows, device=device)
-        two = ring(epoch)[rows] if config.contrast.second_view == 'other' else rows
-        first = cycles.batch(rows, config.data.num_substructures, device)
-        second = first if two is rows else cycles.batch(two, config.data.num_substructures, device)
-        return dict(person=person[at], group=group[at],
-                    **_make_views(views, first, second, epoch, config))
+        parts = {1: read(rows, epoch, 1)}
+        if views == 2:
+            other, moved = config.contrast.second_view == 'other', config.augmentation.window_shift
+            two = ring(epoch)[rows] if other else rows
+            parts[2] = read(two, epoch, 2) if other or moved else parts[1]
+        return dict(person=person[at], group=group[at], key=sample_keys(at, epoch, 1),
+                    **{name: t[at] for name, t in targets.items()},
+                    **_make_views(changes, parts, epoch, config))
     return pair
+
 
 # %% ../../nbs/training/pretraining_data.ipynb #cell30
 def _shuffled_rows(

@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ..core.basics import generator, PahclError
 from ..core.metrics import classification_metrics
+from ..data.inputs import open_cycles
 from ..data.loader import Cycles
 from ..data.sampling import get_recording_ids, sample_rows_per_group
 from ..data.tasks import find_cut_difference, list_prepared_tasks
@@ -96,7 +97,7 @@ def _make_probes(
     "Make the probes of all tasks that judge a pretraining."
     folder, found = Path(config.data.base_dir), []
     for name in _probe_tasks(folder, config.probe.tasks):
-        cycles = Cycles.from_task(folder/name, 'train')
+        cycles = open_cycles(folder/name, 'train', config.data)
         other = find_cut_difference(cycles.settings, vars(config.data))
         if other: found.append(f'{name} was prepared with another {other}')
         else:

@@ -53,8 +53,9 @@ def test_script_simclr(root, tmp_path):
     assert (saved['pretrain_persons'] and not set(saved['pretrain_persons']) & out
             and not saved['include_heldout_subjects'])
     assert saved['moco_metadata'] == dict(is_moco=False, momentum=None, queue_size=None)
-    assert {k.split('.')[0] for k in saved['model_state_dict']} == {'encoder', 'cycle_projector',
-                                                                    'substructure_projector'}
+    parts = {k.split('.')[3] for k in saved['model_state_dict'] if k.startswith('objectives.')}
+    assert parts == {'cycle_projector', 'substructure_projector'}
+    assert {k.split('.')[0] for k in saved['model_state_dict']} == {'encoder', 'objectives'}
     found = metrics(folder/'best_model.pt')
     assert (found['train_persons']+found['validation_persons'] == len(saved['pretrain_persons'])
             and found['heldout_persons'] == len(out))
@@ -76,7 +77,8 @@ def test_script_moco_and_every_flag(root, tmp_path):
     found = metrics(tmp_path/'m'/'best_model.pt')
     assert saved['moco_metadata'] == dict(is_moco=True, momentum=found['moco_momentum'],
                                           queue_size=32) and 0 < found['moco_momentum'] < 0.95
-    names = {k.split('.')[0] for k in saved['model_state_dict']}
+    own = 'objectives.moco.model.'
+    names = {k.removeprefix(own).split('.')[0] for k in saved['model_state_dict']}
     assert names > {'encoder', 'encoder_momentum', 'cycle_projector_momentum',
                     'substructure_projector_momentum', 'queue', 'queue_ptr'}
     assert (set(saved['pretrain_persons']) & find_held_out_persons(root/'downstream')
@@ -128,18 +130,20 @@ def test_levels(root, tmp_path, flags, there):
     assert ({k.removeprefix('train_loss_') for k in found if k.startswith('train_loss_')} == there
             and np.isfinite(found['train_loss']))
     config = config_of(root, **flags)
-    model = P._build_contrastive_model(config)
+    model = P._build_pretraining_model(config)
     pair = P._make_pair_batcher(Cycles.from_processed(root/'processed'), config, 'cpu')
     # with MoCo the queue is filled the second time
     for epoch in range(2): model(pair(np.arange(0, 48, 3), epoch))[0].backward()
     learning = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert {n.split('.')[0].removesuffix('_projector') for n in learning} == {'encoder', *there}
+    own = 'objectives.moco.model.' if config.contrast.moco else 'objectives.simclr.model.'
+    names = {n.removeprefix(own).split('.')[0].removesuffix('_projector') for n in learning}
+    assert names == {'encoder', *there}
     assert [n for n in learning if (g := model.get_parameter(n).grad) is None or not g.any()] == []
 
 def test_small_mamba_is_trained_whole_by_substructures_alone(root):
     config = config_of(root, **{'contrast.lambda_cycle': 0.0})
     config.model = type(config.model)(encoder_type='cnn_mamba_small')
-    model = P._build_contrastive_model(config)
+    model = P._build_pretraining_model(config)
     model(P._make_pair_batcher(Cycles.from_processed(root/'processed'), config,
                                'cpu')(np.arange(0, 24, 3), 0))[0].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -154,7 +158,7 @@ def test_every_key_of_contrast_has_an_effect(root, key):
     assert CHANGED.keys() == _ContrastSection.model_fields.keys()
     def loss(**changed):
         config = config_of(root, **{f'contrast.{k}': v for k, v in changed.items()})
-        model, pair = (P._build_contrastive_model(config),
+        model, pair = (P._build_pretraining_model(config),
                        P._make_pair_batcher(Cycles.from_processed(root/'processed'), config, 'cpu'))
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
         model.set_pace(400, 12)
