@@ -44,12 +44,13 @@ def _open_wandb(
     project='PA-HCL',        # of W&B
     entity=None,             # user or team of W&B; None: who is logged in
     group=None,              # W&B's run group, e.g. the task
+    name=None,               # of the run; None: of its folder
 ):                           # an accelerate tracker
     """Begin a run at Weights & Biases, or in the folder with `WANDB_MODE=offline`; one that does
     not start is a `PahclError`.
     """
     notes = config.get('experiment', {}).get('description') or None
-    tracker = WandBTracker(project, entity=entity, name=Path(folder).name, group=group,
+    tracker = WandBTracker(project, entity=entity, name=name or Path(folder).name, group=group,
                            dir=str(folder), config=config, notes=notes)
     try: tracker.start()
     except Exception as e:
@@ -64,14 +65,15 @@ def _make_trackers(
     config: dict,           # all of it is shown in the trackers
     tensorboard=False,      # write `tensorboard/events.out.tfevents.*`
     wandb=False,            # log to Weights & Biases
-    wandb_project='PA-HCL', wandb_entity=None, group=None,   # see `_open_wandb`
+    wandb_project='PA-HCL', wandb_entity=None, group=None, name=None,   # see `_open_wandb`
 ) -> list:                  # accelerate trackers
     """Open the trackers that were asked for; one that is not installed, or does not start, is a
     `PahclError`.
     """
     _check_installed(tensorboard, wandb)
     opened = [_open_tensorboard(folder, config)] if tensorboard else []
-    return opened + ([_open_wandb(folder, config, wandb_project, wandb_entity, group)]
+    return opened + ([_open_wandb(folder, config, wandb_project, wandb_entity, group,
+                                 name)]
                      if wandb else [])
 
 # %% ../../nbs/training/trackers.ipynb #cell14
