@@ -175,8 +175,8 @@ def pretrain(
     inputs = {name: c.fingerprint() for name, c in data.splits.items() if c}
     inputs |= {f'probe_{p.name}': p.cycles.fingerprint() for p in choice.probes}
     run = Run.open(
-        Path(output_dir)/config.experiment.name, config, inputs, overwrite, keep=keep, group='pretrain',
-        tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project,
+        Path(output_dir)/config.experiment.name, config, inputs, overwrite, keep=keep,
+        group='pretrain', tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project,
         wandb_entity=wandb_entity)
     if not run.finished:
         with run: run.finish(_run_pretraining(run, config, data, model, choice))

@@ -131,7 +131,8 @@ def test_killed_before_the_first_file_was_whole(tmp_path):
     for name in ('inputs.json', '.config.yaml.0a1b2c3d.tmp'): (tmp_path/name).touch()
     assert run_folders._find_run_state(tmp_path, {}) == 'new'
     (tmp_path/'thesis.txt').touch()
-    with pytest.raises(PahclError, match='is no run of pahcl'): run_folders._find_run_state(tmp_path, {})
+    with pytest.raises(PahclError, match='is no run of pahcl'):
+        run_folders._find_run_state(tmp_path, {})
 
 
 def test_killed_after_the_last_file_but_one(tmp_path):
