@@ -17,7 +17,8 @@ import time
 from contextlib import contextmanager
 from functools import wraps
 
-from .basics import _FIRST_LINE, get_logger, _LINE_EVERY, PahclError, _report_error, UsageError
+from .basics import (
+    _FIRST_LINE, get_logger, _LINE_EVERY, PahclError, _report_error, UsageError)
 
 # %% ../../nbs/core/scripts.ipynb #c005
 def _accept_both_spellings(
