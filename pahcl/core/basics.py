@@ -162,8 +162,8 @@ def _lock_file(folder) -> Path:
     "Where the lock of a folder is: beside it; in it where nothing can be written beside it."
     folder = Path(os.path.realpath(folder))
     beside = folder.with_name(f'.{folder.name.lstrip(".")}.lock')
-    with suppress(OSError): beside.parent.mkdir(parents=True, exist_ok=True)
-    return beside if os.access(beside.parent, os.W_OK) else folder/'.lock'
+    there = next(p for p in beside.parents if p.exists())
+    return beside if os.access(there, os.W_OK) else folder/'.lock'
 
 def _take_lock(
     path,         # of the lock
@@ -173,7 +173,9 @@ def _take_lock(
     try: import fcntl
     except ImportError: return os.open(os.devnull, os.O_RDONLY)   # Windows: no lock
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try: handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError: continue   # who had it before has removed the folder
         try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError: return os.close(handle)
         except OSError: return handle   # some network file systems have no locks
@@ -208,7 +210,7 @@ def lock_folder(
     """
     path = _lock_file(folder)
     with _blame_target(folder, path):
-        if path.name == '.lock': path.parent.mkdir(parents=True, exist_ok=True)
+        made = [p for p in path.parents if not p.exists()]
         handle = _take_lock(path)
         if handle is None:
             who = f'{folder} is being written by {_describe_holder(path)}'
@@ -223,6 +225,8 @@ def lock_folder(
     finally:
         with suppress(OSError): path.unlink()
         os.close(handle)
+        with suppress(OSError):   # what was made for the lock alone goes with it
+            for folder in made: folder.rmdir()
 
 # %% ../../nbs/core/basics.ipynb #c027
 @contextmanager

@@ -181,6 +181,8 @@ def __enter__(self: Run):
     with ExitStack() as ends:
         if self.is_main: self.begin(ends)
         self.say(repr(self))
+        self.say(f'{torch.get_num_threads()} thread(s) of torch; with another number the last '
+                 'digits of weights and scores can differ')
         if self.folder != self.home:
             self.say(f'it grows in {self.folder}; what is in {self.home} stays until it is done')
         self.ends = ends.pop_all()

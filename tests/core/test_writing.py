@@ -3,7 +3,6 @@ file that was to be written, one process a folder, no silence
 """
 import errno
 import io
-import json
 import logging
 import multiprocessing
 import os
@@ -86,8 +85,8 @@ def test_a_locale_that_cannot_say_a_name(tmp_path):
     (tmp_path/'tool.py').write_text('from pahcl.core.scripts import console_script\n'
                                     '@console_script\ndef tool(): print("\\u017du\\u0165")\n'
                                     'raise SystemExit(tool([]))')
-    done = subprocess.run([sys.executable, str(tmp_path/'tool.py')], capture_output=True, text=True, env=dict(
-        os.environ, PYTHONIOENCODING='ascii'))
+    done = subprocess.run([sys.executable, str(tmp_path/'tool.py')], capture_output=True,
+                          text=True, env=dict(os.environ, PYTHONIOENCODING='ascii'))
     assert (done.returncode, done.stdout) == (0, '\\u017du\\u0165\n'), done.stderr
 
 
@@ -144,6 +143,13 @@ def test_nobody_comes_between(tmp_path):
     for p in several: p.start()
     for p in several: p.join()
     assert path.read_text() == '120'
+
+
+def test_a_lock_leaves_nothing(tmp_path):
+    with lock_folder(tmp_path/'a'/'b'/'c'): assert (tmp_path/'a'/'b').is_dir()
+    assert not list(tmp_path.iterdir())
+    with lock_folder(tmp_path/'a'/'b'/'c'): (tmp_path/'a'/'result').touch()
+    assert [p.name for p in (tmp_path/'a').iterdir()] == ['result']
 
 
 def test_a_link_and_its_folder_are_one(tmp_path):
