@@ -314,15 +314,15 @@ def test_few_shot_counts():
 
 
 def test_a_folder_that_cannot_be_written_has_its_pack_elsewhere(house, tmp_path, monkeypatch):
-    own = Cycles.from_task('pascal', house.out, 'train')
-    folder = house.out/'pascal'
+    folder = house/'downstream'/'pascal'
+    own = Cycles.from_task(folder, 'train')
     [made] = packs(folder)
     shutil.rmtree(folder/'.packed'/made)
     real = packing._is_writable
     monkeypatch.setattr(packing, '_is_writable', lambda f: folder not in f.parents and real(f))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     for _ in range(2):
-        again = Cycles.from_task('pascal', house.out, 'train')
+        again = Cycles.from_task(folder, 'train')
         assert np.array_equal(again.packed, own.packed) and not packs(folder)
         assert [p.name for p in (tmp_path/'cache'/'pahcl'/'packed').glob('*/*')] == [made]
         monkeypatch.setattr(packing, '_write_pack', None)   # once is enough
@@ -330,4 +330,4 @@ def test_a_folder_that_cannot_be_written_has_its_pack_elsewhere(house, tmp_path,
     monkeypatch.undo()
     monkeypatch.setattr(packing, '_is_writable', lambda f: False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'other'))
-    assert np.array_equal(Cycles.from_task('pascal', house.out, 'train').packed, own.packed)
+    assert np.array_equal(Cycles.from_task(folder, 'train').packed, own.packed)
