@@ -109,16 +109,19 @@ def pahcl_predict(
     """
     if output != '-' and not output.endswith(('.csv', '.jsonl')):
         raise UsageError(f'--output is {output}; give a file that ends in .csv or .jsonl, or -.')
+    from contextlib import nullcontext
+    from pahcl.core.basics import get_logger, lock_folder
     from pahcl.evaluation.prediction import predict
-    found = predict(paths, checkpoint, task, subject_from, table, threshold, num_workers, scheduler)
-    if output.endswith('.jsonl'): found.to_json_lines(output)
-    elif output != '-': found.to_csv(output)
-    else: print(found.to_csv(), end='')
+    with lock_folder(output) if output != '-' else nullcontext():
+        found = predict(paths, checkpoint, task, subject_from, table, threshold, num_workers,
+                        scheduler)
+        if output.endswith('.jsonl'): found.to_json_lines(output)
+        elif output != '-': found.to_csv(output)
+        else: print(found.to_csv(), end='')
     if states_dir: found.write_states(states_dir)
     if report:
         from pahcl.studies.prediction_report import _write_prediction_report
         _write_prediction_report(found, report, report_recordings)
-    from pahcl.core.basics import get_logger
     get_logger().info(f'{found}. {found.operating_point.describe()} '
                       'For research, not for diagnosis.')
 

@@ -43,12 +43,13 @@ def pahcl_finetune(
     wandb: bool = False,                    # log to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = 'PA-HCL',          # W&B project
     wandb_entity: str = None,               # W&B entity
-    overwrite: bool = False,                # start anew where the folder holds a run
+    overwrite: bool = False,  # replace the run in the folder, once the new one is finished
+    keep: bool = False,                     # keep the replaced run as <folder>.previous
 ):
     "Fine-tune an encoder on a downstream task and test it."
     from pahcl.training.finetuning import finetune
     config = None if config == 'configs/finetune.yaml' and not Path(config).exists() else config
-    finetune(config, tensorboard, wandb, wandb_project, wandb_entity, output_dir, overwrite,
+    finetune(config, tensorboard, wandb, wandb_project, wandb_entity, output_dir, overwrite, keep,
              task=task, pretrained=pretrained, data_dir=data_dir, experiment_name=experiment_name,
              encoder_type=encoder_type, linear_eval=linear_eval, few_shot=few_shot,
              shot_ratio=shot_ratio, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)

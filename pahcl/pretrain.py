@@ -36,11 +36,12 @@ def pahcl_pretrain(
     wandb: bool = False,            # log to Weights & Biases (WANDB_MODE=offline works)
     wandb_project: str = 'PA-HCL',  # W&B project
     wandb_entity: str = None,       # W&B entity
-    overwrite: bool = False,        # start anew where the folder holds a run
+    overwrite: bool = False,  # replace the run in the folder, once the new one is finished
+    keep: bool = False,             # keep the replaced run as <folder>.previous
 ):
     "Pretrain an encoder on cycles without labels."
     from pahcl.training.pretraining import pretrain
-    pretrain(config, tensorboard, wandb, wandb_project, wandb_entity, output_dir, overwrite,
+    pretrain(config, tensorboard, wandb, wandb_project, wandb_entity, output_dir, overwrite, keep,
              processed_dir=processed_dir, downstream_dir=downstream_dir,
              experiment_name=experiment_name, encoder_type=encoder_type, moco=moco, epochs=epochs,
              lr=lr, batch_size=batch_size, seed=seed,

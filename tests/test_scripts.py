@@ -26,7 +26,7 @@ GUIDE = dict(
                   'split-column leaky-splits',
     pahcl_pretrain='config processed-dir downstream-dir output-dir experiment-name encoder-type '
                    'moco epochs lr batch-size seed include-heldout-subjects tensorboard wandb '
-                   'wandb-project wandb-entity overwrite',
+                   'wandb-project wandb-entity overwrite keep',
     pahcl_finetune='task config pretrained data-dir output-dir experiment-name linear-eval '
                    'few-shot shot-ratio epochs lr batch-size seed tensorboard wandb wandb-project '
                    'wandb-entity',

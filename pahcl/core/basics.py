@@ -8,12 +8,16 @@ __all__ = ['PahclError', 'UsageError', 'require_path', 'first_few', 'atomic_path
            'generator', 'progress', 'get_logger', 'log_to_file']
 
 # %% ../../nbs/core/basics.ipynb #c002
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 import sys
+import threading
+import time
 import uuid
 import zlib
 from contextlib import contextmanager, suppress
@@ -81,25 +85,50 @@ if _find_command_name(sys.argv[0] if sys.argv else ''):
     _handle_interrupt(_find_command_name(sys.argv[0]))
 
 # %% ../../nbs/core/basics.ipynb #c017
+def _force_to_disk(path):
+    "Wait until the content of a file is on the disk."
+    handle = os.open(path, os.O_RDWR)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+@contextmanager
+def _blame_target(
+    target,      # what is to be written
+    temporary,   # its name until it is whole
+):
+    "Let an `OSError` name what was to be written, and not the temporary name it has till then."
+    try: yield
+    except OSError as e:
+        named = [str(n) for n in (e.filename, e.filename2) if n is not None]
+        ours = not named or any(n.startswith(str(temporary)) for n in named)
+        if e.errno is None or not ours: raise
+        raise OSError(e.errno, e.strerror, str(target)) from e
+
 @contextmanager
 def atomic_path(
-    path,  # the file to write
+    path,           # the file to write
+    lasting=True,   # it survives a power cut, too; a few milliseconds a file
 ):
     """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it
-    when it does not.
+    when it does not. An `OSError` names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    with _blame_target(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if lasting: _force_to_disk(temporary)
+            os.replace(temporary, path)
+        finally: temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/core/basics.ipynb #c019
-def write_text(path, text: str):
+def write_text(
+    path, text: str,   # the file, and what it is to hold
+    lasting=True,      # see `atomic_path`
+):
     "Write `text` to `path` atomically."
-    with atomic_path(path) as t: t.write_text(text, encoding='utf-8')
+    with atomic_path(path, lasting) as t: t.write_text(text, encoding='utf-8')
 
 # %% ../../nbs/core/basics.ipynb #c021
 def to_json(value):
@@ -129,24 +158,75 @@ def read_json(
         raise PahclError(f'{what} {path} is not valid JSON ({e}). {remedy}') from e
 
 # %% ../../nbs/core/basics.ipynb #c026
+def _lock_file(folder) -> Path:
+    "Where the lock of a folder is: beside it; in it where nothing can be written beside it."
+    folder = Path(os.path.realpath(folder))
+    beside = folder.with_name(f'.{folder.name.lstrip(".")}.lock')
+    there = next(p for p in beside.parents if p.exists())
+    return beside if os.access(there, os.W_OK) else folder/'.lock'
+
+def _take_lock(
+    path,         # of the lock
+    wait=False,   # until nobody has it
+):                # a file handle; None where another process has it
+    "Take a lock; its file is made."
+    try: import fcntl
+    except ImportError: return os.open(os.devnull, os.O_RDONLY)   # Windows: no lock
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try: handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError: continue   # who had it before has removed the folder
+        try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError: return os.close(handle)
+        except OSError: return handle   # some network file systems have no locks
+        # who had it before has removed the file, and others lock a new one
+        if os.fstat(handle).st_nlink: return handle
+        os.close(handle)
+
+def _describe_holder(
+    path,      # of the lock
+) -> str:
+    "Who has a lock."
+    try: who = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError): return 'another process'   # it is just writing it down
+    return '{command} (process {pid} on {host}, since {since})'.format(**who)
+
+def _describe_process() -> dict:
+    "What others are told of this process."
+    program, *words = sys.argv or ['']
+    command = ' '.join([Path(program).name or 'python', *words])
+    return dict(command=command if len(command) < 200 else f'{command[:200]} …', pid=os.getpid(),
+                host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S %z'))
+
+# %% ../../nbs/core/basics.ipynb #lock2
 @contextmanager
 def lock_folder(
-    folder,  # is made when it is not there
+    folder,       # that is written in the block; it need not be there
+    wait=False,   # until nobody else is in such a block, rather than stop
 ):
-    """Wait until no other process is in this block for the same folder; the operating system ends
-    the lock of a killed process.
+    """Let no other process into such a block for the same folder.
+
+    Where one is in it, a `PahclError` says who: command, process, machine, since when.
     """
-    try: import fcntl
-    except ImportError: fcntl = None             # Windows: no lock
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    path = _lock_file(folder)
+    with _blame_target(folder, path):
+        made = [p for p in path.parents if not p.exists()]
+        handle = _take_lock(path)
+        if handle is None:
+            who = f'{folder} is being written by {_describe_holder(path)}'
+            if not wait: raise PahclError(f'{who}. Wait until it has ended, or write elsewhere.')
+            get_logger().info(f'{who}; waiting')
+            handle = _take_lock(path, wait=True)
     try:
-        if fcntl:
-            # some network file systems have no locks
-            with suppress(OSError): fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):   # a full disk: the lock holds without
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps(_describe_process()).encode())
         yield
     finally:
-        if fcntl: os.close(handle)
+        with suppress(OSError): path.unlink()
+        os.close(handle)
+        with suppress(OSError):   # what was made for the lock alone goes with it
+            for folder in made: folder.rmdir()
 
 # %% ../../nbs/core/basics.ipynb #c027
 @contextmanager
@@ -159,12 +239,13 @@ def replace_folder(
     folder = Path(folder)
     scratch = folder.parent/'.preparing'
     shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        (scratch/'new').mkdir(parents=True)
-        yield scratch/'new'
-        if folder.exists(): os.rename(folder, scratch/'old')
-        os.rename(scratch/'new', folder)
-    finally: shutil.rmtree(scratch, ignore_errors=True)
+    with _blame_target(folder, scratch):
+        try:
+            (scratch/'new').mkdir(parents=True)
+            yield scratch/'new'
+            if folder.exists(): os.rename(folder, scratch/'old')
+            os.rename(scratch/'new', folder)
+        finally: shutil.rmtree(scratch, ignore_errors=True)
 
 # %% ../../nbs/core/basics.ipynb #c030
 def read_table(
@@ -222,27 +303,55 @@ def generator(
     return np.random.default_rng([seed, *(zlib.crc32(str(n).encode()) for n in names)])
 
 # %% ../../nbs/core/basics.ipynb #c042
-_LINE_EVERY = 30.   # seconds, where there is no terminal
+_FIRST_LINE, _LINE_EVERY = 4., 30.   # seconds, where there is no terminal
 
-class _LogLines:
-    "A file whose lines go to the package's log."
-    def write(self, text):
-        if line := text.strip(): get_logger().info(line)
+class _LoggedLoop:
+    "A loop that says in the log how far it is."
+    def __init__(self, items, description, total):
+        if total is None and hasattr(items, '__len__'): total = len(items)
+        self.items, self.description, self.total, self.done = items, description, total, 0
+        self.began, self.ended = time.monotonic(), threading.Event()
+        if items is None: self.start()   # whoever counts calls `update`
 
-    def flush(self): pass
+    def start(self):
+        if os.environ.get('TQDM_DISABLE', '0') == '0':
+            threading.Thread(target=self.speak, daemon=True).start()
+
+    def speak(self):
+        wait = _FIRST_LINE
+        while not self.ended.wait(wait):
+            get_logger().info(self.line())
+            wait = _LINE_EVERY
+
+    def line(self) -> str:
+        from tqdm import tqdm
+        passed, show = time.monotonic()-self.began, tqdm.format_interval
+        left = (show(passed/self.done*max(0, self.total-self.done))
+                if self.done and self.total else '?')
+        return (f'{self.description}: {self.done} of {self.total or "?"}, {show(passed)} passed, '
+                f'{left} left')
+
+    def update(self, count=1): self.done += count
+
+    def close(self): self.ended.set()
+
+    def __iter__(self):
+        self.start()
+        try:
+            for item in self.items:
+                yield item
+                self.update()
+        finally: self.close()
 
 def progress(
-    iterable,          # what to loop over
+    iterable,          # what to loop over; None: the caller calls `update()` and `close()`
     description='',    # what the bar says
     total=None,        # length, where `iterable` does not know it
 ):                     # the same items
-    "A tqdm bar on a terminal; elsewhere a line in the log every half a minute."
+    "A tqdm bar on a terminal; elsewhere a line in the log after 4 s, then every half a minute."
+    if not sys.stderr.isatty(): return _LoggedLoop(iterable, description, total)
     from tqdm import tqdm
-    how = dict(desc=description, total=total, leave=False)
-    if sys.stderr.isatty(): return tqdm(iterable, dynamic_ncols=True, **how)
-    text = '{desc}: {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left'
-    return tqdm(iterable, file=_LogLines(), mininterval=_LINE_EVERY, delay=_LINE_EVERY,
-                bar_format=text, **how)
+    return tqdm(iterable, dynamic_ncols=True, desc=description, total=total, leave=False)
 
 # %% ../../nbs/core/basics.ipynb #c043
 def get_logger():

@@ -54,7 +54,8 @@ def save_figure(
 ):
     "Write a figure as PNG, atomically."
     _SAVED[figure] = png_bytes(figure)
-    with atomic_path(path) as temporary: temporary.write_bytes(_SAVED[figure])
+    with atomic_path(path, lasting=False) as temporary:
+        temporary.write_bytes(_SAVED[figure])
 
 def _saved_bytes(
     figure,  # a matplotlib figure, unchanged since `save_figure` if it was saved

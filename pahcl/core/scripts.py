@@ -6,13 +6,19 @@
 __all__ = ['load_extensions', 'console_script', 'require_flags']
 
 # %% ../../nbs/core/scripts.ipynb #c002
+import errno
 import importlib
 import inspect
+import logging
 import os
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from functools import wraps
 
-from .basics import PahclError, _report_error, UsageError
+from .basics import (
+    _FIRST_LINE, get_logger, _LINE_EVERY, PahclError, _report_error, UsageError)
 
 # %% ../../nbs/core/scripts.ipynb #c005
 def _accept_both_spellings(
@@ -47,7 +53,70 @@ def load_extensions():
             remedy = 'Correct the name, or put its folder on PYTHONPATH.'
             raise PahclError(f'PAHCL_EXTENSIONS names {name.strip()}: {e}. {remedy}') from e
 
+# %% ../../nbs/core/scripts.ipynb #mach1
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_MEMORY = ("can't allocate memory", 'failed to map segment', "can't start new thread",
+           'Cannot allocate memory', 'Unable to allocate')
+
+def _explain_os_error(
+    error: OSError,
+) -> str:   # a sentence; '' where nothing is known of it
+    "Say what was wrong with a file, and what to do about it."
+    if error.filename is None and error.errno is None: return ''
+    name, again = error.filename or '(no file named)', 'Then give the same command again.'
+    if error.errno in _FULL:
+        return f'{name} could not be written: {error.strerror}. Free some space. {again}'
+    if error.errno in _FORBIDDEN:
+        return (f'{name} cannot be opened or written: {error.strerror}. Give another folder, or '
+                'get the right to use this one.')
+    return f'{error.strerror}: {name}. Check that the path is right.'
+
+def _explain_machine_error(
+    error: Exception,
+) -> str:   # a sentence; '' where the fault is not the machine's
+    "Say what this machine lacks."
+    text = str(error)
+    if isinstance(error, MemoryError) or any(m in text for m in _MEMORY):
+        return (f'memory ran out ({text.splitlines()[0] if text else "no more was given"}). '
+                'Raise the limit (ulimit -v, or that of the batch system), or give a smaller '
+                '--batch-size or --num-workers.')
+    if isinstance(error, UnicodeEncodeError):
+        return (f'the locale of this terminal ({error.encoding}) cannot say {error.object!a}. '
+                'Set PYTHONUTF8=1 and give the same command again.')
+    return _explain_os_error(error) if isinstance(error, OSError) else ''
+
+# %% ../../nbs/core/scripts.ipynb #quiet1
+class _LastLine(logging.Handler):
+    "Remembers when the log had its last line."
+    at = 0.
+    def emit(self, record): self.at = time.monotonic()
+
+@contextmanager
+def _say_alive(
+    name: str,   # of the command
+):
+    "Where there is no terminal, let no half minute pass without a line in the log."
+    last, began, ended = _LastLine(), time.monotonic(), threading.Event()
+    def speak():
+        while not ended.wait(.5):
+            quiet = time.monotonic()-max(last.at, began)
+            if quiet < (_LINE_EVERY+.5 if last.at else _FIRST_LINE): continue
+            get_logger().info(f'{name}: at work for {time.monotonic()-began:.0f} s')
+    get_logger().addHandler(last)
+    if not sys.stderr.isatty() and os.environ.get('TQDM_DISABLE', '0') == '0':
+        threading.Thread(target=speak, daemon=True).start()
+    try: yield
+    finally:
+        ended.set()
+        get_logger().removeHandler(last)
+
 # %% ../../nbs/core/scripts.ipynb #c008
+def _forgive_locale():
+    "Let a stream that cannot say a letter show its number rather than end the command."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+
 def console_script(
     # its parameters are the flags, their docments the help; the last definition of its module
     function,
@@ -64,15 +133,15 @@ def console_script(
             _accept_both_spellings(anno_parser(function, prog=function.__name__)))
         arguments = vars(parser.parse_args(argv))
         for extra in ('pdb', 'xtra'): arguments.pop(extra, None)
+        _forgive_locale()
         try:
-            load_extensions()
-            function(**arguments)
+            with _say_alive(function.__name__):
+                load_extensions()
+                function(**arguments)
         except (PahclError, KeyboardInterrupt) as e: return _report_error(function.__name__, e)
-        except OSError as e:
-            if e.filename is None and e.errno is None: raise
-            return _report_error(function.__name__, PahclError(
-                f'{e.strerror}: {e.filename or "(no file named)"}. Check that the path is right, '
-                'readable or writable, and that the disk is not full.'))
+        except Exception as e:
+            if not (why := _explain_machine_error(e)): raise
+            return _report_error(function.__name__, PahclError(why))
         return 0
     main.function = function
     return main

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pooch
 import requests
 
-from ..core.basics import atomic_path, get_logger, PahclError, progress
+from ..core.basics import atomic_path, get_logger, lock_folder, PahclError, progress
 from .datasets import DATASETS, select_datasets
 from .recordings import load_recordings
 
@@ -138,8 +138,9 @@ def download(
             raise PahclError(f'{folder} holds simulated recordings. Give another output folder, '
                              'or remove it.')
         url = (base_url or source.url).rstrip('/')+'/'
-        sums = _fetch_sums(url, folder, source.wanted, options.get('timeout', 30))
-        _fetch_files(sums, url, folder, **options)
+        with lock_folder(folder):
+            sums = _fetch_sums(url, folder, source.wanted, options.get('timeout', 30))
+            _fetch_files(sums, url, folder, **options)
         counts[name] = len(sums)
         get_logger().info(f'{name}: {len(sums)} files in {folder} match the published SHA-256 '
                           f'sums. {source.title}; {source.licence}; cite {source.credit}')

@@ -6,14 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/data/packing.ipynb #c002
+import atexit
+import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from ..core.basics import (
-    fingerprint, fingerprint_files, get_logger, lock_folder, PahclError, progress, require_path)
+    _blame_target, fingerprint, fingerprint_files, get_logger, lock_folder, PahclError,
+    progress, require_path)
 
 # %% ../../nbs/data/packing.ipynb #c006
 def _read_cycle(
@@ -105,6 +109,34 @@ def _fingerprint_pack(
     return fingerprint([_PACK_FORMAT, length, there, '\n'.join(files), ' '.join(map(str, valid))])
 
 # %% ../../nbs/data/packing.ipynb #c013
+def _is_writable(folder: Path) -> bool:
+    "Whether files can be made in a folder, which is made itself."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): return True
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): return False
+        raise
+
+def _place_packs(
+    root,      # folder of the data
+) -> Path:     # `.packed` in it, else the user's cache, else a folder that goes with this process
+    "Choose where packs of a folder are made: one that cannot be written has them elsewhere."
+    own = Path(root)/'.packed'
+    if _is_writable(own): return own
+    elsewhere = _cached_packs(root)
+    if not _is_writable(elsewhere):
+        elsewhere = Path(tempfile.mkdtemp(prefix='pahcl-'))
+        atexit.register(shutil.rmtree, elsewhere, ignore_errors=True)
+    get_logger().info(f'{root} cannot be written; packs of it are in {elsewhere}')
+    return elsewhere
+
+def _cached_packs(root) -> Path:
+    "Where the user's cache has packs of a folder."
+    import pooch
+    return Path(pooch.os_cache('pahcl'))/'packed'/fingerprint(os.path.realpath(root))
+
+# %% ../../nbs/data/packing.ipynb #pack2
 def _open_or_pack(
     root,         # folder of the data; the pack is made in `.packed` below it
     name: str,    # of the pack
@@ -114,9 +146,10 @@ def _open_or_pack(
     what: str,    # is packed, for the log
 ):                # what `read` returns
     "Open a pack, made first where there is none or its inputs have changed."
-    packs = Path(root)/'.packed'
+    if found := read(Path(root)/'.packed'/f'{name}-{key}'): return found
+    packs = _place_packs(root)
     target, temporary = packs/f'{name}-{key}', packs/f'.{name}.tmp'
-    with lock_folder(root):
+    with lock_folder(packs, wait=True), _blame_target(target, temporary):
         if found := read(target): return found
         get_logger().info(f'packing {what} of {root}')
         for old in [temporary, *packs.glob(f'{name}-*')]: shutil.rmtree(old, ignore_errors=True)

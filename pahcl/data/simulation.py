@@ -6,6 +6,7 @@
 __all__ = ['simulate_dataset']
 
 # %% ../../nbs/data/simulation.ipynb #6172b6ab
+import io
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,8 @@ import pandas as pd
 import scipy.io
 import soundfile
 
-from ..core.basics import generator, get_logger, PahclError
+from ..core.basics import (
+    _blame_target, generator, get_logger, lock_folder, PahclError)
 from .heart_sounds import Murmur, simulate_recording, STATE_NAMES
 
 # %% ../../nbs/data/simulation.ipynb #a1bfab52
@@ -36,7 +38,9 @@ def _write_wav(path, signal, sample_rate, comment=None):
     With a comment, also the header that PhysioNet puts beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, signal, sample_rate, 'PCM_16')
+    sound = io.BytesIO()   # a full disk is then an `OSError` that names the file
+    soundfile.write(sound, signal, sample_rate, 'PCM_16', format='WAV')
+    path.write_bytes(sound.getbuffer())
     if comment:
         path.with_suffix('.hea').write_text(f'{path.stem} 1 {sample_rate} {len(signal)}\n'
                                             f'{path.name} 16+44 1 16 0 0 0 0 PCG\n# {comment}\n')
@@ -139,7 +143,10 @@ def _write_state_ans(path, states, noisy=None):
         inner[0, 0] = name
         cells[i] = np.array([[sample]], np.int32), name if 'N' in name else inner
     path.parent.mkdir(parents=True, exist_ok=True)
-    scipy.io.savemat(path, {'state_ans': cells})
+    content = io.BytesIO()
+    scipy.io.savemat(content, {'state_ans': cells})
+    # the first 116 bytes are a text with the time: the same seed, the same bytes
+    path.write_bytes(b'MATLAB 5.0 MAT-file, simulated'.ljust(116)+content.getvalue()[116:])
 
 # %% ../../nbs/data/simulation.ipynb #24d31694
 _APPENDIX_PATH = 'annotations/Online Appendix_training set.csv'
@@ -302,15 +309,23 @@ def simulate_dataset(
 # %% ../../nbs/data/simulation.ipynb #26d08186
 def _simulate_dataset(folder, name, settings):
     "Write one data set unless it is there; return the number of its recordings."
-    if _read_simulation_settings(folder) == settings:
-        get_logger().info(f'{folder}: simulated before with the same settings, left as it is')
-    else:
-        building = folder.with_name(f'.{folder.name}.simulating')
-        shutil.rmtree(building, ignore_errors=True)   # of a run that was killed
-        building.mkdir(parents=True)
-        _DATASET_WRITERS[name](building, **settings)
-        (building/_SIMULATION_MARKER).write_text(json.dumps(
-            dict(layout=_LAYOUT_VERSION, settings=settings, files=_list_files(building))))
-        shutil.rmtree(folder, ignore_errors=True)   # checked above: only simulated files
-        building.rename(folder)
-    return sum(f.endswith('.wav') for f in _list_files(folder))
+    with lock_folder(folder):
+        if _read_simulation_settings(folder) == settings:
+            get_logger().info(f'{folder}: simulated before with the same settings, '
+                              'left as it is')
+        else: _write_simulated(folder, name, settings)
+        return sum(f.endswith('.wav') for f in _list_files(folder))
+
+def _write_simulated(folder, name, settings):
+    "Write one data set beside its place, then into it."
+    building = folder.with_name(f'.{folder.name}.simulating')
+    shutil.rmtree(building, ignore_errors=True)   # of a run that was killed
+    with _blame_target(folder, building):
+        try:
+            building.mkdir(parents=True)
+            _DATASET_WRITERS[name](building, **settings)
+            (building/_SIMULATION_MARKER).write_text(json.dumps(
+                dict(layout=_LAYOUT_VERSION, settings=settings, files=_list_files(building))))
+            shutil.rmtree(folder, ignore_errors=True)   # checked above: only simulated files
+            building.rename(folder)
+        finally: shutil.rmtree(building, ignore_errors=True)

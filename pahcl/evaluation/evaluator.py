@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.basics import first_few, get_logger, PahclError, require_path
+from ..core.basics import first_few, get_logger, lock_folder, PahclError, require_path
 from ..core.predictions import Predictions
 from ..core.stages import evaluation_folder
 from ..data.inputs import open_cycles
@@ -257,20 +257,20 @@ def evaluate(
     # a misspelt rule is an error before anything is computed
     check_rules(prepared, rule, subject_rule)
     _check_threshold(threshold, prepared)
-    model = open_model(path, prepared)
-    cycles, _ = open_split(task, data_dir, split, model.data)
-    scored = _predict_and_score(model, cycles, split, subject_rule, threshold, batch_size,
-                                rule=rule, draws=draws, seed=seed, raw_dir=raw_dir)
-    about = dict(checkpoint=str(checkpoint), trained_on=model.saved['task'],
-                 encoder_type=model.saved['encoder_type'], split=split, matched=model.matched)
-    scored = replace(scored, results=about | scored.results)
-    for note in scored.notes: get_logger().info(note)
-    # write
     own = str(checkpoint) in _PACKAGED   # nothing is written into the package
     beside = Path('outputs')/f'{task}_{checkpoint}' if own else _checkpoint_folder(path)
     folder = Path(output_dir or evaluation_folder(beside, task, split))
-    asked = dict(about, data_dir=str(data_dir), rule=rule, subject_rule=subject_rule,
-                 threshold=threshold, draws=draws, seed=seed)
-    settings = dict(evaluation=asked, checkpoint=model.saved.get('config') or {})
-    scored.save(folder, f'{task}, {split}: {path.parent.name}/{path.name}', settings)
+    with lock_folder(folder):
+        model = open_model(path, prepared)
+        cycles, _ = open_split(task, data_dir, split, model.data)
+        scored = _predict_and_score(model, cycles, split, subject_rule, threshold, batch_size,
+                                    rule=rule, draws=draws, seed=seed, raw_dir=raw_dir)
+        about = dict(checkpoint=str(checkpoint), trained_on=model.saved['task'],
+                     encoder_type=model.saved['encoder_type'], split=split, matched=model.matched)
+        scored = replace(scored, results=about | scored.results)
+        for note in scored.notes: get_logger().info(note)
+        asked = dict(about, data_dir=str(data_dir), rule=rule, subject_rule=subject_rule,
+                     threshold=threshold, draws=draws, seed=seed)
+        settings = dict(evaluation=asked, checkpoint=model.saved.get('config') or {})
+        scored.save(folder, f'{task}, {split}: {path.parent.name}/{path.name}', settings)
     return scored.results | dict(output_dir=str(folder))

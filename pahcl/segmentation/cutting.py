@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/segmentation/cutting.ipynb #cell2
 import csv
 import io
+import json
 import os
 import shutil
 import uuid
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.basics import PahclError, read_json, write_json
+from ..core.basics import _blame_target, PahclError, read_json, to_json
 from ..data.signal import _store_signal
 from ..data.tasks import BEAT_BOUNDARIES
 from .heard_recordings import hear_recording, PreprocessingSettings
@@ -78,15 +79,16 @@ def _process_recording(
     done = _read_cut_record(folder)
     if done.get('key') == key: return done['summary']
     temporary = folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}.tmp')
-    try:
-        heard = hear_recording(row['path'], settings=settings, annotation=row['annotation_path'])
-        temporary.mkdir(parents=True)
-        write_states(temporary/'states.tsv', heard.states)
-        np.save(temporary/'signal.npy', _store_signal(heard.recorded, heard.sample_rate))
-        _write_beats(temporary, heard, settings)
-        done = dict(key=key, dataset=row['dataset'], summary=heard.summary())
-        write_json(temporary/'.done.json', done)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally: shutil.rmtree(temporary, ignore_errors=True)
+    heard = hear_recording(row['path'], settings=settings, annotation=row['annotation_path'])
+    with _blame_target(folder, temporary):
+        try:
+            temporary.mkdir(parents=True)
+            write_states(temporary/'states.tsv', heard.states)
+            np.save(temporary/'signal.npy', _store_signal(heard.recorded, heard.sample_rate))
+            _write_beats(temporary, heard, settings)
+            done = dict(key=key, dataset=row['dataset'], summary=heard.summary())
+            (temporary/'.done.json').write_text(json.dumps(to_json(done)), encoding='utf-8')
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        finally: shutil.rmtree(temporary, ignore_errors=True)
     return done['summary']

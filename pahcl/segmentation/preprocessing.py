@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.basics import (
-    atomic_path, fingerprint, fingerprint_files, first_few, get_logger, PahclError, progress,
-    read_json, write_json, write_text)
+    atomic_path, fingerprint, fingerprint_files, first_few, get_logger, lock_folder, PahclError,
+    progress, read_json, write_json, write_text)
 from ..core.parallel import map_in_parallel
 from ..data.datasets import DATASETS, get_class_columns, select_datasets
 from ..data.own_recordings import _describe_own_datasets
@@ -79,6 +79,8 @@ def _make_key_function(
     return key
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell21
+_TABLES = ('recordings.csv', 'processing_stats.json')   # what describes a processed folder
+
 def _remove_stale(
     output_dir,     # the processed folder
     keys,           # folder of a recording → key, of this run
@@ -93,6 +95,30 @@ def _remove_stale(
         stale += finished
         if folder.parent.exists() and not any(folder.parent.iterdir()): folder.parent.rmdir()
     return stale
+
+# %% ../../nbs/segmentation/preprocessing.ipynb #next1
+_NEXT = '.next'   # in the processed folder: what takes its place when it is whole
+
+def _move_in(
+    output_dir: Path,   # the processed folder
+    keys: dict,         # folder of a recording → key, of this run
+):
+    "Let recordings that were cut in `.next` with this run's settings take their place."
+    waiting = output_dir/_NEXT
+    for name, key in keys.items():
+        if _read_cut_record(waiting/name).get('key') != key: continue
+        (output_dir/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(output_dir/name, ignore_errors=True)
+        os.rename(waiting/name, output_dir/name)
+
+def _replace_results(
+    output_dir: Path,   # the processed folder; `.next` holds all of the new
+    keys: dict,         # folder of a recording → key, of this run
+):
+    "Let the new recordings, and the tables that describe them, take the place of the old."
+    for name in _TABLES: (output_dir/name).unlink(missing_ok=True)   # of what goes now
+    _move_in(output_dir, keys)
+    for name in _TABLES: os.replace(output_dir/_NEXT/name, output_dir/name)
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell23
 def _load_previously_cut(
@@ -156,7 +182,7 @@ def _write_state_files(
     shared = table.recording_id.duplicated(keep=False)
     for r, twice in zip(progress(table.itertuples(), 'states', len(table)), shared):
         folder = Path(states_dir)/(r.dataset if twice else '')
-        with atomic_path(folder/f'{r.recording_id}.tsv') as path:
+        with atomic_path(folder/f'{r.recording_id}.tsv', lasting=False) as path:
             shutil.copyfile(Path(output_dir)/r.folder/'states.tsv', path)
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell31
@@ -174,12 +200,12 @@ def _draw_figures(
         labels = [r[c] for c in told if isinstance(r[c], str)]
         path = Path(output_dir)/'figures'/f'{r.folder.replace("/", "_")}.png'
         figure = plot_processed_recording(r.path, Path(output_dir)/r.folder, ', '.join(labels))
-        with atomic_path(path) as t: figure.savefig(t, format='png', dpi=130)
+        with atomic_path(path, lasting=False) as t: figure.savefig(t, format='png', dpi=130)
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell34
 def _process_all(raw_dir, output_dir, table, broken, settings, names, num_workers, scheduler):
     "Cut the recordings of a table and write the two files; the arguments are `preprocess`'s."
-    results = [output_dir/'recordings.csv', output_dir/'processing_stats.json']
+    results = [output_dir/name for name in _TABLES]
     key_of = _make_key_function(settings)
     before = _load_previously_cut(raw_dir, output_dir, names, key_of)
     if before is not None:
@@ -187,22 +213,26 @@ def _process_all(raw_dir, output_dir, table, broken, settings, names, num_worker
         table = pd.concat([table, before]).sort_values(order, kind='stable', ignore_index=True)
     rows = table.astype(object).where(table.notna(), None).to_dict('records')
     keys = {r['folder']: key_of(r) for r in rows}
-    if results[1].exists() and read_json(results[1]).get('settings') != asdict(settings):
-        # they would describe a mixture until the run has ended
-        for path in results: path.unlink(missing_ok=True)
-    stale = _remove_stale(output_dir, keys)
-    if stale:
-        get_logger().info(f'{output_dir}: {stale} folders of recordings that are not in this '
-                          'selection, or of other settings, were removed')
-    again = sum(_read_cut_record(output_dir/f).get('key') == k for f, k in keys.items())
+    described = read_json(results[1]).get('settings') if results[1].exists() else None
+    other = described is not None and described != asdict(settings)
+    place = output_dir/_NEXT if other else output_dir
+    if not other: _move_in(output_dir, keys)   # what was killed while it took its place
+    again = sum(_read_cut_record(place/f).get('key') == k for f, k in keys.items())
     if again: get_logger().info(f'{output_dir}: {again} of {len(keys)} recordings are done already')
     # workers may stand in another folder
     def away(r): return r | {c: r[c] and os.path.abspath(r[c]) for c in ('path', 'annotation_path')}
-    jobs = [(away(r), output_dir.absolute(), settings, keys[r['folder']]) for r in rows]
+    jobs = [(away(r), place.absolute(), settings, keys[r['folder']]) for r in rows]
     summaries = list(map_in_parallel(_process_recording, jobs, num_workers, scheduler, 'cutting',
                                      lambda row, *_: row['path']))
-    if scheduler: _remove_stale(output_dir, keys)   # what killed workers had begun
-    return _write_results(raw_dir, results, table, summaries, settings, broken)
+    results = [place/name for name in _TABLES]
+    stats = _write_results(raw_dir, results, table, summaries, settings, broken)
+    if other: _replace_results(output_dir, keys)
+    # last: all that replaces it is there
+    shutil.rmtree(output_dir/_NEXT, ignore_errors=True)
+    if stale := _remove_stale(output_dir, keys):
+        get_logger().info(f'{output_dir}: {stale} folders of recordings that are not in this '
+                          'selection, or of other settings, were removed')
+    return stats
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell35
 def preprocess(
@@ -233,8 +263,9 @@ def preprocess(
     table = load_recordings(raw_dir, dataset, skip_broken, keep_withdrawn)
     table, broken = _check_recordings(table, skip_broken)
     names = select_datasets(dataset)
-    stats = _process_all(raw_dir, output_dir, table, broken, settings, names, num_workers,
-                         scheduler)
-    if states_dir: _write_state_files(table, output_dir, states_dir)
-    _draw_figures(table, output_dir, figures)
+    with lock_folder(output_dir):
+        stats = _process_all(raw_dir, output_dir, table, broken, settings, names, num_workers,
+                             scheduler)
+        if states_dir: _write_state_files(table, output_dir, states_dir)
+        _draw_figures(table, output_dir, figures)
     return stats

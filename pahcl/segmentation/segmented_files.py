@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.basics import atomic_path, get_logger, PahclError
+from ..core.basics import atomic_path, get_logger, lock_folder, PahclError
 from ..core.parallel import map_in_parallel
 from ..data.audio_files import _find_recordings, _name_recordings
 from .beat_counts import _NO_HEARTBEAT_FOUND
@@ -50,7 +50,8 @@ def _segment_files(
     "Write the heart states of recordings; a `PahclError` where none can be read."
     files, folder = _find_recordings(paths), Path(output_dir).absolute()
     jobs = [(str(f.absolute()), n, folder, figures) for f, n in zip(files, _name_recordings(files))]
-    rows = list(map_in_parallel(_segment_file, jobs, num_workers, scheduler, 'segmenting'))
+    with lock_folder(folder):
+        rows = list(map_in_parallel(_segment_file, jobs, num_workers, scheduler, 'segmenting'))
     columns = ['recording_id', 'beats', 'heart_rate', 'quality', 'heartbeat', 'error']
     table = pd.DataFrame(rows, columns=columns)
     for error in table['error'].dropna(): get_logger().warning(f'left out: {error}')

@@ -166,4 +166,5 @@ def write_states(
 ):
     "Write states in CirCor's format."
     rows = zip(*(states[c].tolist() for c in ('start_s', 'end_s', 'state')))
-    write_text(path, ''.join(f'{a:.6f}\t{b:.6f}\t{int(k)}\n' for a, b, k in rows))
+    write_text(path, ''.join(f'{a:.6f}\t{b:.6f}\t{int(k)}\n' for a, b, k in rows),
+               lasting=False)

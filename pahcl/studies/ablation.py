@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.basics import get_logger, PahclError, read_json, write_text
+from ..core.basics import get_logger, lock_folder, PahclError, read_json, write_text
 from ..core.jobs import check_job_count, Job, run_jobs
 from ..core.stages import run_stage
 from ..data.splitting import prepare
@@ -124,13 +124,14 @@ def run_ablation(
     trainings, folder = _training_jobs(a, output_dir), Path(output_dir)/a.name
     print(_describe_plan(trainings), flush=True)
     if dry_run: return None
-    modes = {t.length_mode: t.variant for t in trainings if t.length_mode}
-    for mode, variant in modes.items():
-        _preprocess_variant(a, mode, _variant_folders(a, variant, folder))
-    failed = _run_trainings(trainings, jobs)
-    table = ablation_table(a, folder, draws, seed)
-    print('\n'.join([_write_ablation(a, folder, table).to_string(index=False),
-                     *_collect_run_notes(_trained_folders(folder))]))
+    with lock_folder(folder):
+        modes = {t.length_mode: t.variant for t in trainings if t.length_mode}
+        for mode, variant in modes.items():
+            _preprocess_variant(a, mode, _variant_folders(a, variant, folder))
+        failed = _run_trainings(trainings, jobs)
+        table = ablation_table(a, folder, draws, seed)
+        print('\n'.join([_write_ablation(a, folder, table).to_string(index=False),
+                         *_collect_run_notes(_trained_folders(folder))]))
     if not failed: return table
     reasons = '; '.join(f'{n}: {why}' for n, why in failed.items())
     raise PahclError(f'{len(failed)} of {len(trainings)} trainings failed: {reasons}')

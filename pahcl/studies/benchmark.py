@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.basics import (
-    fingerprint, first_few, get_logger, PahclError, progress, read_json, write_json)
+from pahcl.core.basics import (
+    fingerprint, first_few, get_logger, lock_folder, PahclError, progress, read_json,
+    write_json)
 from ..core.config import load_config, merge_configs
 from ..core.jobs import check_job_count, Job, run_jobs
 from ..core.predictions import Predictions
@@ -356,15 +357,16 @@ def run_benchmark(
     p = _read_protocol(protocol, quick, cross_validate, **given)
     check_job_count(jobs)
     places = _Places(str(raw_dir), str(processed_dir), str(Path(output_dir)/p.name))
-    _get_cycles(places, p.tasks)
-    dealt = _deal_all(p, places)
-    runs = _plan_runs(p, dealt, places, overwrite, draws)
-    todo = _list_jobs(runs, dealt, places)
-    print(f'{p.name}: {len(runs)} runs of {len(p.arms)} arms; {len(todo)} pieces of work to do, '
-          f'{jobs} at once', flush=True)
-    failed = _do_jobs(todo, jobs)
-    found = _collect_results(p, dealt, runs, places, failed, draws)
-    _write_benchmark(found, places.folder)
+    with lock_folder(places.folder):
+        _get_cycles(places, p.tasks)
+        dealt = _deal_all(p, places)
+        runs = _plan_runs(p, dealt, places, overwrite, draws)
+        todo = _list_jobs(runs, dealt, places)
+        print(f'{p.name}: {len(runs)} runs of {len(p.arms)} arms; {len(todo)} pieces of work to '
+              f'do, {jobs} at once', flush=True)
+        failed = _do_jobs(todo, jobs)
+        found = _collect_results(p, dealt, runs, places, failed, draws)
+        _write_benchmark(found, places.folder)
     shown = _format_results(found.results).to_string(index=False) if len(found.results) else ''
     print('\n'.join([shown, *found.notes, f'Report: {places.folder}/report.html']))
     if not failed: return found.results

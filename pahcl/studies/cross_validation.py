@@ -11,7 +11,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.basics import get_logger, PahclError, require_path, UsageError
+from ..core.basics import get_logger, lock_folder, PahclError, require_path, UsageError
 from ..data.task_folders import write_fold
 from ..data.tasks import find_met_persons, LEAKY_SPLIT, Task
 from ..evaluation.baselines import all_baseline_predictions
@@ -207,20 +207,22 @@ def cross_validate(
     out = Path(output_dir or _checkpoint_folder(checkpoint)/f'cross_validation_{task}_{folds}')
     get_logger().info(f'{len(planned)} fine-tunings of up to '
                       f'{saved["config"]["training"]["num_epochs"]} epochs; {notes[0]}')
-    # train, predict and decide, fold by fold
-    decisions = {name: _add_devices(_run_fold(saved, Path(data_dir)/task, out, name, split_of,
-                                              raw_dir=raw_dir, **rules), prepared)
-                 for name, split_of in planned.items()}
-    scored = _score_folds(decisions, prepared.dataset, folds == 'device', draws=draws, seed=seed,
-                         **rules)
-    # say how it was made, and write
-    about = dict(checkpoint=str(checkpoint), trained_on=task, encoder_type=saved['encoder_type'],
-                 split='devices' if folds == 'device' else f'{folds} folds')
-    notes = notes+_collect_fold_notes(decisions, scored.results)
-    scored = replace(scored, results=about | scored.results | dict(notes=notes))
-    for note in scored.notes: get_logger().info(note)
-    asked = dict(cross_validation=dict(folds=folds, data_dir=str(data_dir), **rules, draws=draws,
-                                       seed=seed), checkpoint=saved['config'])
-    scored.save(out, _report_title(task, folds), asked,
-                _fold_sections(scored, decisions, folds == 'device'))
+    with lock_folder(out):
+        # train, predict and decide, fold by fold
+        decisions = {name: _add_devices(_run_fold(saved, Path(data_dir)/task, out, name, split_of,
+                                                  raw_dir=raw_dir, **rules), prepared)
+                     for name, split_of in planned.items()}
+        scored = _score_folds(decisions, prepared.dataset, folds == 'device', draws=draws,
+                              seed=seed, **rules)
+        # say how it was made, and write
+        about = dict(checkpoint=str(checkpoint), trained_on=task,
+                     encoder_type=saved['encoder_type'],
+                     split='devices' if folds == 'device' else f'{folds} folds')
+        notes = notes+_collect_fold_notes(decisions, scored.results)
+        scored = replace(scored, results=about | scored.results | dict(notes=notes))
+        for note in scored.notes: get_logger().info(note)
+        asked = dict(cross_validation=dict(folds=folds, data_dir=str(data_dir), **rules,
+                                           draws=draws, seed=seed), checkpoint=saved['config'])
+        scored.save(out, _report_title(task, folds), asked,
+                    _fold_sections(scored, decisions, folds == 'device'))
     return scored.results | dict(output_dir=str(out))

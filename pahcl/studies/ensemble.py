@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.basics import first_few, get_logger, PahclError, write_text
+from ..core.basics import first_few, get_logger, lock_folder, PahclError, write_text
 from ..core.metrics import classification_metrics, metric_names
 from ..core.predictions import Predictions
 from ..data.inputs import open_cycles
@@ -308,29 +308,33 @@ def ensemble(
     layers = _member_layers(members, prepared)
     subject_rule = rules['subject_rule'] = _ensemble_rule(subject_rule, layers, otherwise)
     _check_test_persons(members, cycles.table, split)
-    # predict with each member, score their mean
-    weights = (_fit_validation_weights(members, task, data_dir, batch_size, **rules)
-               if weighted else None)
-    predictions = _predict_by_members(members, prepared, split, batch_size)
-    by_layer = fitted = None
-    if subject_rule == 'fitted':
-        by_layer = _answer_by_members(layers, predictions, prepared)
-        fitted = dict(reported=_average_answers(by_layer, weights), validation=None)
-        predictions, rules = _put_answers(predictions, by_layer), dict(rule=rule)
-    together = Predictions.mean(predictions, **rules, weights=weights)
-    scored = score_split(together, prepared, split, rule=rule, subject_rule=subject_rule,
-                         draws=draws, seed=seed, raw_dir=raw_dir, fitted=fitted)
-    answers = _disagreement_table(predictions, **rules, weights=weights)
-    scored = _add_members(scored, predictions, list(members), answers, **rules, weights=weights,
-                          by_layer=by_layer)
-    # say how it was made
-    notes = _collect_ensemble_notes(list(members.values()), cycles.table, prepared, subject_rule)
-    first = next(iter(members.values()))
-    scored = _describe_ensemble(scored, list(members), first, prepared, split, notes)
-    # write
     folder = (Path(output_dir) if output_dir
               else _common_folder(list(members))/f'ensemble_{task}_{split}')
-    asked = dict(members=[str(p) for p in members], task=task, data_dir=str(data_dir), split=split,
-                 draws=draws, seed=seed, weights='learnt on val' if weighted else 'all alike')
-    _write_ensemble(folder, scored, answers, f'{task}, {split}: ensemble of {len(members)}', asked)
+    with lock_folder(folder):
+        # predict with each member, score their mean
+        weights = (_fit_validation_weights(members, task, data_dir, batch_size, **rules)
+                   if weighted else None)
+        predictions = _predict_by_members(members, prepared, split, batch_size)
+        by_layer = fitted = None
+        if subject_rule == 'fitted':
+            by_layer = _answer_by_members(layers, predictions, prepared)
+            fitted = dict(reported=_average_answers(by_layer, weights), validation=None)
+            predictions, rules = _put_answers(predictions, by_layer), dict(rule=rule)
+        together = Predictions.mean(predictions, **rules, weights=weights)
+        scored = score_split(together, prepared, split, rule=rule, subject_rule=subject_rule,
+                             draws=draws, seed=seed, raw_dir=raw_dir, fitted=fitted)
+        answers = _disagreement_table(predictions, **rules, weights=weights)
+        scored = _add_members(scored, predictions, list(members), answers, **rules, weights=weights,
+                              by_layer=by_layer)
+        # say how it was made
+        notes = _collect_ensemble_notes(list(members.values()), cycles.table, prepared,
+                                        subject_rule)
+        first = next(iter(members.values()))
+        scored = _describe_ensemble(scored, list(members), first, prepared, split, notes)
+        # write
+        title = f'{task}, {split}: ensemble of {len(members)}'
+        asked = dict(members=[str(p) for p in members], task=task, data_dir=str(data_dir),
+                     split=split, draws=draws, seed=seed,
+                     weights='learnt on val' if weighted else 'all alike')
+        _write_ensemble(folder, scored, answers, title, asked)
     return scored.results | dict(output_dir=str(folder))

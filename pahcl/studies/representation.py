@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.basics import first_few, get_logger, write_json, write_text
+from ..core.basics import first_few, get_logger, lock_folder, write_json, write_text
 from ..core.figures import save_figure
 from ..core.predictions import Predictions
 from ..data.steps import _InputSettings
@@ -145,28 +145,29 @@ def represent(
     """Map, probe and look for anomalies; explain the classifier of a fine-tuned checkpoint by
     saliency.
     """
-    encoder, saved, _ = load_pretrained_encoder(checkpoint)
-    data = _data_settings(saved)
-    splits, prepared = _split_features(encoder, task, data_dir,
-                                       list(dict.fromkeys(('train', split))), cycles_per_recording,
-                                       batch_size, seed, data)
-    given = splits['train'], splits[split], prepared.label_map, draws, seed
-    probed, (anomalies, subjects) = _score_probes(*given), _detect_anomalies(*given)
-    notes = _representation_notes(saved, splits[split].table, cycles_per_recording, split,
-                                  prepared.class_names)+prepared.split_notes
-    features, about = _encode_map_cycles(encoder, task, data_dir, split, points, processed_dir,
-                                         seed, batch_size, data)
-    shown = _compute_tsne(features, seed), about, prepared.class_names
     beside = _checkpoint_folder(resolve_checkpoint(checkpoint))
     folder = Path(output_dir or beside/f'representation_{task}_{split}')
-    sections = _representation_sections(probed, anomalies, _map_figures(*shown), notes)
-    results = dict(checkpoint=str(checkpoint), task=task, split=split,
-                   encoder_type=saved.get('encoder_type'), notes=notes)
-    results |= dict(probes=probed.to_dict('records'), anomaly=anomalies.to_dict('records'))
-    one_beat = _InputSettings.of(data).unit == 'cycle'   # whose states can be laid on one axis
-    if saved.get('kind') == 'finetune' and saved.get('task') == task and one_beat:
-        results['saliency'], things = _saliency_report(checkpoint, task, data_dir, split,
-                                                      folder, seed)
-        sections['Saliency: what the classifier listens to'] = things
-    _write_representation(folder, results, sections, subjects, _map_figure(*shown))
+    with lock_folder(folder):
+        encoder, saved, _ = load_pretrained_encoder(checkpoint)
+        data = _data_settings(saved)
+        splits, prepared = _split_features(encoder, task, data_dir,
+                                           list(dict.fromkeys(('train', split))),
+                                           cycles_per_recording, batch_size, seed, data)
+        given = splits['train'], splits[split], prepared.label_map, draws, seed
+        probed, (anomalies, subjects) = _score_probes(*given), _detect_anomalies(*given)
+        notes = _representation_notes(saved, splits[split].table, cycles_per_recording, split,
+                                      prepared.class_names)+prepared.split_notes
+        features, about = _encode_map_cycles(encoder, task, data_dir, split, points, processed_dir,
+                                             seed, batch_size, data)
+        shown = _compute_tsne(features, seed), about, prepared.class_names
+        sections = _representation_sections(probed, anomalies, _map_figures(*shown), notes)
+        results = dict(checkpoint=str(checkpoint), task=task, split=split,
+                       encoder_type=saved.get('encoder_type'), notes=notes)
+        results |= dict(probes=probed.to_dict('records'), anomaly=anomalies.to_dict('records'))
+        one_beat = _InputSettings.of(data).unit == 'cycle'   # whose states can be laid on one axis
+        if saved.get('kind') == 'finetune' and saved.get('task') == task and one_beat:
+            results['saliency'], things = _saliency_report(checkpoint, task, data_dir, split,
+                                                          folder, seed)
+            sections['Saliency: what the classifier listens to'] = things
+        _write_representation(folder, results, sections, subjects, _map_figure(*shown))
     return results | dict(output_dir=str(folder))

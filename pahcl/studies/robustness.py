@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.basics import get_logger, PahclError, progress, write_text
+from ..core.basics import get_logger, lock_folder, PahclError, progress, write_text
 from ..core.figures import COLOURS, save_figure, STYLE
 from ..core.stages import evaluation_folder
 from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
@@ -220,14 +220,15 @@ def evaluate_robustness(
     if not (heard := _InputSettings.of(model.data)).is_plain:
         raise PahclError(f'{checkpoint} hears {heard.frontend} by {heard.unit}, and robustness '
                          'changes stored cycles. Give a checkpoint that hears those.')
-    cycles, _ = open_split(task, data_dir, split, model.data)
-    cycles.table = prepared.add_devices(cycles.table)
-    table, notes = _robustness_table(model, cycles, prepared.dataset, rule, subject_rule,
-                                     batch_size, draws, seed)
-    notes = [*prepared.split_notes, *notes]
     path = Path(checkpoint)
     folder = Path(output_dir or evaluation_folder(_checkpoint_folder(path), task, split))
-    title = f'{task}, {split}: robustness of {path.parent.name}/{path.name}'
-    _write_robustness(folder, table, notes, title)
+    with lock_folder(folder):
+        cycles, _ = open_split(task, data_dir, split, model.data)
+        cycles.table = prepared.add_devices(cycles.table)
+        table, notes = _robustness_table(model, cycles, prepared.dataset, rule, subject_rule,
+                                         batch_size, draws, seed)
+        notes = [*prepared.split_notes, *notes]
+        title = f'{task}, {split}: robustness of {path.parent.name}/{path.name}'
+        _write_robustness(folder, table, notes, title)
     print('\n'.join([_format_robustness(table).to_string(index=False), *(f'{n}.' for n in notes)]))
     return table

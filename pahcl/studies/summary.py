@@ -27,7 +27,7 @@ def _run_folders(
 ) -> list:       # folders, sorted by name
     "List the folders in `output_dir` that a training has begun."
     root = require_path(output_dir, 'folder of runs', 'Train something with pahcl_finetune.')
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != '.')
     return [p for p in folders if any((p/n).exists() for n in _RUN_FILES) or any(p.glob('*.pt'))]
 
 # %% ../../nbs/studies/summary.ipynb #cell10

@@ -371,7 +371,8 @@ def finetune(
     wandb_project='PA-HCL',
     wandb_entity=None,     # user or team of W&B; None: who is logged in
     output_dir='outputs',  # the run's folder is `<output_dir>/<task>_<experiment name>`
-    overwrite=False,       # start anew where the folder holds a run
+    overwrite=False,       # replace the run that is in the folder, once this one is finished
+    keep=False,            # the replaced one as `<folder>.previous`
     **overrides,           # by flag or dotted key, e.g. `task='pascal', pretrained='none'`
 ) -> dict:                 # what stands in `final_metrics.json`
     """Fine-tune on a task; a run that is finished is not repeated, one that was killed goes on.
@@ -389,8 +390,9 @@ def finetune(
     inputs = {name: c.fingerprint() for name, c in data.items()}
     inputs |= dict(pretrained=_pretrained_fingerprint(config.pretrain.checkpoint_path))
     name, folder = config.task.name, Path(output_dir)/f'{config.task.name}_{config.experiment.name}'
-    run = Run.open(folder, config, inputs, overwrite, group=name, tensorboard=tensorboard,
-                   wandb=wandb, wandb_project=wandb_project, wandb_entity=wandb_entity)
+    run = Run.open(folder, config, inputs, overwrite, keep=keep, group=name,
+                   tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project,
+                   wandb_entity=wandb_entity)
     if run.finished: return run.metrics()
     with run:
         with _explain_out_of_memory(config.training.batch_size):

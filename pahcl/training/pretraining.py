@@ -169,7 +169,8 @@ def pretrain(
     wandb_project='PA-HCL',
     wandb_entity=None,      # user or team of W&B; None: who is logged in
     output_dir='outputs',   # the run's folder is `<output_dir>/<experiment name>`
-    overwrite=False,        # start anew where the folder holds a run
+    overwrite=False,  # replace the run that is in the folder, once this one is finished
+    keep=False,             # the replaced one as `<folder>.previous`
     **overrides,            # by flag or dotted key, e.g. `encoder_type='cnn_mamba_small', epochs=3`
 ) -> Path:                  # of `best_model.pt`
     """Pretrain an encoder; a run that is finished is not repeated, one that was killed goes on.
@@ -185,8 +186,8 @@ def pretrain(
     inputs = {name: c.fingerprint() for name, c in data.splits.items() if c}
     inputs |= {f'probe_{p.name}': p.cycles.fingerprint() for p in choice.probes}
     run = Run.open(
-        Path(output_dir)/config.experiment.name, config, inputs, overwrite, group='pretrain',
-        tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project,
+        Path(output_dir)/config.experiment.name, config, inputs, overwrite, keep=keep,
+        group='pretrain', tensorboard=tensorboard, wandb=wandb, wandb_project=wandb_project,
         wandb_entity=wandb_entity)
     if not run.finished:
         with run: run.finish(_run_pretraining(run, config, data, model, choice))

@@ -8,9 +8,8 @@ __all__ = ['Run']
 # %% ../../nbs/training/runs.ipynb #cell2
 import atexit
 import os
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import yaml
@@ -19,90 +18,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 
-from ..core.basics import get_logger, log_to_file, PahclError, read_json, write_json, write_text
+from ..core.basics import (
+    get_logger, lock_folder, log_to_file, PahclError, read_json, write_json, write_text)
+from pahcl.training.run_folders import (
+    _choose_run_folder, _complete_end, _drop_halves, _find_run_state, _make_mark, _MARK,
+    _remove_run, _replace_run)
 from .trackers import Trackers
-
-# %% ../../nbs/training/runs.ipynb #cell7
-class _Difference(NamedTuple):
-    "Where two configurations differ."
-    key: str   # dotted
-    old: object
-    new: object
-
-def _first_difference(
-    old: dict, new: dict,   # nested configurations
-    before='',              # prefix of the dotted names
-):                          # a `_Difference`, or None
-    "Find where two configurations differ first."
-    for key in [*old, *(k for k in new if k not in old)]:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            if found := _first_difference(a, b, f'{before}{key}.'): return found
-        elif a != b: return _Difference(f'{before}{key}', a, b)
-
-# %% ../../nbs/training/runs.ipynb #cell11
-_OTHER_FOLDER_ADVICE = 'Choose another --experiment-name or --output-dir'
-_NO_MATTER = ('decision.jobs',)   # keys that change no number
-
-def _complete_config(
-    old: dict, new: dict, defaults: dict,   # nested configurations
-    before='',                              # prefix of the dotted names
-) -> dict:   # `old`, with what `new` names besides
-    "Give keys that an older version did not know, or that are no matter, a value to compare."
-    out = dict(old)
-    for key, value in new.items():
-        if isinstance(value, dict):
-            inside = (d.get(key) or {} for d in (old, defaults))
-            out[key] = _complete_config(next(inside), value, next(inside), f'{before}{key}.')
-        elif f'{before}{key}' in _NO_MATTER: out[key] = value
-        elif key not in old and key in defaults: out[key] = defaults[key]
-    return out
-
-# %% ../../nbs/training/runs.ipynb #cell12
-def _check_same_experiment(
-    folder, config: dict, inputs: dict, defaults: dict,   # as in `_find_run_state`
-):
-    "Raise `PahclError` where a folder holds another experiment, or one with other inputs."
-    written, anew = folder/'config.yaml', 'or start anew with --overwrite.'
-    if not written.exists():
-        raise PahclError(f'{folder} exists and is no run of pahcl (no config.yaml). '
-                         f'{_OTHER_FOLDER_ADVICE}.')
-    try: old = yaml.safe_load(written.read_text()) or {}
-    except yaml.YAMLError as e:
-        raise PahclError(f'{written} is damaged. Choose another --experiment-name, {anew}') from e
-    old = _complete_config(old, config, defaults)
-    if found := _first_difference(old, config):
-        values = f'{found.key} is {found.old} there and {found.new} here'
-        raise PahclError(f'{folder} holds another experiment: {values}. {_OTHER_FOLDER_ADVICE}, '
-                         f'{anew}')
-    known = read_json(folder/'inputs.json') if (folder/'inputs.json').exists() else {}
-    if found := _first_difference(known, inputs):
-        raise PahclError(f'{folder} was made from other inputs: {found.key} has changed since. '
-                         f'{_OTHER_FOLDER_ADVICE}, {anew}')
-
-# %% ../../nbs/training/runs.ipynb #cell13
-def _find_run_state(
-    folder,            # of the run
-    config: dict,      # the resolved configuration, plain types
-    overwrite=False,   # start anew where a run is
-    inputs=None,       # name -> fingerprint of what the run learns from
-    defaults=None,     # a configuration: what keys mean that the folder's does not name
-) -> str:              # 'new', 'resume' or 'finished'
-    """Decide what a run's folder means for this configuration; raises `PahclError` where it belongs
-    to another experiment.
-    """
-    folder = Path(folder)
-    if overwrite and any((folder/n).exists() for n in ('config.yaml', 'status.json')):
-        shutil.rmtree(folder)
-    # what a start leaves that was killed before it had written its configuration
-    begun = lambda path: path.name == 'inputs.json' or path.match('.*.tmp')
-    if not folder.exists() or all(map(begun, folder.iterdir())): return 'new'
-    _check_same_experiment(folder, config, inputs or {}, defaults or {})
-    if not (folder/'final_metrics.json').exists(): return 'resume'
-    if not (folder/'best_model.pt').exists():
-        raise PahclError(f'{folder} is a finished run, but its best_model.pt is gone. '
-                         'Repeat it with --overwrite.')
-    return 'finished'
 
 # %% ../../nbs/training/runs.ipynb #cell16
 def _supports_bfloat16() -> bool:
@@ -141,13 +62,14 @@ class Run:
         folder,             # e.g. `outputs/circor_murmur_downstream`
         config: dict,       # resolved configuration, plain types
         seed=42,
-        overwrite=False,    # start anew in a folder that holds a run
+        overwrite=False,    # replace the run that is in the folder, once this one is finished
         use_amp=True,       # half precision where the device has it, see `_choose_precision`
         inputs=None,        # name -> fingerprint of what it learns from
+        keep=False,         # the replaced one as `<folder>.previous`
         defaults=None,      # a configuration: what keys mean that an older folder does not name
         **trackers,         # see `pahcl.training.trackers._make_trackers`
     ):
-        self.folder, self.config, self.seed, self.inputs, self.tracker_options = (
+        self.home, self.config, self.seed, self.inputs, self.tracker_options = (
             Path(folder), config, seed, inputs or {}, trackers)
         self.defaults = defaults or {}
         AcceleratorState._reset_state()  # a second run in one process may use another precision
@@ -156,7 +78,9 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=_choose_precision(use_amp), cpu=several)
         # without waiting for the others: one may have failed
         if self.accelerator.num_processes > 1: atexit.register(_leave_process_group)
-        self.state = self.find_state(overwrite)
+        self.keep, self.complete, self.defaults = keep, False, defaults or {}
+        # where it is written: `home`, or beside it until it is finished
+        self.folder, self.state = self.find_state(overwrite)
 
 # %% ../../nbs/training/runs.ipynb #cell23
 @patch(as_prop=True)
@@ -171,21 +95,33 @@ def rank(self: Run): return self.accelerator.process_index
 @patch
 def __repr__(self: Run):
     precision = _PRECISION_NAMES[self.accelerator.mixed_precision]
-    return (f'Run({str(self.folder)!r}, {self.state}, {self.processes} process(es) on '
+    return (f'Run({str(self.home)!r}, {self.state}, {self.processes} process(es) on '
             f'{self.accelerator.device.type}, precision {precision})')
 
 # %% ../../nbs/training/runs.ipynb #cell25
 @patch
-def find_state(self: Run, overwrite: bool) -> str:
-    "What the folder means, for all processes alike; see `_find_run_state`."
+def find_state(self: Run, overwrite: bool) -> tuple:   # (folder, state)
+    "Where the run is written and what is there, for all processes alike; see `_find_run_state`."
     answer = [None]
     if self.is_main:
-        try: answer = [_find_run_state(self.folder, self.config, overwrite, self.inputs,
-                                       self.defaults)]
-        except PahclError as e: answer = [e]
+        try: answer = [self.look(overwrite)]
+        except (PahclError, OSError) as e: answer = [e]
     answer = broadcast_object_list(answer)[0]
-    if isinstance(answer, PahclError): raise answer
+    if isinstance(answer, Exception): raise answer
     return answer
+
+@patch
+def look(self: Run, overwrite: bool) -> tuple:   # (folder, state)
+    "What `find_state` says, for this process; nobody else writes the run meanwhile."
+    with lock_folder(self.home):
+        known = self.config, self.inputs, self.defaults
+        folder = _choose_run_folder(self.home, *known, overwrite, self.keep)
+        state = _find_run_state(folder, *known)
+        if state == 'finished' and folder != self.home:   # killed before it took the place
+            _replace_run(self.home, self.keep)
+            folder = self.home
+        if state == 'finished': _complete_end(folder)
+    return folder, state
 
 # %% ../../nbs/training/runs.ipynb #cell26
 @patch(cls_method=True)
@@ -193,16 +129,15 @@ def open(cls: Run,
     folder,             # of the run
     config,             # a `pahcl.core.config_sections._PretrainConfig` or `FinetuneConfig`
     inputs: dict,       # name -> fingerprint of what it learns from
-    overwrite=False,    # start anew in a folder that holds a run
+    overwrite=False,    # replace the run that is in the folder, once this one is finished
+    keep=False,         # see `Run`
     **trackers,         # see `pahcl.training.trackers._make_trackers`
 ) -> Run:
     "Open the run of a configuration; where it is finished already the log says so."
     plain, use_amp = config.model_dump(exclude_none=True), config.training.use_amp
-    defaults = type(config)().model_dump(exclude_none=True)
-    run = cls(folder, plain, config.seed, overwrite, use_amp, inputs, defaults, **trackers)
-    if run.finished:
-        run.complete_end()
-        run.say(f'{folder} is finished already; --overwrite repeats it')
+    run = cls(folder, plain, config.seed, overwrite, use_amp, inputs=inputs, keep=keep,
+              defaults=type(config)().model_dump(exclude_none=True), **trackers)
+    if run.finished: run.say(f'{folder} is finished already; --overwrite repeats it')
     return run
 
 @patch(as_prop=True)
@@ -215,48 +150,65 @@ def metrics(self: Run) -> dict:
 
 # %% ../../nbs/training/runs.ipynb #cell28
 @patch
-def drop_halves(self: Run):
-    "Remove files that a killed run had begun."
-    for half in self.folder.glob('.*.tmp'): half.unlink()
+def take_place(self: Run):
+    "Write what the folder is of, unless somebody else has changed it meanwhile."
+    if _find_run_state(self.folder, self.config, self.inputs) != self.state:
+        raise PahclError(f'another process has just written {self.folder}. '
+                         'Give the same command again.')
+    self.folder.mkdir(parents=True, exist_ok=True)
+    _drop_halves(self.folder)
+    write_json(self.folder/_MARK, _make_mark(self.config))
+    write_json(self.folder/'inputs.json', self.inputs)
+    write_text(self.folder/'config.yaml',
+               yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120))
 
 @patch
-def complete_end(self: Run):
-    "Do what a finished run had left to do when it was killed after `final_metrics.json`."
-    if not self.is_main: return
-    self.drop_halves()
-    (self.folder/'last.pt').unlink(missing_ok=True)
-    status = self.folder/'status.json'
-    if status.exists() and read_json(status)['state'] != 'finished': self.set_status('finished')
+def begin(self: Run, ends: ExitStack):
+    "Lock the folder, write what it is of, start the log and the trackers."
+    ends.enter_context(lock_folder(self.home))
+    self.take_place()
+    try:
+        self.trackers = Trackers(self.folder, self.config, name=self.home.name,
+                                 **self.tracker_options)
+    except PahclError:
+        if self.state == 'new': _remove_run(self.folder)
+        raise
+    ends.callback(self.settle)
+    ends.enter_context(log_to_file(self.folder/'train.log'))
+    self.set_status('running')
 
 @patch
 def __enter__(self: Run):
-    "Write `config.yaml` and start the log and the trackers (main process only)."
+    "Begin (the main process does) and say what the run is."
     self.trackers = Trackers()
-    if self.is_main:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.drop_halves()
-        write_json(self.folder/'inputs.json', self.inputs)
-        write_text(self.folder/'config.yaml',
-                   yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120))
-        try: self.trackers = Trackers(self.folder, self.config, **self.tracker_options)
-        except PahclError:
-            if self.state == 'new': shutil.rmtree(self.folder)
-            raise
-        self.log_file = log_to_file(self.folder/'train.log')
-        self.log_file.__enter__()
-        self.set_status('running')
-    self.say(repr(self))
+    with ExitStack() as ends:
+        if self.is_main: self.begin(ends)
+        self.say(repr(self))
+        self.say(f'{torch.get_num_threads()} thread(s) of torch; with another number the last '
+                 'digits of weights and scores can differ')
+        if self.folder != self.home:
+            self.say(f'it grows in {self.folder}; what is in {self.home} stays until it is done')
+        self.ends = ends.pop_all()
     return self
 
 # %% ../../nbs/training/runs.ipynb #cell29
 @patch
+def settle(self: Run):
+    "Let a finished run take its place."
+    if self.complete and self.folder != self.home: _replace_run(self.home, self.keep)
+
+@patch
 def __exit__(self: Run, kind, error, trace):
     "Close everything and say in `status.json` how it ended."
     if kind:
+        self.complete = False
         try: self.set_status('failed', 'interrupted' if kind is KeyboardInterrupt else str(error))
         except OSError: pass  # a full disk: the error that ended the run says more than this one
     self.trackers.close()
-    if self.is_main: self.log_file.__exit__(None, None, None)
+    self.ends.close()
+    if not self.complete: return
+    self.accelerator.wait_for_everyone()
+    self.folder = self.home
 
 # %% ../../nbs/training/runs.ipynb #cell30
 @patch
@@ -282,6 +234,7 @@ def track(self: Run, values: dict, step: int):
 def finish(self: Run, metrics: dict):
     "Write `final_metrics.json`, which makes the run a finished one, and drop `last.pt`."
     self.accelerator.wait_for_everyone()
+    self.complete = True
     if not self.is_main: return
     write_json(self.folder/'final_metrics.json', metrics)
     numbers = {f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}

@@ -6,7 +6,12 @@
 __all__ = ['Trackers']
 
 # %% ../../nbs/training/trackers.ipynb #cell2
+import os
+import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import yaml
@@ -14,7 +19,7 @@ from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from fastcore.basics import patch
 
-from ..core.basics import PahclError
+from ..core.basics import get_logger, PahclError
 
 # %% ../../nbs/training/trackers.ipynb #cell6
 def _check_installed(
@@ -39,17 +44,40 @@ def _open_tensorboard(
     return tracker
 
 # %% ../../nbs/training/trackers.ipynb #cell11
+_PATIENCE = 10.   # seconds
+
+def _reach_wandb() -> bool:
+    "Whether the server of Weights & Biases answers in time; behind a proxy we cannot tell."
+    if any(os.environ.get(n) for n in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY')): return True
+    url = urlsplit(os.environ.get('WANDB_BASE_URL') or 'https://api.wandb.ai')
+    port, answers = url.port or (80 if url.scheme == 'http' else 443), []
+    def ask():
+        with suppress(OSError):
+            socket.create_connection((url.hostname, port), timeout=_PATIENCE).close()
+            answers.append(True)
+    # a name server that is silent knows no time limit
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return bool(answers)
+
 def _open_wandb(
     folder, config: dict,    # as in `_open_tensorboard`
     project='PA-HCL',        # of W&B
     entity=None,             # user or team of W&B; None: who is logged in
     group=None,              # W&B's run group, e.g. the task
+    name=None,               # of the run; None: of its folder
 ):                           # an accelerate tracker
-    """Begin a run at Weights & Biases, or in the folder with `WANDB_MODE=offline`; one that does
-    not start is a `PahclError`.
+    """Begin a run at Weights & Biases, or in the folder with `WANDB_MODE=offline` and where nobody
+    answers; one that does not start is a `PahclError`.
     """
+    online = os.environ.get('WANDB_MODE', 'online') in ('online', 'shared')
+    if online and not _reach_wandb():
+        get_logger().warning(f'Weights & Biases does not answer after {_PATIENCE:.0f} s: the run '
+                             f'is logged in {folder}/wandb; wandb sync sends it later')
+        os.environ['WANDB_MODE'] = 'offline'
     notes = config.get('experiment', {}).get('description') or None
-    tracker = WandBTracker(project, entity=entity, name=Path(folder).name, group=group,
+    tracker = WandBTracker(project, entity=entity, name=name or Path(folder).name, group=group,
                            dir=str(folder), config=config, notes=notes)
     try: tracker.start()
     except Exception as e:
@@ -64,14 +92,15 @@ def _make_trackers(
     config: dict,           # all of it is shown in the trackers
     tensorboard=False,      # write `tensorboard/events.out.tfevents.*`
     wandb=False,            # log to Weights & Biases
-    wandb_project='PA-HCL', wandb_entity=None, group=None,   # see `_open_wandb`
+    wandb_project='PA-HCL', wandb_entity=None, group=None, name=None,   # see `_open_wandb`
 ) -> list:                  # accelerate trackers
     """Open the trackers that were asked for; one that is not installed, or does not start, is a
     `PahclError`.
     """
     _check_installed(tensorboard, wandb)
     opened = [_open_tensorboard(folder, config)] if tensorboard else []
-    return opened + ([_open_wandb(folder, config, wandb_project, wandb_entity, group)]
+    return opened + ([_open_wandb(folder, config, wandb_project, wandb_entity, group,
+                                 name)]
                      if wandb else [])
 
 # %% ../../nbs/training/trackers.ipynb #cell14

@@ -1,5 +1,6 @@
 "pahcl.data.loader: what is in a batch, which rows an epoch has, and a cache that is never wrong"
 import os
+import shutil
 from collections import Counter
 
 import forked
@@ -310,3 +311,23 @@ def test_few_shot_counts():
     for bad in (0, 1.1, -1, float('nan')):
         with pytest.raises(PahclError, match='above 0 and at most 1'):
             draw_few_shot_rows(table, bad, 0)
+
+
+def test_a_folder_that_cannot_be_written_has_its_pack_elsewhere(house, tmp_path, monkeypatch):
+    folder = house/'downstream'/'pascal'
+    own = Cycles.from_task(folder, 'train')
+    [made] = packs(folder)
+    shutil.rmtree(folder/'.packed'/made)
+    real = packing._is_writable
+    monkeypatch.setattr(packing, '_is_writable', lambda f: folder not in f.parents and real(f))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    for _ in range(2):
+        again = Cycles.from_task(folder, 'train')
+        assert np.array_equal(again.packed, own.packed) and not packs(folder)
+        assert [p.name for p in (tmp_path/'cache'/'pahcl'/'packed').glob('*/*')] == [made]
+        monkeypatch.setattr(packing, '_write_pack', None)   # once is enough
+    # no home either: a folder that goes with this process
+    monkeypatch.undo()
+    monkeypatch.setattr(packing, '_is_writable', lambda f: False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'other'))
+    assert np.array_equal(Cycles.from_task(folder, 'train').packed, own.packed)

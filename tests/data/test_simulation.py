@@ -1,19 +1,24 @@
 """Simulated heart sounds: promises for any setting, physiology against published numbers, data sets
 that teach what they say
 """
+import errno
+
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 import soundfile
 from hypothesis import given, settings, strategies as st
 
-from pahcl.core.basics import generator, PahclError
+from pahcl.core.basics import generator, lock_folder, PahclError
 from pahcl.data.recordings import load_recordings
 from pahcl.data.heart_sounds import (
     Murmur, _MURMUR_GRADES, _MURMUR_PITCHES, _MURMUR_SHAPES, _MURMUR_SYNONYMS, _MURMUR_TIMINGS,
     _simulate_heart, simulate_recording)
 from pahcl.data.rhythm import _simulate_state_durations
-from pahcl.data.simulation import _read_simulation_settings, simulate_dataset
+from pahcl.data import simulation
+from pahcl.data.simulation import (
+    _read_simulation_settings, simulate_dataset, _write_state_ans)
 from pahcl.download import pahcl_simulate
 
 some = settings(max_examples=40, deadline=None)
@@ -174,12 +179,37 @@ def test_same_seed_same_files_other_seed_other_files(tmp_path):
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
         simulate_dataset(tmp_path/name, subjects=9, seed=seed, seconds=0.6)
     files = sorted(p.relative_to(tmp_path/'a') for p in (tmp_path/'a').rglob('*')
-                   if p.suffix in ('.wav', '.csv', '.tsv'))
-    assert len(files) > 60
+                   if p.is_file())
+    assert len(files) > 60 and any(f.suffix == '.mat' for f in files)
     assert all((tmp_path/'a'/f).read_bytes() == (tmp_path/'b'/f).read_bytes() for f in files)
     wavs = [f for f in files if f.suffix == '.wav']
     assert not any((tmp_path/'c'/f).exists()
                    and (tmp_path/'a'/f).read_bytes() == (tmp_path/'c'/f).read_bytes() for f in wavs)
+
+
+def test_no_file_knows_the_time(tmp_path):
+    "SciPy writes it into the text that begins a `.mat`; readers do not read it."
+    states = simulate_recording(2, 2000, seed=1)[1]
+    _write_state_ans(tmp_path/'a.mat', states)
+    head = (tmp_path/'a.mat').read_bytes()[:128]
+    assert head == b'MATLAB 5.0 MAT-file, simulated'.ljust(116)+bytes(8)+b'\x00\x01IM'
+    rows = scipy.io.loadmat(tmp_path/'a.mat')['state_ans']
+    assert len(rows) == len(states)
+
+
+def test_a_full_disk_and_a_second_one(tmp_path, monkeypatch, capsys):
+    simulate_dataset(tmp_path, 'pascal', subjects=9, seconds=0.6)
+    before = {p: p.read_bytes() for p in (tmp_path/'pascal').rglob('*') if p.is_file()}
+    def full(*a): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(simulation.Path, 'write_bytes', full)
+        assert pahcl_simulate(['--output-dir', str(tmp_path), '--dataset', 'pascal',
+                               '--subjects', '12']) == 1
+    said = capsys.readouterr().err
+    assert f'{tmp_path}/pascal could not be written: No space left' in said
+    with lock_folder(tmp_path/'pascal'), pytest.raises(PahclError, match='is being written by'):
+        simulate_dataset(tmp_path, 'pascal', subjects=12, seconds=0.6)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
 
 
 def test_real_data_are_never_touched(tmp_path):

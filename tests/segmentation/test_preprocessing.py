@@ -1,14 +1,14 @@
 """Cycles on disk: what is stored is the recording's own sound, nothing vanishes, nothing stale
 survives, killed runs go on, any worker count gives the same bytes
 """
-import json, os, shutil
+import errno, json, os, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile
-from pahcl.core.basics import PahclError
+from pahcl.core.basics import lock_folder, PahclError
 from pahcl.cycles import pahcl_preprocess
 from pahcl.data.tasks import BEAT_BOUNDARIES
 from pahcl.segmentation.beats import find_whole_beats
-from pahcl.segmentation import cutting
+from pahcl.segmentation import cutting, preprocessing
 from pahcl.segmentation.cutting import _CYCLES_CSV_COLUMNS
 from pahcl.segmentation.preprocessing import _find_file_problem, preprocess
 from pahcl.data.recordings import load_recordings, read_annotation
@@ -303,3 +303,42 @@ def test_withdrawn_recordings_are_cut_when_asked_for_and_stay(raw, tmp_path):
     assert {r['recording_id'] for r in pd.read_csv(tmp_path/'recordings.csv').to_dict('records')
             if r['withdrawn']} == {records[0]}
     assert f'subject_{records[0]}/rec_{records[0]}' in kept['recordings']
+
+def spoil(monkeypatch, count, error):
+    "let the writing of a recording fail after some"
+    write, calls = cutting._write_beats, []
+    def dying(folder, *a):
+        calls.append(folder)
+        if len(calls) > count: raise error
+        write(folder, *a)
+    monkeypatch.setattr(cutting, '_write_beats', dying)
+
+def test_other_settings_remove_nothing_before_they_are_whole(made, tmp_path, monkeypatch):
+    raw, out = made[0], tmp_path/'out'
+    preprocess(raw, out, 'pascal', num_workers=1)
+    before = content(out)
+    other = dict(dataset='pascal', num_workers=1, target_length=2500)
+    spoil(monkeypatch, 2, OSError(errno.ENOSPC, 'No space left on device'))
+    with pytest.raises(OSError, match='No space left on device: .*subject_pascal') as full:
+        preprocess(raw, out, **other)
+    assert '.tmp' not in str(full.value.filename)
+    monkeypatch.undo()
+    now = content(out)
+    assert {k: v for k, v in now.items() if not k.startswith('.next')} == before
+    # killed while it takes its place; then the same command ends it
+    calls, rename = [], os.rename
+    def dying(*names):
+        calls.append(names)
+        if len(calls) == 5: raise KeyboardInterrupt
+        rename(*names)
+    monkeypatch.setattr(preprocessing.os, 'rename', dying)
+    with pytest.raises(KeyboardInterrupt): preprocess(raw, out, **other)
+    monkeypatch.undo()
+    preprocess(raw, out, **other)
+    preprocess(raw, tmp_path/'whole', **other)
+    assert content(out) == content(tmp_path/'whole') and not (out/'.next').exists()
+
+def test_two_at_once(made, tmp_path):
+    with lock_folder(tmp_path), pytest.raises(PahclError, match='is being written by'):
+        preprocess(made[0], tmp_path, 'pascal', num_workers=1)
+    assert not list(tmp_path.iterdir())

@@ -333,7 +333,7 @@ def test_other_data_is_no_resume_and_no_test_of_the_same_run(work, tmp_path, cap
 def test_overwrite_leaves_what_is_not_ours(work, tmp_path):
     (tmp_path/'out'/'pascal_mine').mkdir(parents=True)
     (tmp_path/'out'/'pascal_mine'/'thesis.txt').write_text('mine')
-    with pytest.raises(PahclError, match='is no run of pahcl'):
+    with pytest.raises(PahclError, match='does not carry the mark of a run of pahcl'):
         tune(work, tmp_path/'out', task='pascal', pretrained='none', encoder_type='cnn_mamba_small',
              experiment_name='mine', overwrite=True)
     assert (tmp_path/'out'/'pascal_mine'/'thesis.txt').exists()

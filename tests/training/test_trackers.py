@@ -3,9 +3,11 @@ in a whole fine-tuning with both
 """
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
+import time
 
 import forked
 import pytest
@@ -15,6 +17,7 @@ from pahcl.core.basics import PahclError
 from pahcl.training.finetuning import finetune
 from pahcl.data.splitting import prepare
 from pahcl.testing.made import _make_processed_folder, _make_recordings
+from pahcl.training import trackers
 from pahcl.training.trackers import _make_trackers, Trackers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -186,3 +189,28 @@ def test_a_missing_tracker_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr('pahcl.training.trackers.is_wandb_available', lambda: False)
     with pytest.raises(PahclError, match='pip install wandb'):
         _make_trackers(tmp_path, {}, wandb=True)
+
+
+def test_wandb_that_does_not_answer_is_logged_offline(tmp_path, offline, monkeypatch):
+    "A server that takes no connection; a name that nobody knows answers at once, and not either."
+    monkeypatch.setenv('WANDB_MODE', 'online')
+    for n in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY'): monkeypatch.delenv(n, raising=False)
+    with socket.socket() as silent:
+        silent.bind(('127.0.0.1', 0))   # and does not listen
+        monkeypatch.setenv('WANDB_BASE_URL', f'http://127.0.0.1:{silent.getsockname()[1]}')
+        assert trackers._PATIENCE == 10
+        said = []
+        monkeypatch.setattr(trackers.get_logger(), 'warning', said.append)
+        watchers = Trackers(tmp_path, {}, wandb=True)
+    watchers.log_scalars(dict(loss=1.), 1)
+    watchers.close()
+    assert ('does not answer after 10 s: the run is logged in' in said[0]
+            and list(tmp_path.glob('wandb/offline-run-*')))
+
+
+def test_wandb_waits_no_longer_than_it_says(monkeypatch):
+    monkeypatch.setattr(trackers, '_PATIENCE', .2)
+    monkeypatch.setattr(trackers.socket, 'create_connection', lambda *a, **k: time.sleep(5))
+    for n in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY'): monkeypatch.delenv(n, raising=False)
+    began = time.monotonic()
+    assert not trackers._reach_wandb() and time.monotonic()-began < 2

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+import pahcl.training.run_folders as run_folders
 import pahcl.training.runs as runs
 from pahcl.core.basics import PahclError
 from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.models.encoders import build_encoder
 from pahcl.models.checkpoints import load_checkpoint
-from pahcl.training.runs import _choose_precision, _first_difference, Run, _supports_bfloat16
+from pahcl.training.runs import _choose_precision, Run, _supports_bfloat16
 from pahcl.training.batches import _group_batches, _split_batch
 from pahcl.training.schedule import _has_weight_decay, _learning_rate, _parameter_groups
 from pahcl.training.trainer import Trainer
@@ -128,9 +129,10 @@ def test_kill_minus_nine(tmp_path):
 def test_killed_before_the_first_file_was_whole(tmp_path):
     "What is left is no folder of somebody else."
     for name in ('inputs.json', '.config.yaml.0a1b2c3d.tmp'): (tmp_path/name).touch()
-    assert runs._find_run_state(tmp_path, {}) == 'new'
+    assert run_folders._find_run_state(tmp_path, {}) == 'new'
     (tmp_path/'thesis.txt').touch()
-    with pytest.raises(PahclError, match='is no run of pahcl'): runs._find_run_state(tmp_path, {})
+    with pytest.raises(PahclError, match='is no run of pahcl'):
+        run_folders._find_run_state(tmp_path, {})
 
 
 def test_killed_after_the_last_file_but_one(tmp_path):
@@ -141,7 +143,6 @@ def test_killed_after_the_last_file_but_one(tmp_path):
     (tmp_path/'status.json').write_text('{"state": "running", "why": ""}')
     again = Run(tmp_path, {})
     assert again.finished
-    again.complete_end()
     assert json.loads((tmp_path/'status.json').read_text())['state'] == 'finished'
     assert not any(path.exists() for path in left) and (tmp_path/'best_model.pt').exists()
 
@@ -184,7 +185,7 @@ def test_what_decays():
 @given(st.dictionaries(st.sampled_from('abc'), st.integers(0, 2)),
        st.dictionaries(st.sampled_from('abc'), st.integers(0, 2)))
 def test_first_difference(a, b):
-    found = _first_difference(dict(s=a), dict(s=b))
+    found = run_folders._first_difference(dict(s=a), dict(s=b))
     assert (found is None) == (a == b)
     if found:
         assert (a.get(found[0][2:]), b.get(found[0][2:])) == found[1:] and found[1] != found[2]
