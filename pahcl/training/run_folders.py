@@ -187,7 +187,8 @@ def _replace_run(
 # %% ../../nbs/training/run_folders.ipynb #over5
 def _choose_run_folder(
     home: Path,                   # of the run
-    config: dict, inputs: dict, defaults: dict,   # as in `_find_run_state`
+    # as in `_find_run_state`
+    config: dict, inputs: dict, defaults: dict,
     overwrite=False, keep=False,  # as in `Run`
 ) -> Path:                        # `home`, or beside it
     "Decide where a run is written, and end what a killed replacement had left to do."
