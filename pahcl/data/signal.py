@@ -19,6 +19,8 @@ import soxr
 from ..core.basics import PahclError, require_path
 
 # %% ../../nbs/data/signal.ipynb #63872dac
+_MOST_CHUNKS = 10_000   # of a wav file; zeros without end would be chunks without end
+
 def count_missing_bytes(
     path,      # a file
     # how many bytes of audio a RIFF/WAV header promises that the file does not
@@ -28,13 +30,25 @@ def count_missing_bytes(
     size = Path(path).stat().st_size
     with open(path, 'rb') as f:
         if f.read(4) != b'RIFF' or len(f.read(8)) < 8: return 0
-        while len(head := f.read(8)) == 8:
+        for _ in range(_MOST_CHUNKS):
+            if len(head := f.read(8)) < 8: break
             name, length = struct.unpack('<4sI', head)
             if name == b'data': return 0 if length >= 0xFFFFFF00 else max(0, f.tell()+length-size)
             f.seek(length+length%2, 1)
     return 0
 
 # %% ../../nbs/data/signal.ipynb #da887524
+_LEAST_RATE = 50   # Hz; below twice the lowest edge of the band-pass no heart is left
+
+def _require_audio_file(
+    path,      # of a recording
+) -> Path:     # the same path
+    "Return `path` if it is a file; opening a pipe or a device would wait for ever."
+    path = require_path(path, 'recording', 'Check its name and folder.')
+    if path.is_file(): return path
+    kind = 'a folder' if path.is_dir() else 'a pipe or a device'
+    raise PahclError(f'{path} is {kind}, not a recording. Rename or remove it.')
+
 def read_recording(
     # wav (any format libsndfile reads): int16, int32, float; any sample rate; channels are averaged
     path,
@@ -44,7 +58,7 @@ def read_recording(
     """Read a recording; a truncated, empty, non-finite, too short or unreadable file is a
     `PahclError` that names it.
     """
-    path = require_path(path, 'recording', 'Check its name and folder.')
+    path = _require_audio_file(path)
     missing = count_missing_bytes(path)
     if missing:
         raise PahclError(f'{path} is truncated: {missing} bytes that its header promises are not '
@@ -52,6 +66,9 @@ def read_recording(
     try: signal, sample_rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as e:
         raise PahclError(f'{path} cannot be read as audio ({e}). Copy or download it again.') from e
+    if sample_rate <= _LEAST_RATE:
+        raise PahclError(f'{path} has a sample rate of {sample_rate} Hz; more than {_LEAST_RATE} '
+                         'Hz are needed. Correct its header, or remove it.')
     signal = signal.mean(1, dtype=np.float32) if signal.shape[1] > 1 else signal[:, 0]
     if not len(signal):
         raise PahclError(f'{path} is empty: it has a header but no samples. '
@@ -76,8 +93,9 @@ def _read_signal(
     if signal.ndim != 1 or not len(signal):
         raise PahclError(f'the signal has shape {list(signal.shape)}; '
                          'give one channel [T] with at least one sample.')
-    if sample_rate is None or not sample_rate > 0:
-        raise PahclError(f'the sample_rate of the signal is {sample_rate}; give it in Hz.')
+    if sample_rate is None or not sample_rate > _LEAST_RATE:
+        raise PahclError(f'the sample_rate of the signal is {sample_rate}; give it in Hz, '
+                         f'more than {_LEAST_RATE}.')
     whole = np.issubdtype(signal.dtype, np.signedinteger)
     signal = signal.astype(np.float32)/(2.**(8*signal.itemsize-1) if whole else 1)
     if not np.isfinite(signal).all():
