@@ -129,7 +129,7 @@ def _log_unlabelled(table):
 # %% ../../nbs/data/recordings.ipynb #03c226cf
 def _unique_folders(table):
     "Return folder names, numbered where two recordings of a subject would share one."
-    same = table.groupby(['subject_id', 'folder'])
+    same = table.groupby(['subject_id', 'folder'], dropna=False)
     number = (same.cumcount()+1).astype('string')
     return table.folder.where(same.folder.transform('size') == 1, table.folder+'_'+number)
 

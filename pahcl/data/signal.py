@@ -38,7 +38,8 @@ def count_missing_bytes(
     return 0
 
 # %% ../../nbs/data/signal.ipynb #da887524
-_LEAST_RATE = 50   # Hz; below twice the lowest edge of the band-pass no heart is left
+_LEAST_RATE = 50     # Hz; below twice the lowest edge of the band-pass no heart is left
+_LOUDEST = 1e15      # squares of larger float32 numbers, and their sums, are infinite
 
 def _require_audio_file(
     path,      # of a recording
@@ -48,6 +49,25 @@ def _require_audio_file(
     if path.is_file(): return path
     kind = 'a folder' if path.is_dir() else 'a pipe or a device'
     raise PahclError(f'{path} is {kind}, not a recording. Rename or remove it.')
+
+def _check_signal(
+    signal,            # [T] float32
+    sample_rate,       # Hz
+    minimum_seconds,   # as of `read_recording`
+    name,              # of it, for messages
+    remedy='remove or repair it.',
+):
+    "Raise `PahclError` for a signal in which no heart can be looked for."
+    if not sample_rate > _LEAST_RATE:
+        raise PahclError(f'{name} has a sample rate of {sample_rate} Hz; more than {_LEAST_RATE} '
+                         f'are needed: {remedy}')
+    if not np.isfinite(signal).all():
+        raise PahclError(f'{name} holds values that are no numbers (NaN or infinite): {remedy}')
+    if (loudest := np.abs(signal).max(initial=0)) > _LOUDEST:
+        raise PahclError(f'{name} holds {loudest:g}, which is no sound pressure: {remedy}')
+    if len(signal) < minimum_seconds*sample_rate:
+        raise PahclError(f'{name} is too short: {len(signal)/sample_rate:.2f} s, '
+                         f'at least {minimum_seconds} s are needed.')
 
 def read_recording(
     # wav (any format libsndfile reads): int16, int32, float; any sample rate; channels are averaged
@@ -66,19 +86,11 @@ def read_recording(
     try: signal, sample_rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as e:
         raise PahclError(f'{path} cannot be read as audio ({e}). Copy or download it again.') from e
-    if sample_rate <= _LEAST_RATE:
-        raise PahclError(f'{path} has a sample rate of {sample_rate} Hz; more than {_LEAST_RATE} '
-                         'Hz are needed. Correct its header, or remove it.')
     signal = signal.mean(1, dtype=np.float32) if signal.shape[1] > 1 else signal[:, 0]
     if not len(signal):
         raise PahclError(f'{path} is empty: it has a header but no samples. '
                          'Copy or download it again.')
-    if not np.isfinite(signal).all():
-        raise PahclError(f'{path} holds values that are no numbers (NaN or infinite). '
-                         'Remove or repair it.')
-    if len(signal) < minimum_seconds*sample_rate:
-        raise PahclError(f'{path} is too short: {len(signal)/sample_rate:.2f} s, '
-                         f'at least {minimum_seconds} s are needed.')
+    _check_signal(signal, sample_rate, minimum_seconds, path)
     return signal, sample_rate
 
 # %% ../../nbs/data/signal.ipynb #array1
@@ -93,18 +105,13 @@ def _read_signal(
     if signal.ndim != 1 or not len(signal):
         raise PahclError(f'the signal has shape {list(signal.shape)}; '
                          'give one channel [T] with at least one sample.')
-    if sample_rate is None or not sample_rate > _LEAST_RATE:
-        raise PahclError(f'the sample_rate of the signal is {sample_rate}; give it in Hz, '
-                         f'more than {_LEAST_RATE}.')
+    if sample_rate is None or not sample_rate > 0:
+        raise PahclError(f'the sample_rate of the signal is {sample_rate}; give it in Hz.')
     whole = np.issubdtype(signal.dtype, np.signedinteger)
     signal = signal.astype(np.float32)/(2.**(8*signal.itemsize-1) if whole else 1)
-    if not np.isfinite(signal).all():
-        raise PahclError('the signal holds values that are no numbers (NaN or infinite); '
-                         'remove or repair them.')
-    if len(signal) < minimum_seconds*sample_rate:
-        raise PahclError(f'the signal is too short: {len(signal)/sample_rate:.2f} s, '
-                         f'at least {minimum_seconds} s are needed.')
-    return np.asarray(signal, np.float32), sample_rate
+    signal = np.asarray(signal, np.float32)
+    _check_signal(signal, sample_rate, minimum_seconds, 'the signal')
+    return signal, sample_rate
 
 # %% ../../nbs/data/signal.ipynb #693eae4e
 def resample(

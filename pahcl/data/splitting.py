@@ -72,7 +72,8 @@ def _load_labelled_recordings(
     own, asked = (_read_definitions(processed_dir),
                   set(recordings['dataset']) if dataset == 'all' else [dataset])
     if Path(raw_dir).exists() and (not own or any((Path(raw_dir)/d).exists() for d in asked)):
-        raw = load_recordings(raw_dir, dataset, keep_withdrawn=withdrawn)
+        # those that are broken were left out before, by name
+        raw = load_recordings(raw_dir, dataset, True, withdrawn)
     _recall_own_datasets(processed_dir, own, raw_dir)
     if raw is None:
         get_logger().info(

@@ -253,7 +253,7 @@ def preprocess(
                                      minimum_confidence)
     if figures < 0: raise PahclError(f'figures is {figures}; give at least 0.')
     raw_dir, output_dir = Path(raw_dir), Path(output_dir)
-    table = load_recordings(raw_dir, dataset, skip_broken, keep_withdrawn)
+    table = load_recordings(raw_dir, dataset, True, keep_withdrawn)
     table, broken = _check_recordings(table, skip_broken)
     names = select_datasets(dataset)
     stats = _process_all(raw_dir, output_dir, table, broken, settings, names, num_workers,

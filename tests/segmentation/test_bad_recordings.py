@@ -1,0 +1,48 @@
+"""a broken recording of whatever kind is its own line of the statistics, and one sentence where
+nothing is skipped
+"""
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pahcl.core.basics import PahclError
+from pahcl.data.splitting import prepare
+from pahcl.segmentation.preprocessing import preprocess
+
+spec = importlib.util.spec_from_file_location(
+    'bad_recordings', Path(__file__).parents[2]/'benchmarks'/'bad_recordings.py')
+B = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(B)
+
+@pytest.mark.filterwarnings('ignore')
+def test_each_is_its_own_line(tmp_path):
+    stats, told = B.skip_all(tmp_path, B.CASES)
+    assert len(told) >= 60 and [name for name, why in told.items() if not why] == []
+    assert stats['total']['recordings'] == 2 and len(stats['broken']) == len(B.CASES)
+    written = json.loads((tmp_path/'out'/'processing_stats.json').read_text())
+    assert written['broken'] == stats['broken']
+    assert len(list((tmp_path/'out').glob('subject_*/*'))) == 2
+
+@pytest.mark.parametrize('name', [
+    'content: FLAC, damaged in the middle', 'header: 50 Hz', 'name: Latin-1', 'name: no subject',
+    'file: a pipe', 'file: a folder', 'annotation: an infinite state', 'samples: near 1e38'])
+def test_one_sentence(tmp_path, name):
+    end, said = B.stop_at(tmp_path, name)
+    assert end == 'sentence' and ('77000_AV' in said or 'name' in said)
+    assert 'skip_broken leaves broken recordings out' in said
+
+def test_what_was_cut_from_a_file_that_broke_is_gone(tmp_path):
+    B.make_raw(tmp_path/'raw', [])
+    settings = dict(states='annotated', num_workers=1, skip_broken=True)
+    both = preprocess(tmp_path/'raw', tmp_path/'out', **settings)
+    B.CASES['annotation: words'](None, sorted((tmp_path/'raw').rglob('*.tsv'))[0])
+    stats = preprocess(tmp_path/'raw', tmp_path/'out', **settings)
+    gone = both['recordings'].keys()-stats['recordings'].keys()
+    assert [b['folder'] for b in stats['broken']] == list(gone)
+    assert not (tmp_path/'out'/list(gone)[0]).exists()
+    for path in (tmp_path/'raw').rglob('*.wav'): path.write_bytes(b'')
+    with pytest.raises(PahclError, match='all 2 recordings are broken'):
+        preprocess(tmp_path/'raw', tmp_path/'out', **settings)
