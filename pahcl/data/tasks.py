@@ -19,9 +19,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import (
-    first_few, get_logger, PahclError, progress, read_json, read_table, require_path)
+    _inside, first_few, get_logger, PahclError, progress, read_json, read_table, require_path)
 from ..core.metrics import CHALLENGE_METRICS, METRICS
 from ..core.predictions import class_names, positive_class
+from .task_checks import _check_facts, _check_tables
 
 # %% ../../nbs/data/tasks.ipynb #cell6
 # of a cycle, in the recording
@@ -38,6 +39,8 @@ def read_processed(
               'cycles_kept']
     recordings = read_table(Path(processed_dir)/'recordings.csv', needed,
                             'table of recordings', remedy)
+    for place in recordings['folder']:
+        _inside(processed_dir, place, f'{processed_dir}/recordings.csv')
     path = Path(processed_dir)/'processing_stats.json'
     settings = read_json(path, 'processing statistics', remedy).get('settings', {})
     lost = [k for k in ('sample_rate', 'target_length', 'length_mode') if k not in settings]
@@ -83,8 +86,10 @@ def _read_recording_cycles(
     try:
         with open(require_path(path, 'table of cycles', 'Run pahcl_preprocess again.'), newline='',
                   encoding='utf-8') as f:
-            return [[row[c] for c in _KEPT_CYCLE_COLUMNS] for row in csv.DictReader(f)
-                    if row['file']]
+            found = [[row[c] for c in _KEPT_CYCLE_COLUMNS] for row in csv.DictReader(f)
+                     if row['file']]
+        for name, *_ in found: _inside(path.parent, name, path)
+        return found
     except KeyError as e:
         raise PahclError(f'{path} has no column {e}. Run pahcl_preprocess again.') from e
     except (csv.Error, UnicodeDecodeError) as e:
@@ -183,14 +188,18 @@ def open(cls: Task,
     split=None,    # a split that must be there: train, val or test
     remedy=None,   # what to do where the task is not there; None: the prepared ones are named
 ) -> Task:
-    "Open a prepared task; raise `PahclError` where it, or the split, is not there."
+    """Open a prepared task; raise `PahclError` where it, or the split, is not there, or where its
+    tables are not those that were prepared.
+    """
     folder = Path(data_dir)/name
     there = ', '.join(list_prepared_tasks(data_dir)) or 'none'
     remedy = remedy or f'Prepared tasks in {data_dir}: {there}. Make it with pahcl_prepare.'
     path = require_path(folder/'task_config.json', f'task {name}', remedy)
     splits = 'The splits are train, val and test.'
     if split: require_path(folder/f'{split}.csv', f'split {split} of {name}', splits)
-    return cls(folder, read_json(path, 'task configuration', _PREPARE_AGAIN))
+    config = read_json(path, 'task configuration', _PREPARE_AGAIN)
+    _check_tables(folder, config)
+    return cls(folder, config)
 
 def list_prepared_tasks(
     data_dir,   # folder of all prepared tasks
@@ -357,13 +366,14 @@ def find_held_out_persons(
     downstream_dir='data/downstream',  # folder of the prepared tasks
 ) -> set:                              # person ids and subject ids
     "Everyone in a validation or test split of any task: who must not be seen in pretraining."
-    configs = [read_json(p, 'task configuration')
-               for p in sorted(Path(downstream_dir).glob('*/task_config.json'))]
+    paths = sorted(Path(downstream_dir).glob('*/task_config.json'))
+    configs = [read_json(p, 'task configuration') for p in paths]
     remedy = 'Run pahcl_prepare first, or give --include-heldout-subjects.'
     if not configs:
         raise PahclError(
             f'no prepared tasks in {downstream_dir}, so it is not known who is held out. {remedy}')
-    for c in configs:
+    for path, c in zip(paths, configs):
+        _check_facts(path.parent, c)
         for note in Task(Path(downstream_dir), c).split_notes:
             get_logger().warning(f'{c["task_name"]}: {note}. All of them are held out')
     return {str(p) for c in configs for key in ('split_persons', 'split_subjects')
