@@ -30,8 +30,8 @@ def _list_tables(
 ) -> dict:          # name of a file -> `lines, hash`; those that are there
     "Make a task's manifest."
     there = [n for n in _TABLES if (Path(folder)/n).is_file()]
-    tables = {n: dict(lines=(Path(folder)/n).read_bytes().count(b'\n'), hash=hash_file(Path(folder)/n))
-              for n in there}
+    tables = {p.name: dict(lines=p.read_bytes().count(b'\n'), hash=hash_file(p))
+              for p in (Path(folder)/n for n in there)}
     return tables | {'task_config.json': dict(lines=0, hash=_hash_facts(config))}
 
 # %% ../../nbs/data/task_checks.ipynb #t009
@@ -87,6 +87,8 @@ def _compare_cycles(
     if 'file_path' in cycles and (twice := cycles['file_path'].duplicated()).any():
         yield 'cycles.csv', f'lists {cycles["file_path"][twice].iloc[0]} twice'
     if recordings is None or not {'recording_id'} <= set(cycles) & set(recordings): return
+    if (twice := recordings['recording_id'].duplicated()).any():
+        yield 'recordings.csv', f'lists {recordings["recording_id"][twice].iloc[0]} twice'
     known = recordings.drop_duplicates('recording_id').set_index('recording_id')
     gone = sorted(set(cycles['recording_id'])-set(known.index))
     if gone: yield 'recordings.csv', f'does not have {first_few(gone, 3)}, but cycles.csv has'
@@ -96,8 +98,8 @@ def _compare_cycles(
         other = cycles[c].to_numpy() != theirs
         if other.any():
             row = int(other.argmax())
-            yield 'cycles.csv', (f'says {c} {cycles[c].iloc[row]} of {cycles["recording_id"].iloc[row]}, '
-                                 f'recordings.csv {theirs[row]}')
+            yield 'cycles.csv', (f'says {c} {cycles[c].iloc[row]} of '
+                                 f'{cycles["recording_id"].iloc[row]}, recordings.csv {theirs[row]}')
 
 # %% ../../nbs/data/task_checks.ipynb #t011
 def _compare_config(
@@ -115,8 +117,8 @@ def _compare_config(
             here = set(recordings.loc[recordings['split'] == s, column])
             told = {str(i) for i in config.get(key, {}).get(s, here)}
             if other := sorted(here ^ told, key=str):
-                yield 'recordings.csv', (f'and {key} of task_config.json differ: {first_few(other, 3)} '
-                                         f'is in {s} in one of them only')
+                yield 'recordings.csv', (f'and {key} of task_config.json differ: '
+                                         f'{first_few(other, 3)} is in {s} in one of them only')
     for column in ('person_id', 'subject_id'):
         for name in ('cycles.csv', 'recordings.csv'):
             if name not in read or not {column, 'split'} <= set(read[name]): continue

@@ -69,7 +69,8 @@ def _compute_sample_boundaries(
     samples = np.round((cycles[['s1_end_s', 's2_start_s', 's2_end_s']].to_numpy(float)-onset)*rate)
     samples = np.hstack([np.minimum(samples, valid), valid])
     bad = (~np.isfinite(samples).all(1) | (samples[:, 0] < 0) | (np.diff(samples) < 0).any(1)
-           | (valid[:, 0] < 1) | (valid[:, 0] > settings['target_length']))
+           | (valid[:, 0] < 1) | (valid[:, 0] > settings['target_length'])
+           | ~(offset[:, 0] > onset[:, 0]))
     if bad.any():
         row = cycles.iloc[int(bad.argmax())]
         raise PahclError(f'{row["folder"]}/cycles.csv: a boundary or the valid length of '
