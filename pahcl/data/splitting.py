@@ -30,6 +30,9 @@ def _check_labels(
     """
     key, columns = ['dataset', 'recording_id'], ['subject_id', 'person_id', *get_class_columns()]
     columns = [c for c in columns if c in recordings and c in raw]
+    # persons of the same sound were taken for one
+    if 'named_person' in recordings:
+        recordings = recordings.assign(person_id=recordings['named_person'])
     if 'split' in raw:
         columns, recordings = [*columns, 'split'], recordings.assign(split=recordings.get('split'))
     both = recordings.merge(raw[[*key, *columns]].astype({c: object for c in columns}), on=key,

@@ -22,6 +22,7 @@ from ..core.basics import (
     _inside, first_few, get_logger, PahclError, progress, read_json, read_table, require_path)
 from ..core.metrics import CHALLENGE_METRICS, METRICS
 from ..core.predictions import class_names, positive_class
+from .label_files import _link_persons
 from .task_checks import _check_facts, _check_tables
 
 # %% ../../nbs/data/tasks.ipynb #cell6
@@ -29,6 +30,19 @@ from .task_checks import _check_facts, _check_tables
 BEAT_BOUNDARIES = ['onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s']
 
 # %% ../../nbs/data/tasks.ipynb #cell8
+def _join_same_audio(
+    recordings,   # DataFrame of text; `audio_hash` where it is known
+):  # the same; where two persons have the same sound they are one, and `named_person` is what
+    # their table says
+    "Take persons for one who have the same sound: on two sides of a split it would be a leak."
+    if 'audio_hash' not in recordings: return recordings
+    heard = recordings.dropna(subset='audio_hash')
+    first = heard.groupby('audio_hash')['person_id'].transform('first')
+    if (first == heard['person_id']).all(): return recordings
+    one = _link_persons([*heard['person_id'], *first], [*first, *first])
+    persons = recordings['person_id'].map(one).fillna(recordings['person_id'])
+    return recordings.assign(person_id=persons, named_person=recordings['person_id'])
+
 def read_processed(
     processed_dir,  # output of pahcl_preprocess
 ):  # (its recordings.csv, a row a recording, `cycles_kept` as int; the settings it was made with)
@@ -49,7 +63,7 @@ def read_processed(
     if len(twice):
         raise PahclError(f'{processed_dir}/recordings.csv names the folder {twice.iloc[0]} twice. '
                          f'{remedy}')
-    return recordings.assign(cycles_kept=pd.to_numeric(
+    return _join_same_audio(recordings).assign(cycles_kept=pd.to_numeric(
         recordings['cycles_kept'], errors='coerce').fillna(0).astype(int)), settings
 
 # %% ../../nbs/data/tasks.ipynb #cell11

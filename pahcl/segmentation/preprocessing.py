@@ -6,11 +6,13 @@
 __all__ = ['preprocess']
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell2
+import hashlib
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.basics import (
@@ -136,6 +138,34 @@ def _set_aside_failed(
     return (table[[not why for why in failed]].reset_index(drop=True),
             [s for s in summaries if 'problem' not in s], broken)
 
+# %% ../../nbs/segmentation/preprocessing.ipynb #doubt1
+def _hash_audio(
+    folder,      # of a recording that was cut
+):               # text; None for silence, which is the same everywhere
+    "Hash the sound of a recording, whatever its file was."
+    numbers = np.load(Path(folder)/'signal.npy', allow_pickle=False)
+    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16] if np.ptp(numbers) else None
+
+def _name_doubtful(
+    table,       # of the recordings, with `heartbeat, fallback, audio_hash`
+) -> dict:       # `no_heartbeat`, `no_good_beat`: ids; `same_audio`: lists of ids
+    "Name, and warn of, what may be noise, and recordings of two persons that sound the same."
+    silent = table.heartbeat == _NO_HEARTBEAT_FOUND
+    poor = table.fallback.astype(bool) & ~silent
+    same = [g for _, g in table.groupby('audio_hash') if g.person_id.nunique() > 1]
+    for rows, what in ((silent, _NO_HEARTBEAT_FOUND), (poor, 'no good beat')):
+        if not rows.any(): continue
+        get_logger().warning(f'{what} in {rows.sum()} of {len(table)} recordings '
+                             f'({first_few(table.recording_id[rows])}); '
+                             'of each at most three cycles are kept, flagged fallback')
+    for g in same[:10]:
+        get_logger().warning(f'{" and ".join(g.recording_id)} are the same sound, but of persons '
+                             f'{" and ".join(g.person_id.unique())}. They are kept on one side of '
+                             'a split; correct the table, or remove one')
+    return dict(no_heartbeat=table.recording_id[silent].tolist(),
+                no_good_beat=table.recording_id[poor].tolist(),
+                same_audio=[g.recording_id.tolist() for g in same])
+
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell26
 def _write_results(
     raw_dir,        # folder of all raw data
@@ -146,20 +176,17 @@ def _write_results(
     settings,       # `PreprocessingSettings`
 ) -> dict:          # what `processing_stats.json` holds
     "Write the two files that describe the folder."
-    table = table.copy()
+    table, output_dir = table.copy(), Path(results[0]).parent
     for c in ('path', 'annotation_path'):
         table[c] = [os.path.relpath(p, raw_dir) if isinstance(p, str) else None for p in table[c]]
     for c in ('cycles_found', 'cycles_kept', 'fallback', 'quality', 'confidence'):
         table[c] = [s[c.removeprefix('cycles_')] for s in summaries]
     table['heartbeat'] = ['found' if s['heartbeat'] else _NO_HEARTBEAT_FOUND for s in summaries]
-    silent = table.recording_id[table.heartbeat == _NO_HEARTBEAT_FOUND].tolist()
-    if silent:
-        count = f'{len(silent)} of {len(table)} recordings'
-        get_logger().warning(f'{_NO_HEARTBEAT_FOUND} in {count} ({first_few(silent)}); '
-                         'of each at most three cycles are kept, flagged fallback')
+    table['audio_hash'] = [_hash_audio(output_dir/f) for f in table.folder]
     broken = [dict(b, path=os.path.relpath(b['path'], raw_dir)) for b in broken]
     stats = dict(settings=asdict(settings), **_count_beats_by_class(table, summaries),
-                 recordings=dict(zip(table.folder, summaries)), broken=broken)
+                 recordings=dict(zip(table.folder, summaries)), broken=broken,
+                 doubtful=_name_doubtful(table))
     # so that tasks can be prepared without the raw folder
     if own := _describe_own_datasets(table.dataset.unique()): stats |= dict(definitions=own)
     write_text(results[0], table.to_csv(index=False))

@@ -3,12 +3,14 @@ nothing is skipped
 """
 import importlib.util
 import json
-import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from pahcl.core.basics import PahclError
+from pahcl.data.simulation import simulate_dataset
 from pahcl.data.splitting import prepare
 from pahcl.segmentation.preprocessing import preprocess
 
@@ -46,3 +48,23 @@ def test_what_was_cut_from_a_file_that_broke_is_gone(tmp_path):
     for path in (tmp_path/'raw').rglob('*.wav'): path.write_bytes(b'')
     with pytest.raises(PahclError, match='all 2 recordings are broken'):
         preprocess(tmp_path/'raw', tmp_path/'out', **settings)
+
+def test_the_same_sound_of_two_persons(tmp_path, logged):
+    "It is said, with both names, and is never on two sides of a split; noise is named, too."
+    simulate_dataset(tmp_path/'raw', 'physionet2016', subjects=12, seconds=3, seed=0)
+    wavs = sorted((tmp_path/'raw').rglob('training-a/*.wav'))
+    others = sorted((tmp_path/'raw').rglob('training-e/*.wav'))
+    for a, b in zip(wavs, others): soundfile.write(b, *soundfile.read(a), subtype='PCM_24')
+    noise = sorted((tmp_path/'raw').rglob('training-b/*.wav'))[0]
+    soundfile.write(noise, np.random.default_rng(0).normal(size=8000)*.1, 2000)
+    stats = preprocess(tmp_path/'raw', tmp_path/'out', num_workers=1)
+    pairs = {frozenset(p) for p in stats['doubtful']['same_audio']}
+    assert pairs == {frozenset((a.stem, b.stem)) for a, b in zip(wavs, others)} and pairs
+    assert any(wavs[0].stem in m and others[0].stem in m and 'same sound' in m for m in logged)
+    assert noise.stem in stats['doubtful']['no_heartbeat']
+    assert any(noise.stem in m and 'no heartbeat' in m for m in logged)
+    for seed in range(4):
+        config, = prepare('physionet2016', tmp_path/'raw', tmp_path/'out', tmp_path/'tasks',
+                          seed=seed).values()
+        side = {s: split for split, ids in config['split_subjects'].items() for s in ids}
+        assert all(side[a.stem] == side[b.stem] for a, b in zip(wavs, others))
