@@ -112,7 +112,8 @@ def _(folder):
         own = table['subject_id'] == who
         new = (int(table.loc[own, 'label'].iloc[0])+1) % 3
         table.loc[own, 'label'] = str(new)
-        if 'label_name' in table: table.loc[own, 'label_name'] = ('Present', 'Absent', 'Unknown')[new]
+        names = ('Present', 'Absent', 'Unknown')
+        if 'label_name' in table: table.loc[own, 'label_name'] = names[new]
         return table
     for name in ('train.csv', 'cycles.csv', 'recordings.csv'): edit(folder/name, change)
 

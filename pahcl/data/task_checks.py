@@ -82,8 +82,9 @@ def _compare_cycles(
         longest = config.get('target_length') or edges['valid_length'].max()
         bad = ((edges['s1_end'] < 0) | ~edges['valid_length'].between(1, longest)
                | ~(edges.diff(axis=1).iloc[:, 1:] >= 0).all(axis=1))
-        if bad.any(): yield 'cycles.csv', (f'has states out of order, or a valid_length that is not '
-                                           f'1 to {longest}, at {cycles["file_path"][bad].iloc[0]}')
+        if bad.any():
+            yield 'cycles.csv', ('has states out of order, or a valid_length that is not 1 to '
+                                 f'{longest}, at {cycles["file_path"][bad].iloc[0]}')
     if 'file_path' in cycles and (twice := cycles['file_path'].duplicated()).any():
         yield 'cycles.csv', f'lists {cycles["file_path"][twice].iloc[0]} twice'
     if recordings is None or not {'recording_id'} <= set(cycles) & set(recordings): return
@@ -98,8 +99,9 @@ def _compare_cycles(
         other = cycles[c].to_numpy() != theirs
         if other.any():
             row = int(other.argmax())
-            yield 'cycles.csv', (f'says {c} {cycles[c].iloc[row]} of '
-                                 f'{cycles["recording_id"].iloc[row]}, recordings.csv {theirs[row]}')
+            whose = cycles['recording_id'].iloc[row]
+            yield 'cycles.csv', (f'says {c} {cycles[c].iloc[row]} of {whose}, '
+                                 f'recordings.csv {theirs[row]}')
 
 # %% ../../nbs/data/task_checks.ipynb #t011
 def _compare_config(
@@ -133,14 +135,14 @@ def _compare_tables(
     config: dict,   # content of its task_config.json
 ):
     "Raise `PahclError` for the first thing that a task's tables do not agree on."
-    read = {n: read_table(Path(folder)/n, (), 'table of the task', _AGAIN.format(folder)) for n in _TABLES
-            if (Path(folder)/n).is_file()}
+    there, again = [n for n in _TABLES if (Path(folder)/n).is_file()], _AGAIN.format(folder)
+    read = {n: read_table(Path(folder)/n, (), 'table of the task', again) for n in there}
     cycles = read.get('cycles.csv')
     found = [(n, why) for s in _SPLITS if f'{s}.csv' in read
              for n, why in _compare_split(s, read[f'{s}.csv'], cycles, config)]
     if cycles is not None: found += _compare_cycles(cycles, read.get('recordings.csv'), config)
     found += _compare_config(read, config)
-    for name, why in found: raise PahclError(f'{Path(folder)/name} {why}. '+_AGAIN.format(folder))
+    for name, why in found: raise PahclError(f'{Path(folder)/name} {why}. {again}')
 
 # %% ../../nbs/data/task_checks.ipynb #t013
 _AGAIN = ('Prepare the task again with pahcl_prepare; what was changed on purpose is accepted by '

@@ -253,9 +253,10 @@ def _accept_changes(
     "Make a task fit its train.csv, val.csv and test.csv, which somebody edited on purpose."
     folder = require_path(folder, 'task', 'Give the folder of a prepared task.')
     config = read_json(folder/'task_config.json', 'task configuration')
+    known = ['recording_id', 'subject_id', 'person_id', 'split', 'label']
     cycles, recordings = _fit_tables(
-        *(read_table(folder/f'{n}.csv', ['recording_id', 'subject_id', 'person_id', 'split', 'label'])
-          for n in ('cycles', 'recordings')), _read_edited_splits(folder, config['label_map']))
+        *(read_table(folder/f'{n}.csv', known) for n in ('cycles', 'recordings')),
+        _read_edited_splits(folder, config['label_map']))
     train = cycles.loc[cycles['split'] == 'train', 'label']
     config |= dict(class_weights=compute_class_weights(train, config['label_map'], folder.name),
                    **_split_membership(recordings, cycles))
