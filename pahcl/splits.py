@@ -67,11 +67,18 @@ def pahcl_prepare(
     # keep persons whose ids are in two splits; every score made from it says so
     leaky_splits: bool = False,
     verbose: bool = False,  # also print persons, recordings and cycles of each class in each split
+    # folder of a prepared task whose train.csv, val.csv or test.csv you edited: makes its other
+    # tables fit, and nothing else
+    accept_changes: str = None,
 ):
     "Split each data set by person into training, validation and test, and write a folder a task."
     from pahcl.data.splitting import prepare
-    configs = prepare(dataset, raw_dir, processed_dir, output_dir, seed, copy, splits,
-                      split_column, leaky_splits)
+    from pahcl.data.task_folders import _accept_changes
+    if accept_changes:
+        config = _accept_changes(accept_changes)
+        configs = {config['task_name']: config}
+    else: configs = prepare(dataset, raw_dir, processed_dir, output_dir, seed, copy, splits,
+                            split_column, leaky_splits)
     if verbose:
         print('\n'.join(line for config in configs.values()
                         for line in _format_split_counts(config)))

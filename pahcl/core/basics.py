@@ -268,6 +268,20 @@ def read_table(
     if lost: raise PahclError(f'{what} {path} has no column {", ".join(lost)}. {remedy}')
     return table
 
+# %% ../../nbs/core/basics.ipynb #inside1
+def _inside(
+    root,      # the folder that a table describes
+    path,      # a cell of it
+    table,     # the table, for the message
+) -> Path:     # `root/path`
+    "Join a path that a table names; one that is empty or leads out of `root` is a `PahclError`."
+    text = '' if path is None or path != path else str(path)
+    parts = text.replace('\\', '/').split('/')
+    if text and '..' not in parts and not parts[0].endswith(':') and parts[0] and '\0' not in text:
+        return Path(root)/text
+    raise PahclError(f'{table} names {text!r}, which is no file or folder below {root}. '
+                     'Correct the table, or make it again.')
+
 # %% ../../nbs/core/basics.ipynb #c033
 def hash_file(
     path,    # of a file

@@ -14,9 +14,10 @@ import torch
 from fastcore.basics import patch
 
 from ..core.basics import (
-    first_few, get_logger, PahclError, read_json, read_table, require_path)
+    _inside, first_few, get_logger, PahclError, read_json, read_table, require_path)
 from .packing import _open_pack
 from .sampling import get_recording_ids
+from .task_checks import _check_tables
 from .tasks import read_kept_cycles, read_processed
 
 # %% ../../nbs/data/loader.ipynb #c006
@@ -73,20 +74,15 @@ _BOUNDARY_COLUMNS = ['s1_end', 's2_start', 's2_end', 'valid_length']
 def _read_split_table(
     folder,           # of the task
     split: str,       # train, val or test
-    num_classes: int, # labels are below it
 ):                    # DataFrame: `_CYCLE_IDS`, `_BOUNDARY_COLUMNS`, `label`
-    "The cycles of a split; a `PahclError` where the task's files contradict each other."
+    "The cycles of a split, of a task whose tables agree."
     remedy, path = 'Prepare the task again with pahcl_prepare.', require_path(
         Path(folder)/f'{split}.csv', 'split', 'The splits are train, val and test.')
     listed = read_table(path, ['file_path', 'label'], 'split', remedy)
     known = read_table(Path(folder)/'cycles.csv', [*_CYCLE_IDS[:5], 'split', *_BOUNDARY_COLUMNS],
                        'table of cycles', remedy).drop(columns='label')
+    for name in listed['file_path']: _inside(folder, name, path)
     table = listed[['file_path', 'label']].merge(known, on='file_path', how='left')
-    wrong = table[(table['split'] != split) | table['file_path'].duplicated()
-                  | ~table['label'].isin([str(c) for c in range(num_classes)])]
-    if len(wrong):
-        raise PahclError(f'{path}: {wrong["file_path"].iloc[0]} is there twice, not in this split '
-                         f'by cycles.csv, or has no label under {num_classes}. {remedy}')
     table['folder'] = table['file_path'].str.split('/').str[-3:-1].str.join('/')
     return table.astype({c: int for c in ['label', *_BOUNDARY_COLUMNS]})
 
@@ -102,7 +98,8 @@ def _read_task_table(
     if lost:
         raise PahclError(f'{folder}/task_config.json has no {", ".join(lost)}. '
                          'Make it with pahcl_prepare.')
-    table = _read_split_table(folder, split, settings['num_classes'])
+    _check_tables(folder, settings)
+    table = _read_split_table(folder, split)
     if 'subject_label' not in table and settings.get('dataset') in ('physionet2016', 'pascal'):
         get_logger().warning(f'{folder} was prepared when every recording of 2016 and every file '
                              'of PASCAL\'s set A counted as a person: '

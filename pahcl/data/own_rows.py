@@ -31,9 +31,9 @@ _OTHER_NAMES = dict(gender='sex', age_years='age', height_cm='height', weight_kg
 _RESERVED = ('dataset', 'subject_id', 'person_id', 'recording_id', 'path', 'sample_rate', 'seconds',
              'annotation_path', 'folder', 'source', 'raw_label', 'signal_quality', 'withdrawn',
              'cycles', 'cycles_found', 'cycles_kept', 'fallback', 'quality', 'confidence',
-             'heartbeat', 'file_path', 'label_name', 'subject_label', 'valid_length', 'duration_s',
-             'onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s', 's1_end', 's2_start',
-             's2_end', 'predicted', 'rows')
+             'heartbeat', 'audio_hash', 'file_path', 'label_name', 'subject_label', 'valid_length',
+             'duration_s', 'onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s',
+             's1_end', 's2_start', 's2_end', 'predicted', 'rows')
 
 # %% ../../nbs/data/own_rows.ipynb #own344ce
 def _rename_descriptions(

@@ -6,6 +6,8 @@
 __all__ = ['load_recordings', 'read_annotation']
 
 # %% ../../nbs/data/recordings.ipynb #62e3cbd5
+import os
+from math import isfinite
 from pathlib import Path
 
 import pandas as pd
@@ -17,20 +19,46 @@ from .datasets import (
     DATASETS, get_class_columns, get_recording_columns, _read_rows, select_datasets)
 from .own_recordings import register_own_datasets
 from .audio_files import _list_folder
+from .signal import _require_audio_file
 
 # %% ../../nbs/data/recordings.ipynb #fab91da3
-def _read_audio_header(path, unreadable=False):
-    """Read (sample rate in Hz, seconds) from the header of an audio file.
-
-    NaN for a file that cannot be read, where `unreadable` allows that.
-    """
-    try: info = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, RuntimeError) as e:
-        if unreadable: return float('nan'), float('nan')
+def _read_audio_header(path):
+    "Read (sample rate in Hz, seconds) from the header of an audio file."
+    try:
+        info = soundfile.info(str(_require_audio_file(path)))
+        return info.samplerate, info.frames/info.samplerate
+    except (soundfile.LibsndfileError, RuntimeError, ZeroDivisionError) as e:
         raise PahclError(
             f'{path} cannot be read as audio ({e}). Download it again, convert it to wav, or '
             'remove it.') from e
-    return info.samplerate, info.frames/info.samplerate
+
+# %% ../../nbs/data/recordings.ipynb #names1
+def _printable(name):
+    "Return a name that can be written: bytes that are not UTF-8 as in `caf\\xe9.wav`."
+    return None if name is None else os.fsencode(str(name)).decode('utf-8', 'backslashreplace')
+
+def _find_name_problem(
+    row,       # of a data set's reader
+) -> str:      # '' where its names are good
+    "Say why a recording cannot be named."
+    path, subject, folder = (_printable(row.get(c)) for c in ('path', 'subject_id', 'folder'))
+    if path != str(row['path']): return f'{path}: its name is not in UTF-8. Rename it.'
+    if not subject:
+        return (f'{path}: its name does not say whose recording it is. Rename it, e.g. '
+                'SUBJECT_PLACE.wav, or remove it.')
+    names = (f'subject_{subject}', folder)
+    if bad := next((n for n in names if '/' in n or '\\' in n or n in ('.', '..')), None):
+        return f'{path}: {bad!r} is no name for a folder. Leave out slashes.'
+    return ''
+
+def _describe_audio(
+    row,       # of a data set's reader
+) -> tuple:    # (sample rate in Hz, seconds, what is wrong: '' where nothing is)
+    "Read a recording's header, and say what is wrong with its names or file."
+    try:
+        if wrong := _find_name_problem(row): raise PahclError(wrong)
+        return *_read_audio_header(row['path']), ''
+    except PahclError as e: return float('nan'), float('nan'), str(e)
 
 # %% ../../nbs/data/recordings.ipynb #26e0e236
 def _describe_own_audio(raw_dir):
@@ -101,7 +129,7 @@ def _log_unlabelled(table):
 # %% ../../nbs/data/recordings.ipynb #03c226cf
 def _unique_folders(table):
     "Return folder names, numbered where two recordings of a subject would share one."
-    same = table.groupby(['subject_id', 'folder'])
+    same = table.groupby(['subject_id', 'folder'], dropna=False)
     number = (same.cumcount()+1).astype('string')
     return table.folder.where(same.folder.transform('size') == 1, table.folder+'_'+number)
 
@@ -110,7 +138,7 @@ def _to_strings(table):
     "Turn all columns but numbers into strings; what is missing or empty is NA."
     columns = [c for c in table if c not in ('sample_rate', 'seconds', 'withdrawn')]
     missing = lambda v: v is None or v is pd.NA or v != v or v == ''
-    values = table[columns].astype(object).map(lambda v: None if missing(v) else str(v))
+    values = table[columns].astype(object).map(lambda v: None if missing(v) else _printable(v))
     return table.assign(**{c: values[c].astype('string') for c in columns})
 
 # %% ../../nbs/data/recordings.ipynb #9cceb1c2
@@ -119,7 +147,8 @@ def load_recordings(
     # name of a public data set or of a folder with a recordings.csv, `all` (those that are there),
     # or a list
     dataset='all',
-    # keep files that cannot be read, with NaN for sample rate and seconds, rather than stop
+    # keep recordings that cannot be used, with NaN for sample rate and seconds and what is wrong
+    # in a column `problem`, rather than stop
     unreadable=False,
     keep_withdrawn=False, # keep recordings that the publisher withdrew
     # DataFrame, a row a recording, with the columns `get_recording_columns` and those that an own
@@ -127,7 +156,7 @@ def load_recordings(
 ):
     """Load every recording of the raw data into one table, whatever its layout.
 
-    No labels at all, or a file that cannot be read, is a `PahclError`.
+    No labels at all, or a name or file that cannot be used, is a `PahclError`.
     """
     register_own_datasets(raw_dir, dataset)
     names, rows = select_datasets(dataset), []
@@ -145,23 +174,27 @@ def load_recordings(
     table = pd.DataFrame(rows, columns=columns).sort_values(
         ['dataset', 'subject_id', 'recording_id'], kind='stable', ignore_index=True)
     if not keep_withdrawn: table = _drop_withdrawn(table)
-    table['sample_rate'], table['seconds'] = zip(
-        *(_read_audio_header(p, unreadable) for p in table.path))
+    table['sample_rate'], table['seconds'], problem = zip(
+        *map(_describe_audio, table.to_dict('records')))
+    if any(problem) and not unreadable: raise PahclError(next(filter(None, problem)))
     _log_unlabelled(table)
     _warn_unknown_persons(table)
     table['person_id'] = table.person_id.fillna(table.subject_id)
     table = _to_strings(table)
     table['source'] = table.source.fillna('')
-    table['folder'] = 'subject_'+table.subject_id+'/'+_unique_folders(table)
-    return table
+    table['folder'] = 'subject_'+table.subject_id.fillna('')+'/'+_unique_folders(table)
+    return table.assign(problem=problem) if unreadable else table
 
 # %% ../../nbs/data/recordings.ipynb #a489f145
 def _read_tsv_states(path):
     "Read rows (start s, end s, state) of a CirCor annotation."
     try:
-        return [(float(a), float(b), int(float(s))) for a, b, s in (
-            line.split() for line in Path(path).read_text().splitlines() if line.strip())]
-    except ValueError as e:
+        rows = [(float(a), float(b), int(float(s))) for a, b, s in (
+            line.split() for line in Path(path).read_text(encoding='utf-8').splitlines()
+            if line.strip())]
+        if not all(isfinite(t) for row in rows for t in row): raise ValueError('a time is infinite')
+        return rows
+    except (ValueError, OverflowError) as e:
         raise PahclError(f'{path} is no annotation: its lines must be start, end and state ({e}). '
                          'Download it again.') from e
 
@@ -191,6 +224,7 @@ def read_annotation(
 ):
     "Read an annotation of heart states; a file that is none is a `PahclError`."
     path = require_path(path, 'annotation')
+    if not path.is_file(): raise PahclError(f'{path} is no file, so no annotation. Remove it.')
     rows = sorted(_read_mat_states(path, seconds) if path.suffix == '.mat'
                   else _read_tsv_states(path))
     table = pd.DataFrame(rows, columns=['start_s', 'end_s', 'state']).astype(

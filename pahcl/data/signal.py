@@ -19,6 +19,8 @@ import soxr
 from ..core.basics import PahclError, require_path
 
 # %% ../../nbs/data/signal.ipynb #63872dac
+_MOST_CHUNKS = 10_000   # of a wav file; zeros without end would be chunks without end
+
 def count_missing_bytes(
     path,      # a file
     # how many bytes of audio a RIFF/WAV header promises that the file does not
@@ -28,13 +30,45 @@ def count_missing_bytes(
     size = Path(path).stat().st_size
     with open(path, 'rb') as f:
         if f.read(4) != b'RIFF' or len(f.read(8)) < 8: return 0
-        while len(head := f.read(8)) == 8:
+        for _ in range(_MOST_CHUNKS):
+            if len(head := f.read(8)) < 8: break
             name, length = struct.unpack('<4sI', head)
             if name == b'data': return 0 if length >= 0xFFFFFF00 else max(0, f.tell()+length-size)
             f.seek(length+length%2, 1)
     return 0
 
 # %% ../../nbs/data/signal.ipynb #da887524
+_LEAST_RATE = 50     # Hz; below twice the lowest edge of the band-pass no heart is left
+_LOUDEST = 1e15      # squares of larger float32 numbers, and their sums, are infinite
+
+def _require_audio_file(
+    path,      # of a recording
+) -> Path:     # the same path
+    "Return `path` if it is a file; opening a pipe or a device would wait for ever."
+    path = require_path(path, 'recording', 'Check its name and folder.')
+    if path.is_file(): return path
+    kind = 'a folder' if path.is_dir() else 'a pipe or a device'
+    raise PahclError(f'{path} is {kind}, not a recording. Rename or remove it.')
+
+def _check_signal(
+    signal,            # [T] float32
+    sample_rate,       # Hz
+    minimum_seconds,   # as of `read_recording`
+    name,              # of it, for messages
+    remedy='remove or repair it.',
+):
+    "Raise `PahclError` for a signal in which no heart can be looked for."
+    if not sample_rate > _LEAST_RATE:
+        raise PahclError(f'{name} has a sample rate of {sample_rate} Hz; more than {_LEAST_RATE} '
+                         f'are needed: {remedy}')
+    if not np.isfinite(signal).all():
+        raise PahclError(f'{name} holds values that are no numbers (NaN or infinite): {remedy}')
+    if (loudest := np.abs(signal).max(initial=0)) > _LOUDEST:
+        raise PahclError(f'{name} holds {loudest:g}, which is no sound pressure: {remedy}')
+    if len(signal) < minimum_seconds*sample_rate:
+        raise PahclError(f'{name} is too short: {len(signal)/sample_rate:.2f} s, '
+                         f'at least {minimum_seconds} s are needed.')
+
 def read_recording(
     # wav (any format libsndfile reads): int16, int32, float; any sample rate; channels are averaged
     path,
@@ -44,7 +78,7 @@ def read_recording(
     """Read a recording; a truncated, empty, non-finite, too short or unreadable file is a
     `PahclError` that names it.
     """
-    path = require_path(path, 'recording', 'Check its name and folder.')
+    path = _require_audio_file(path)
     missing = count_missing_bytes(path)
     if missing:
         raise PahclError(f'{path} is truncated: {missing} bytes that its header promises are not '
@@ -56,12 +90,7 @@ def read_recording(
     if not len(signal):
         raise PahclError(f'{path} is empty: it has a header but no samples. '
                          'Copy or download it again.')
-    if not np.isfinite(signal).all():
-        raise PahclError(f'{path} holds values that are no numbers (NaN or infinite). '
-                         'Remove or repair it.')
-    if len(signal) < minimum_seconds*sample_rate:
-        raise PahclError(f'{path} is too short: {len(signal)/sample_rate:.2f} s, '
-                         f'at least {minimum_seconds} s are needed.')
+    _check_signal(signal, sample_rate, minimum_seconds, path)
     return signal, sample_rate
 
 # %% ../../nbs/data/signal.ipynb #array1
@@ -80,13 +109,9 @@ def _read_signal(
         raise PahclError(f'the sample_rate of the signal is {sample_rate}; give it in Hz.')
     whole = np.issubdtype(signal.dtype, np.signedinteger)
     signal = signal.astype(np.float32)/(2.**(8*signal.itemsize-1) if whole else 1)
-    if not np.isfinite(signal).all():
-        raise PahclError('the signal holds values that are no numbers (NaN or infinite); '
-                         'remove or repair them.')
-    if len(signal) < minimum_seconds*sample_rate:
-        raise PahclError(f'the signal is too short: {len(signal)/sample_rate:.2f} s, '
-                         f'at least {minimum_seconds} s are needed.')
-    return np.asarray(signal, np.float32), sample_rate
+    signal = np.asarray(signal, np.float32)
+    _check_signal(signal, sample_rate, minimum_seconds, 'the signal')
+    return signal, sample_rate
 
 # %% ../../nbs/data/signal.ipynb #693eae4e
 def resample(

@@ -30,6 +30,9 @@ def _check_labels(
     """
     key, columns = ['dataset', 'recording_id'], ['subject_id', 'person_id', *get_class_columns()]
     columns = [c for c in columns if c in recordings and c in raw]
+    # persons of the same sound were taken for one
+    if 'named_person' in recordings:
+        recordings = recordings.assign(person_id=recordings['named_person'])
     if 'split' in raw:
         columns, recordings = [*columns, 'split'], recordings.assign(split=recordings.get('split'))
     both = recordings.merge(raw[[*key, *columns]].astype({c: object for c in columns}), on=key,
@@ -72,7 +75,8 @@ def _load_labelled_recordings(
     own, asked = (_read_definitions(processed_dir),
                   set(recordings['dataset']) if dataset == 'all' else [dataset])
     if Path(raw_dir).exists() and (not own or any((Path(raw_dir)/d).exists() for d in asked)):
-        raw = load_recordings(raw_dir, dataset, keep_withdrawn=withdrawn)
+        # those that are broken were left out before, by name
+        raw = load_recordings(raw_dir, dataset, True, withdrawn)
     _recall_own_datasets(processed_dir, own, raw_dir)
     if raw is None:
         get_logger().info(

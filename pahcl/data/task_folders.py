@@ -11,8 +11,13 @@ import os
 import shutil
 from pathlib import Path
 
-from ..core.basics import PahclError, progress, read_json, read_table, write_json, write_text
+import pandas as pd
+
+from ..core.basics import (
+    get_logger, PahclError, progress, read_json, read_table, require_path, write_json, write_text)
+from ..core.aggregation import pick_rarest_labels
 from .datasets import DATASETS
+from .task_checks import _compare_tables, _list_tables
 from .tasks import (
     _find_separated_persons, check_leaks, compute_class_weights, SPLIT_FRACTIONS)
 
@@ -155,6 +160,7 @@ def _write_task(
                    _format_split(cycles, config['label_map'], config['class_weights'], s))
     write_text(folder/'cycles.csv', cycles[_TASK_CYCLE_COLUMNS].to_csv(index=False))
     write_text(folder/'recordings.csv', _select_recording_columns(recordings).to_csv(index=False))
+    config['manifest'] = _list_tables(folder, config)
     write_json(folder/'task_config.json', config)
     return copied
 
@@ -189,5 +195,85 @@ def write_fold(
         (folder/split).symlink_to(task_folder/split)
         write_text(folder/f'{split}.csv',
                    _format_split(cycles, config['label_map'], weights, split))
-    write_json(folder/'task_config.json',
-               config | dict(class_weights=weights, **_split_membership(recordings, cycles)))
+    config |= dict(class_weights=weights, **_split_membership(recordings, cycles))
+    write_json(folder/'task_config.json', config | dict(manifest=_list_tables(folder, config)))
+
+# %% ../../nbs/data/task_folders.ipynb #accept1
+def _read_edited_splits(
+    folder,         # of a task
+    label_map: dict,
+):                  # DataFrame: `file_path, label, split`
+    "Read the three tables of splits; a class that is none, or a cycle twice, is a `PahclError`."
+    read = {s: read_table(folder/f'{s}.csv', ['file_path', 'label'], 'split', 'Prepare it again.')
+            for s in SPLIT_FRACTIONS}
+    table = pd.concat([t[['file_path', 'label']].assign(split=s) for s, t in read.items()])
+    known = {str(i) for i in label_map.values()}
+    wrong = table[table['file_path'].duplicated() | ~table['label'].isin(known)]
+    if len(wrong):
+        raise PahclError(f'{folder}/{wrong["split"].iloc[0]}.csv: {wrong["file_path"].iloc[0]} is '
+                         f'listed twice, or its label is none of {", ".join(sorted(known))}.')
+    return table
+
+def _one_each(
+    cycles, column: str,   # of a task; `label` or `split`
+):                         # Series: recording -> its one value
+    "Take from cycles what is true of their recording; two answers are a `PahclError`."
+    answers = cycles.groupby('recording_id')[column].agg(['nunique', 'first'])
+    if len(mixed := answers.index[answers['nunique'] > 1]):
+        raise PahclError(f'the cycles of {mixed[0]} have several values of {column}; a recording '
+                         'has one.')
+    return answers['first']
+
+# %% ../../nbs/data/task_folders.ipynb #accept2
+def _fit_tables(
+    cycles, recordings, edited,   # cycles.csv, recordings.csv; of `_read_edited_splits`
+):                                # (cycles, recordings)
+    "Carry what stands in the tables of splits over to the two others."
+    if lost := sorted(set(edited['file_path'])-set(cycles['file_path'])):
+        raise PahclError(f'cycles.csv does not have {lost[0]}, which a split lists. '
+                         'Cycles can be left out, not added.')
+    columns, before = list(cycles), set(cycles['recording_id'])
+    cycles = cycles.drop(columns=['label', 'split']).merge(edited, on='file_path')[columns]
+    own = recordings[~recordings['recording_id'].isin(before-set(cycles['recording_id']))].copy()
+    count = cycles['recording_id'].value_counts()
+    for column in ('label', 'split'):
+        own[column] = own['recording_id'].map(_one_each(cycles, column)).fillna(own[column])
+    if 'cycles' in own: own['cycles'] = own['recording_id'].map(count).fillna(0).astype(int)
+    if 'subject_label' in cycles:
+        label = own['label'].astype(int)
+        persons = own.assign(label=label)[own['split'] == 'train'].groupby('label')[
+            'person_id'].nunique()
+        whose = pick_rarest_labels(label, own['subject_id'], persons)
+        cycles, own = (t.assign(subject_label=t['subject_id'].map(whose)) for t in (cycles, own))
+    return cycles, own
+
+def _accept_changes(
+    folder,      # of a prepared task
+) -> dict:       # what its `task_config.json` holds now
+    "Make a task fit its train.csv, val.csv and test.csv, which somebody edited on purpose."
+    folder = require_path(folder, 'task', 'Give the folder of a prepared task.')
+    config = read_json(folder/'task_config.json', 'task configuration')
+    known = ['recording_id', 'subject_id', 'person_id', 'split', 'label']
+    cycles, recordings = _fit_tables(
+        *(read_table(folder/f'{n}.csv', known) for n in ('cycles', 'recordings')),
+        _read_edited_splits(folder, config['label_map']))
+    train = cycles.loc[cycles['split'] == 'train', 'label']
+    config |= dict(class_weights=compute_class_weights(train, config['label_map'], folder.name),
+                   **_split_membership(recordings, cycles))
+    marked = [str(p) for p in config.get('leaky_splits') or ()]
+    check_leaks(config['split_persons'], marked=marked,
+                remedy='Put all cycles of a person into one table.')
+    heard = cycles.assign(label=cycles['label'].astype(int),
+                          folder=cycles['file_path'].str.rsplit('/', n=1).str[0])
+    config['counts'] = _count_by_split_and_class(heard, config['label_map'])
+    for s in SPLIT_FRACTIONS:
+        write_text(folder/f'{s}.csv',
+                   _format_split(cycles, config['label_map'], config['class_weights'], s))
+    write_text(folder/'cycles.csv', cycles.to_csv(index=False))
+    write_text(folder/'recordings.csv', recordings.to_csv(index=False))
+    _compare_tables(folder, config)
+    config['manifest'] = _list_tables(folder, config)
+    write_json(folder/'task_config.json', config)
+    get_logger().info(f'{folder}: the changes are accepted; it has '+', '.join(
+        f'{n} cycles in {s}' for s, n in config['split_sizes'].items()))
+    return config

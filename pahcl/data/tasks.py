@@ -20,15 +20,30 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import (
-    first_few, get_logger, PahclError, progress, read_json, read_table, require_path)
+    _inside, first_few, get_logger, PahclError, progress, read_json, read_table, require_path)
 from ..core.metrics import CHALLENGE_METRICS, METRICS
 from ..core.predictions import class_names, positive_class
+from .label_files import _link_persons
+from .task_checks import _check_facts, _check_tables
 
 # %% ../../nbs/data/tasks.ipynb #cell6
 # of a cycle, in the recording
 BEAT_BOUNDARIES = ['onset_s', 's1_end_s', 's2_start_s', 's2_end_s', 'offset_s']
 
 # %% ../../nbs/data/tasks.ipynb #cell8
+def _join_same_audio(
+    recordings,   # DataFrame of text; `audio_hash` where it is known
+):  # the same; where two persons have the same sound they are one, and `named_person` is what
+    # their table says
+    "Take persons for one who have the same sound: on two sides of a split it would be a leak."
+    if 'audio_hash' not in recordings: return recordings
+    heard = recordings.dropna(subset='audio_hash')
+    first = heard.groupby('audio_hash')['person_id'].transform('first')
+    if (first == heard['person_id']).all(): return recordings
+    one = _link_persons([*heard['person_id'], *first], [*first, *first])
+    persons = recordings['person_id'].map(one).fillna(recordings['person_id'])
+    return recordings.assign(person_id=persons, named_person=recordings['person_id'])
+
 def read_processed(
     processed_dir,  # output of pahcl_preprocess
 ):  # (its recordings.csv, a row a recording, `cycles_kept` as int; the settings it was made with)
@@ -39,6 +54,8 @@ def read_processed(
               'cycles_kept']
     recordings = read_table(Path(processed_dir)/'recordings.csv', needed,
                             'table of recordings', remedy)
+    for place in recordings['folder']:
+        _inside(processed_dir, place, f'{processed_dir}/recordings.csv')
     path = Path(processed_dir)/'processing_stats.json'
     settings = read_json(path, 'processing statistics', remedy).get('settings', {})
     lost = [k for k in ('sample_rate', 'target_length', 'length_mode') if k not in settings]
@@ -47,7 +64,7 @@ def read_processed(
     if len(twice):
         raise PahclError(f'{processed_dir}/recordings.csv names the folder {twice.iloc[0]} twice. '
                          f'{remedy}')
-    return recordings.assign(cycles_kept=pd.to_numeric(
+    return _join_same_audio(recordings).assign(cycles_kept=pd.to_numeric(
         recordings['cycles_kept'], errors='coerce').fillna(0).astype(int)), settings
 
 # %% ../../nbs/data/tasks.ipynb #cell11
@@ -67,7 +84,8 @@ def _compute_sample_boundaries(
     samples = np.round((cycles[['s1_end_s', 's2_start_s', 's2_end_s']].to_numpy(float)-onset)*rate)
     samples = np.hstack([np.minimum(samples, valid), valid])
     bad = (~np.isfinite(samples).all(1) | (samples[:, 0] < 0) | (np.diff(samples) < 0).any(1)
-           | (valid[:, 0] < 1) | (valid[:, 0] > settings['target_length']))
+           | (valid[:, 0] < 1) | (valid[:, 0] > settings['target_length'])
+           | ~(offset[:, 0] > onset[:, 0]))
     if bad.any():
         row = cycles.iloc[int(bad.argmax())]
         raise PahclError(f'{row["folder"]}/cycles.csv: a boundary or the valid length of '
@@ -84,8 +102,10 @@ def _read_recording_cycles(
     try:
         with open(require_path(path, 'table of cycles', 'Run pahcl_preprocess again.'), newline='',
                   encoding='utf-8') as f:
-            return [[row[c] for c in _KEPT_CYCLE_COLUMNS] for row in csv.DictReader(f)
-                    if row['file']]
+            found = [[row[c] for c in _KEPT_CYCLE_COLUMNS] for row in csv.DictReader(f)
+                     if row['file']]
+        for name, *_ in found: _inside(path.parent, name, path)
+        return found
     except KeyError as e:
         raise PahclError(f'{path} has no column {e}. Run pahcl_preprocess again.') from e
     except (csv.Error, UnicodeDecodeError) as e:
@@ -184,14 +204,18 @@ def open(cls: Task,
     split=None,    # a split that must be there: train, val or test
     remedy=None,   # what to do where the task is not there; None: the prepared ones are named
 ) -> Task:
-    "Open a prepared task; raise `PahclError` where it, or the split, is not there."
+    """Open a prepared task; raise `PahclError` where it, or the split, is not there, or where its
+    tables are not those that were prepared.
+    """
     folder = Path(data_dir)/name
     there = ', '.join(list_prepared_tasks(data_dir)) or 'none'
     remedy = remedy or f'Prepared tasks in {data_dir}: {there}. Make it with pahcl_prepare.'
     path = require_path(folder/'task_config.json', f'task {name}', remedy)
     splits = 'The splits are train, val and test.'
     if split: require_path(folder/f'{split}.csv', f'split {split} of {name}', splits)
-    return cls(folder, read_json(path, 'task configuration', _PREPARE_AGAIN))
+    config = read_json(path, 'task configuration', _PREPARE_AGAIN)
+    _check_tables(folder, config)
+    return cls(folder, config)
 
 def list_prepared_tasks(
     data_dir,   # folder of all prepared tasks
@@ -368,13 +392,14 @@ def find_held_out_persons(
     downstream_dir='data/downstream',  # folder of the prepared tasks
 ) -> set:                              # person ids and subject ids
     "Everyone in a validation or test split of any task: who must not be seen in pretraining."
-    configs = [read_json(p, 'task configuration')
-               for p in sorted(Path(downstream_dir).glob('*/task_config.json'))]
+    paths = sorted(Path(downstream_dir).glob('*/task_config.json'))
+    configs = [read_json(p, 'task configuration') for p in paths]
     remedy = 'Run pahcl_prepare first, or give --include-heldout-subjects.'
     if not configs:
         raise PahclError(
             f'no prepared tasks in {downstream_dir}, so it is not known who is held out. {remedy}')
-    for c in configs:
+    for path, c in zip(paths, configs):
+        _check_facts(path.parent, c)
         for note in Task(Path(downstream_dir), c).split_notes:
             get_logger().warning(f'{c["task_name"]}: {note}. All of them are held out')
     return {str(p) for c in configs for key in ('split_persons', 'split_subjects')

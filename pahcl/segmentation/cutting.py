@@ -37,12 +37,11 @@ def _npy_header(
 # %% ../../nbs/segmentation/cutting.ipynb #cell17
 def _write_beats(
     folder,           # an empty folder
-    heard,            # of `hear_recording`
-    settings,         # `PreprocessingSettings`
+    beats,            # of `hear_recording`
+    cycles, valid,    # of `HeardRecording.cut_cycles`
 ):
     "Write the kept beats and `cycles.csv`."
-    beats, header = heard.beats, _npy_header(settings.target_length)
-    cycles, valid = heard.cut_cycles(settings)
+    header = _npy_header(cycles.shape[1])
     columns = {c: beats[c].tolist() for c in beats}
     columns |= dict(cycle=list(range(len(beats))), file=['']*len(beats),
                     valid_length=[0]*len(beats))
@@ -68,24 +67,46 @@ def _read_cut_record(
     return done if complete and kept == done['summary']['kept'] else {}
 
 # %% ../../nbs/segmentation/cutting.ipynb #cell23
+def _hear_row(
+    row,         # of `load_recordings`, as a dict
+    settings,    # `PreprocessingSettings`
+) -> tuple:      # (`HeardRecording`, its cycles, their valid lengths)
+    "Hear a recording and cut it; whatever is wrong with it is a `PahclError` that names it."
+    try:
+        heard = hear_recording(row['path'], settings=settings, annotation=row['annotation_path'])
+        cycles, valid = heard.cut_cycles(settings)
+        if not np.isfinite(cycles).all(): raise ValueError('it is too loud to be filtered')
+        return heard, cycles, valid
+    except PahclError: raise
+    except Exception as e:   # a file may be wrong in ways that nobody has thought of
+        why = f'{type(e).__name__}: {e}' if str(e) else type(e).__name__
+        raise PahclError(f'{row["path"]} cannot be cut into beats ({why}). '
+                         'Repair or remove it.') from e
+
 def _process_recording(
     row,              # of `load_recordings`, as a dict
     output_dir,       # the processed folder
     settings,         # `PreprocessingSettings`
     key,              # `fingerprint` of all that the result depends on
-) -> dict:            # `HeardRecording.summary`
+    skip_broken=False,   # say what is wrong rather than raise it
+) -> dict:            # `HeardRecording.summary`; or `problem`
     "Cut a recording, unless that was done before with the same key."
     folder = Path(output_dir)/row['folder']
     done = _read_cut_record(folder)
     if done.get('key') == key: return done['summary']
     temporary = folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}.tmp')
-    heard = hear_recording(row['path'], settings=settings, annotation=row['annotation_path'])
+    try: heard, cycles, valid = _hear_row(row, settings)
+    except PahclError as e:
+        if not skip_broken:
+            raise PahclError(f'{e} skip_broken leaves broken recordings out.') from e
+        if done: shutil.rmtree(folder, ignore_errors=True)   # it was cut from what is gone
+        return dict(problem=str(e))
     with _blame_target(folder, temporary):
         try:
             temporary.mkdir(parents=True)
             write_states(temporary/'states.tsv', heard.states)
             np.save(temporary/'signal.npy', _store_signal(heard.recorded, heard.sample_rate))
-            _write_beats(temporary, heard, settings)
+            _write_beats(temporary, heard.beats, cycles, valid)
             done = dict(key=key, dataset=row['dataset'], summary=heard.summary())
             (temporary/'.done.json').write_text(json.dumps(to_json(done)), encoding='utf-8')
             shutil.rmtree(folder, ignore_errors=True)

@@ -6,11 +6,13 @@
 __all__ = ['preprocess']
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell2
+import hashlib
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.basics import (
@@ -20,7 +22,7 @@ from ..core.parallel import map_in_parallel
 from ..data.datasets import DATASETS, get_class_columns, select_datasets
 from ..data.own_recordings import _describe_own_datasets
 from ..data.recordings import load_recordings
-from ..data.signal import count_missing_bytes, read_recording
+from ..data.signal import _require_audio_file, count_missing_bytes, read_recording
 from .beat_counts import _count_beats_by_class, _NO_HEARTBEAT_FOUND
 from .beats import MINIMUM_CONFIDENCE
 from .cutting import PreprocessingSettings, _process_recording, _read_cut_record
@@ -36,6 +38,7 @@ def _find_file_problem(
     """
     import soundfile
     try:
+        _require_audio_file(path)
         info = None if count_missing_bytes(path) else soundfile.info(str(path))
         whole = (info is None or info.subtype in ('FLOAT', 'DOUBLE')
                  or info.frames < 0.5*info.samplerate)
@@ -43,15 +46,19 @@ def _find_file_problem(
     except soundfile.LibsndfileError as e:
         return f'{path} cannot be read as audio ({e}). Copy or download it again.'
     except (PahclError, OSError) as e: return str(e)
+    except Exception as e:   # a header may be wrong in ways that nobody has thought of
+        return f'{path} cannot be read ({type(e).__name__}: {e}). Repair or remove it.'
     return ''
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell11
 def _check_recordings(
-    table,                # from `load_recordings`
+    table,                # from `load_recordings`; its column `problem` is taken as told
     skip_broken=False,    # leave broken ones out rather than stop
 ) -> tuple:               # (`table` without the broken ones, list of dicts `folder, path, problem`)
     "Check every file; a broken one is a `PahclError` unless `skip_broken`."
-    problems = [_find_file_problem(p) for p in progress(table.path, 'checking')]
+    known = table.get('problem', pd.Series('', table.index))
+    problems = [why or _find_file_problem(p)
+                for why, p in zip(known, progress(table.path, 'checking'))]
     files = zip(table.folder, table.path, problems)
     broken = [dict(folder=f, path=p, problem=x) for f, p, x in files if x]
     more = f' {len(broken)-1} more recordings are broken.' if len(broken) > 1 else ''
@@ -59,8 +66,8 @@ def _check_recordings(
         raise PahclError(f'{broken[0]["problem"]}{more} Nothing was written; '
                          'skip_broken leaves broken recordings out.')
     for b in broken: get_logger().warning(f'left out: {b["problem"]}')
-    return (table[[not x for x in problems]].reset_index(drop=True).astype(dict(sample_rate=int)),
-            broken)
+    good = table[[not x for x in problems]].drop(columns='problem', errors='ignore')
+    return good.reset_index(drop=True).astype(dict(sample_rate=int)), broken
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell18
 def _make_key_function(
@@ -135,11 +142,55 @@ def _load_previously_cut(
         # those that were not asked for are not there
         try: table = load_recordings(raw_dir, name, unreadable=True, keep_withdrawn=True)
         except PahclError: continue                                     # its raw data are gone
-        table = table[table.seconds.notna()].astype(dict(sample_rate=int))
+        table = table[table.seconds.notna()].drop(columns='problem').astype(dict(sample_rate=int))
         rows = table.to_dict('records')
         tables.append(table[[_read_cut_record(Path(output_dir)/r['folder']).get('key') == key_of(r)
                              for r in rows]])
     return pd.concat(tables) if tables else None
+
+# %% ../../nbs/segmentation/preprocessing.ipynb #aside1
+def _set_aside_failed(
+    table,        # from `load_recordings`
+    summaries,    # of `_process_recording`, of each row
+    broken,       # from `_check_recordings`
+) -> tuple:       # the same three: recordings that could not be cut are among the broken ones
+    "Take out what could not be cut; where nothing is left that is a `PahclError`."
+    failed = [s.get('problem') for s in summaries]
+    broken = broken+[dict(folder=r.folder, path=r.path, problem=why)
+                     for r, why in zip(table.itertuples(), failed) if why]
+    for why in filter(None, failed): get_logger().warning(f'left out: {why}')
+    if broken and all(failed):
+        raise PahclError(f'all {len(broken)} recordings are broken, e.g. {broken[0]["problem"]}')
+    return (table[[not why for why in failed]].reset_index(drop=True),
+            [s for s in summaries if 'problem' not in s], broken)
+
+# %% ../../nbs/segmentation/preprocessing.ipynb #doubt1
+def _hash_audio(
+    folder,      # of a recording that was cut
+):               # text; None for silence, which is the same everywhere
+    "Hash the sound of a recording, whatever its file was."
+    numbers = np.load(Path(folder)/'signal.npy', allow_pickle=False)
+    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16] if np.ptp(numbers) else None
+
+def _name_doubtful(
+    table,       # of the recordings, with `heartbeat, fallback, audio_hash`
+) -> dict:       # `no_heartbeat`, `no_good_beat`: ids; `same_audio`: lists of ids
+    "Name, and warn of, what may be noise, and recordings of two persons that sound the same."
+    silent = table.heartbeat == _NO_HEARTBEAT_FOUND
+    poor = table.fallback.astype(bool) & ~silent
+    same = [g for _, g in table.groupby('audio_hash') if g.person_id.nunique() > 1]
+    for rows, what in ((silent, _NO_HEARTBEAT_FOUND), (poor, 'no good beat')):
+        if not rows.any(): continue
+        get_logger().warning(f'{what} in {rows.sum()} of {len(table)} recordings '
+                             f'({first_few(table.recording_id[rows])}); '
+                             'of each at most three cycles are kept, flagged fallback')
+    for g in same[:10]:
+        get_logger().warning(f'{" and ".join(g.recording_id)} are the same sound, but of persons '
+                             f'{" and ".join(g.person_id.unique())}. They are kept on one side of '
+                             'a split; correct the table, or remove one')
+    return dict(no_heartbeat=table.recording_id[silent].tolist(),
+                no_good_beat=table.recording_id[poor].tolist(),
+                same_audio=[g.recording_id.tolist() for g in same])
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell26
 def _write_results(
@@ -147,24 +198,21 @@ def _write_results(
     results,        # paths of recordings.csv and processing_stats.json
     table,          # from `load_recordings`
     summaries,      # of `_process_recording`, of each row
+    broken,         # from `_set_aside_failed`
     settings,       # `PreprocessingSettings`
-    broken,         # from `_check_recordings`
 ) -> dict:          # what `processing_stats.json` holds
     "Write the two files that describe the folder."
-    table = table.copy()
+    table, output_dir = table.copy(), Path(results[0]).parent
     for c in ('path', 'annotation_path'):
         table[c] = [os.path.relpath(p, raw_dir) if isinstance(p, str) else None for p in table[c]]
     for c in ('cycles_found', 'cycles_kept', 'fallback', 'quality', 'confidence'):
         table[c] = [s[c.removeprefix('cycles_')] for s in summaries]
     table['heartbeat'] = ['found' if s['heartbeat'] else _NO_HEARTBEAT_FOUND for s in summaries]
-    silent = table.recording_id[table.heartbeat == _NO_HEARTBEAT_FOUND].tolist()
-    if silent:
-        count = f'{len(silent)} of {len(table)} recordings'
-        get_logger().warning(f'{_NO_HEARTBEAT_FOUND} in {count} ({first_few(silent)}); '
-                         'of each at most three cycles are kept, flagged fallback')
+    table['audio_hash'] = [_hash_audio(output_dir/f) for f in table.folder]
     broken = [dict(b, path=os.path.relpath(b['path'], raw_dir)) for b in broken]
     stats = dict(settings=asdict(settings), **_count_beats_by_class(table, summaries),
-                 recordings=dict(zip(table.folder, summaries)), broken=broken)
+                 recordings=dict(zip(table.folder, summaries)), broken=broken,
+                 doubtful=_name_doubtful(table))
     # so that tasks can be prepared without the raw folder
     if own := _describe_own_datasets(table.dataset.unique()): stats |= dict(definitions=own)
     write_text(results[0], table.to_csv(index=False))
@@ -203,7 +251,8 @@ def _draw_figures(
         with atomic_path(path, lasting=False) as t: figure.savefig(t, format='png', dpi=130)
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell34
-def _process_all(raw_dir, output_dir, table, broken, settings, names, num_workers, scheduler):
+def _process_all(raw_dir, output_dir, table, broken, settings, names, num_workers, scheduler,
+                 skip_broken=False):
     "Cut the recordings of a table and write the two files; the arguments are `preprocess`'s."
     results = [output_dir/name for name in _TABLES]
     key_of = _make_key_function(settings)
@@ -221,11 +270,12 @@ def _process_all(raw_dir, output_dir, table, broken, settings, names, num_worker
     if again: get_logger().info(f'{output_dir}: {again} of {len(keys)} recordings are done already')
     # workers may stand in another folder
     def away(r): return r | {c: r[c] and os.path.abspath(r[c]) for c in ('path', 'annotation_path')}
-    jobs = [(away(r), place.absolute(), settings, keys[r['folder']]) for r in rows]
+    jobs = [(away(r), place.absolute(), settings, keys[r['folder']], skip_broken) for r in rows]
     summaries = list(map_in_parallel(_process_recording, jobs, num_workers, scheduler, 'cutting',
                                      lambda row, *_: row['path']))
     results = [place/name for name in _TABLES]
-    stats = _write_results(raw_dir, results, table, summaries, settings, broken)
+    cut = _set_aside_failed(table, summaries, broken)
+    stats = _write_results(raw_dir, results, *cut, settings)
     if other: _replace_results(output_dir, keys)
     # last: all that replaces it is there
     shutil.rmtree(output_dir/_NEXT, ignore_errors=True)
@@ -260,12 +310,13 @@ def preprocess(
                                      minimum_confidence)
     if figures < 0: raise PahclError(f'figures is {figures}; give at least 0.')
     raw_dir, output_dir = Path(raw_dir), Path(output_dir)
-    table = load_recordings(raw_dir, dataset, skip_broken, keep_withdrawn)
+    table = load_recordings(raw_dir, dataset, True, keep_withdrawn)
     table, broken = _check_recordings(table, skip_broken)
     names = select_datasets(dataset)
     with lock_folder(output_dir):
         stats = _process_all(raw_dir, output_dir, table, broken, settings, names, num_workers,
-                             scheduler)
+                             scheduler, skip_broken)
+        table = table[table.folder.isin(stats['recordings'])]
         if states_dir: _write_state_files(table, output_dir, states_dir)
         _draw_figures(table, output_dir, figures)
     return stats

@@ -8,7 +8,8 @@ __all__ = ['run_downstream']
 # %% ../../nbs/studies/downstream.ipynb #cell2
 from pathlib import Path
 
-from ..core.basics import fingerprint_files, PahclError, require_path, UsageError
+from ..core.basics import (
+    fingerprint_files, PahclError, read_json, require_path, UsageError)
 from ..core.config import load_config
 from ..core.pipeline import MODES, Pipeline, PipelineSettings
 from ..core.stages import (
@@ -19,7 +20,7 @@ from ..data.given_splits import read_splits
 from ..data.own_recordings import _list_outside_files, register_own_datasets
 from ..data.simulation import simulate_dataset
 from ..data.splitting import prepare
-from ..data.tasks import list_prepared_tasks, Task
+from ..data.tasks import list_prepared_tasks
 from ..evaluation.evaluator import evaluate
 from ..models.checkpoints import _checkpoint_files
 from ..models.pretrained import resolve_checkpoint
@@ -220,7 +221,9 @@ def _build_pipeline(
     "Put the stages of all rooms together; the tasks are those of the data, and those prepared."
     tasks = {task: spec.dataset for task, spec in TASKS.items()}
     for task in list_prepared_tasks(settings.data_dir) if settings else []:
-        tasks.setdefault(task, Task.open(settings.data_dir, task).dataset)
+        # not opened: a plan may begin with preparing anew what does not fit together
+        about = read_json(Path(settings.data_dir)/task/'task_config.json', 'task configuration')
+        tasks.setdefault(task, about.get('dataset', ''))
     return Pipeline(tasks, _data_stages, _pretrain_stage, _task_stages, summarize)
 
 def run_downstream(

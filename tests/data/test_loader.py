@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import pahcl.data.packing as packing
-from pahcl.core.basics import PahclError, write_json
+from pahcl.core.basics import PahclError, read_json, write_json
 from pahcl.data.loader import Cycles, _label_phases
 from pahcl.data.packing import _quantise
 from pahcl.data.sampling import draw_epoch_rows, draw_few_shot_rows, split_into_batches
 from pahcl.data.splitting import prepare
+from pahcl.data.task_folders import _accept_changes
 from pahcl.data.tasks import find_held_out_persons, SPLIT_FRACTIONS
 from pahcl.core.basics import read_table
 from pahcl.testing.made import _make_processed_folder, _make_recordings
@@ -38,6 +39,11 @@ def house(tmp_path):
     prepare('pascal', tmp_path/'raw', tmp_path/'processed', tmp_path/'downstream')
     return tmp_path
 
+def forget_manifest(folder):
+    "As a task of an older version."
+    config = read_json(folder/'task_config.json')
+    write_json(folder/'task_config.json', {k: v for k, v in config.items() if k != 'manifest'})
+
 def packs(folder): return sorted(p.name for p in (folder/'.packed').iterdir())
 
 
@@ -48,6 +54,7 @@ def test_a_task_of_the_time_when_records_were_persons_is_told(house, caplog):
     table = pd.read_csv(folder/'cycles.csv', dtype=str,
                         keep_default_na=False).drop(columns='subject_label')
     table.to_csv(folder/'cycles.csv', index=False)
+    forget_manifest(folder)
     with caplog.at_level('WARNING'): Cycles.from_task(folder, 'train')
     assert ('counted as a person' in caplog.text
             and 'pahcl_preprocess and pahcl_prepare again' in caplog.text)
@@ -159,10 +166,13 @@ def test_pack_is_made_once_and_again_when_something_changes(house, monkeypatch):
     assert not torch.equal(opened().batch([0])['x'], first) and len(made) == 2
     lines = (folder/'train.csv').read_text().split('\n')
     (folder/'train.csv').write_text('\n'.join(lines[:2]+lines[3:]))   # a cycle is taken out by hand
+    with pytest.raises(PahclError, match='--accept-changes'): opened()
+    _accept_changes(folder)
     assert len(opened()) == len(lines)-4 and len(made) == 3
     cycles = pd.read_csv(folder/'cycles.csv', dtype=str)
     cycles.assign(valid_length='50', s1_end='10', s2_start='20',
                   s2_end='30').to_csv(folder/'cycles.csv', index=False)
+    _accept_changes(folder)
     assert opened().batch([0])['valid_length'].tolist() == [50] and len(made) == 4
     (folder/'.packed'/packs(folder)[0]/'cycles.npy').write_bytes(b'\x93NUMPY')
     assert len(opened()) and len(made) == 5                                             # damaged
@@ -222,13 +232,14 @@ def test_contradictions_between_files(house):
     folder = house/'downstream'/'pascal'
     text = (folder/'val.csv').read_text()
     train = (folder/'train.csv').read_text().split('\n')
-    for wrong in (text+train[2]+'\n', text+text.split('\n')[1]+'\n',
-                  text.replace(',0,', ',3,').replace(',1,', ',3,').replace(',2,', ',3,')):
+    for wrong, told in ((text+train[2]+'\n', 'are not in cycles.csv'),
+                        (text+text.split('\n')[1]+'\n', 'lists .*npy twice'),
+                        (text.replace(',0,', ',3,').replace(',1,', ',3,').replace(',2,', ',3,'),
+                         'labels .*npy 3, which is no class')):
         (folder/'val.csv').write_text(wrong)
-        with pytest.raises(PahclError, match='val.csv: .*npy is there twice, not in this split'):
-            Cycles.from_task(folder, 'val')
+        with pytest.raises(PahclError, match=f'val.csv .*{told}'): Cycles.from_task(folder, 'val')
     (folder/'val.csv').unlink()
-    with pytest.raises(PahclError, match='The splits are train, val and test'):
+    with pytest.raises(PahclError, match='val.csv is not as it was prepared: it is gone'):
         Cycles.from_task(folder, 'val')
     with pytest.raises(PahclError, match='Make it with pahcl_prepare'):
         Cycles.from_task(folder/'none', 'val')
@@ -238,6 +249,7 @@ def test_contradictions_between_files(house):
 def test_empty_split(house):
     folder = house/'downstream'/'pascal'
     (folder/'val.csv').write_text((folder/'val.csv').read_text().split('\n')[0]+'\n')
+    _accept_changes(folder)
     assert len(Cycles.from_task(folder, 'val')) == 0
 
 

@@ -22,7 +22,7 @@ from pahcl.data.simulation import simulate_dataset
 from pahcl.data.splitting import prepare
 from pahcl.data.steps import (
     _compute_steps, _InputSettings, _label_steps, _PackedSteps, _RecordingSteps, _StepSettings)
-from pahcl.data.task_folders import write_fold
+from pahcl.data.task_folders import _accept_changes, write_fold
 from pahcl.data.stretches import _find_runs, _window_starts
 from pahcl.data.windows import _CYCLE_IDS, _lay_out, Windows
 from pahcl.evaluation.embedding import _cut_all, embed
@@ -326,6 +326,7 @@ def test_what_a_split_does_not_name_is_not_heard(house, tmp_path):
     lines = (folder/'train.csv').read_text().splitlines()
     gone = lines[2].split(',')[1].rsplit('/', 1)[0]
     (folder/'train.csv').write_text('\n'.join(l for l in lines if gone not in l)+'\n')
+    _accept_changes(folder)
     windows = open_cycles(folder, 'train', LOGMEL)
     assert gone.split('/', 1)[1] not in set(windows.table['folder'])
     (folder/windows.table['file_path'][0]).write_bytes(b'damaged')
