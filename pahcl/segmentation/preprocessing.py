@@ -275,6 +275,7 @@ def _process_all(raw_dir, output_dir, table, broken, settings, names, num_worker
                                      lambda row, *_: row['path']))
     results = [place/name for name in _TABLES]
     cut = _set_aside_failed(table, summaries, broken)
+    keys = {f: keys[f] for f in cut[0].folder}   # what failed now was cut from what is gone
     stats = _write_results(raw_dir, results, *cut, settings)
     if other: _replace_results(output_dir, keys)
     # last: all that replaces it is there
