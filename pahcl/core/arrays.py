@@ -116,5 +116,5 @@ def _find_damaged_files(
     folder = Path(folder)
     try: sums = read_json(folder/'check_sums.json')
     except PahclError: return None
-    known = lambda name: Path(name).name == name and (folder/name).is_file()
-    return [n for n, crc in sums.items() if not known(n) or _check_sum(folder/n) != crc]
+    there = {p.name for p in folder.iterdir() if p.is_file()}
+    return [n for n, crc in sums.items() if n not in there or _check_sum(folder/n) != crc]

@@ -41,6 +41,9 @@ class _PlainWordsLoader(_Loader):
 # %% ../../nbs/core/config.ipynb #c007
 _MOST_YAML = 200_000   # bytes, and entries once each alias is written out: ours have 3000
 
+# brackets that nothing closes: yaml would take seconds to find that they are too many
+_TOO_DEEP = re.compile(r'(?:[\[{][^\[\]{}]*){50}')
+
 def read_yaml(
     path,               # a YAML file
     plain_words=False,  # yes, no, on and off are words: names of classes
@@ -50,7 +53,9 @@ def read_yaml(
                          'Give an existing path or the name of a packaged one.', _MOST_YAML)
     loader = _PlainWordsLoader if plain_words else _Loader
     try:
-        content = yaml.load(path.read_text(encoding='utf-8'), loader)
+        text = path.read_text(encoding='utf-8')
+        if _TOO_DEEP.search(text): raise ValueError('it is nested too deep')
+        content = yaml.load(text, loader)
         _check_nesting(content, _MOST_YAML)
     except Exception as e:   # a broken file makes yaml raise nearly anything
         raise PahclError(f'{path} is not valid YAML: {e or type(e).__name__}') from e

@@ -282,6 +282,7 @@ def _build_saved_encoder(
 ) -> Encoder:
     "Build the encoder of a checkpoint, with its weights."
     where = Path(source)/'config.json' if Path(source).is_dir() else source
+    if saved.get('encoder_config') is None: raise PahclError(f'{where} has no encoder_config.')
     try: encoder = build_encoder(saved['encoder_config'])
     except PahclError as e: raise PahclError(f'{where}: {e}') from e
     weights = {k.removeprefix('encoder.'): v for k, v in saved['model_state_dict'].items()

@@ -21,7 +21,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..core.basics import (
-    _require_file, get_logger, PahclError, read_json, require_path, write_json, write_text)
+    _require_file, first_few, get_logger, PahclError, read_json, require_path, write_json, write_text)
 from .model_card import _make_model_card, _read_evaluations
 from .tensor_checks import _CHECK_SUMS, _check_content, _sum_content, _verify_content
 
@@ -127,7 +127,11 @@ def _load_tensors(path) -> dict:   # name -> tensor
     "Read a safetensors file; a missing, broken or damaged one is a `PahclError`."
     try:
         tensors = load_file(_require_file(path, 'model weights', _REMEDY))
-        with safe_open(path, 'pt') as file: sums = (file.metadata() or {}).get(_CHECK_SUMS)
+        with safe_open(path, 'pt') as file: facts = file.metadata() or {}
+        # older files have the first; `_write_model_file` the second, and sums in it
+        if odd := facts.keys()-{'format', 'pahcl', _CHECK_SUMS}:
+            raise ValueError(f'its entry {first_few(odd, 1)} is not known')
+        sums = facts.get(_CHECK_SUMS)
         return _verify_content(tensors | {_CHECK_SUMS: json.loads(sums)} if sums else tensors, path)
     except PahclError: raise
     except Exception as e:   # a broken header: SafetensorError, and whatever torch makes of it
