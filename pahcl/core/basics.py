@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import sys
 import threading
 import time
@@ -38,7 +39,25 @@ def require_path(
 ) -> Path:         # the same path
     "`path` if it exists, else a `PahclError` that names it and says what to do."
     path = Path(path)
-    if not path.exists(): raise PahclError(f'{what} not found: {path}. {remedy}'.strip())
+    # a name that is too long, or a folder that may not be looked into
+    try: there = path.exists()
+    except OSError as e:
+        raise PahclError(f'{what} {path} cannot be looked for ({e.strerror}). {remedy}'.strip()) from e
+    if not there: raise PahclError(f'{what} not found: {path}. {remedy}'.strip())
+    return path
+
+def _require_file(
+    path, what='file', remedy='',   # as of `require_path`
+    most=float('inf'),              # bytes that are read at most: no such file is larger
+) -> Path:
+    "`path` if it is a file of a reasonable size; a folder or a pipe is a `PahclError`."
+    path = require_path(path, what, remedy)
+    status = path.stat()
+    # a pipe would be waited for without end
+    if not stat.S_ISREG(status.st_mode): raise PahclError(f'{what} {path} is no file. {remedy}')
+    if status.st_size > most:
+        raise PahclError(f'{what} {path} has {status.st_size/1e6:.1f} MB, but at most '
+                         f'{most/1e6:g} MB are read. {remedy}')
     return path
 
 # %% ../../nbs/core/basics.ipynb #c010
@@ -146,16 +165,46 @@ def write_json(path, value):
     "Write `value` to `path` as readable JSON, atomically."
     write_text(path, json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False)+'\n')
 
+# %% ../../nbs/core/basics.ipynb #nest1
+_MOST_NESTED = 50        # levels of a file: ours have 7
+_MOST_ENTRIES = 10**7    # of a file
+
+def _check_nesting(
+    content,                # of lists and dictionaries
+    most=_MOST_ENTRIES,     # entries on one level; what is named twice counts twice
+):
+    "Raise `ValueError` for what is nested too deep, is too much, or holds a monstrous number."
+    level = [content]
+    for _ in range(_MOST_NESTED):
+        if any(isinstance(v, int) and not -2**63 <= v < 2**64 for v in level):
+            raise ValueError('it holds a number of more than 64 bits')
+        if len(level := [v for x in level if isinstance(x, (dict, list))
+                         for v in (x.values() if isinstance(x, dict) else x)]) > most:
+            raise ValueError(f'it holds more than {most} entries')
+        if not level: return
+    raise ValueError(f'it is nested in more than {_MOST_NESTED} levels')
+
 # %% ../../nbs/core/basics.ipynb #c023
+_MOST_TEXT = 2*10**8   # bytes of a table or of results: a hundred times those of 50,000 cycles
+
 def read_json(
     path,                       # a JSON file
     what='JSON file',           # what it is to the user
     remedy='Make it again.',    # what to do when it is missing or broken
-):
-    "The content of a JSON file; missing or broken is a `PahclError` that names it."
-    try: return json.loads(require_path(path, what, remedy).read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    keys=(),                    # that must be there
+) -> dict:
+    "The content of a JSON file; missing, broken or no mapping is a `PahclError` that names it."
+    path = _require_file(path, what, remedy, _MOST_TEXT)
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        _check_nesting(content)
+    except (ValueError, RecursionError, MemoryError, OSError) as e:
         raise PahclError(f'{what} {path} is not valid JSON ({e}). {remedy}') from e
+    if not isinstance(content, dict):
+        raise PahclError(f'{what} {path} holds no mapping of names to values. {remedy}')
+    lost = [k for k in keys if k not in content]
+    if lost: raise PahclError(f'{what} {path} has no {first_few(lost)}. {remedy}')
+    return content
 
 # %% ../../nbs/core/basics.ipynb #c026
 def _lock_file(folder) -> Path:
@@ -254,19 +303,38 @@ def read_table(
     columns=(),       # names that must be there
     what='table',     # what it is to the user
     remedy='Run pahcl_preprocess again.',
+    integers=(),      # columns that hold whole numbers; a cell that is none is an error
 ):                    # DataFrame of text; empty cells are missing values
     "Read a csv without guessing types; a `PahclError` names what is missing."
     import pandas as pd
+    path = _require_file(path, what, remedy, _MOST_TEXT)
     try:
-        with open(require_path(path, what, remedy), encoding='utf-8-sig') as f:
-            comment = f.readline().startswith('#')
+        with open(path, encoding='utf-8-sig') as f: comment = f.readline().startswith('#')
         table = pd.read_csv(path, dtype=str, skiprows=int(comment), keep_default_na=False,
                             na_values=[''], encoding='utf-8-sig')
-    except ValueError as e:   # empty, no csv, or not UTF-8
+        if not isinstance(table.index, pd.RangeIndex):   # pandas would move the columns
+            raise ValueError('its rows have more cells than its header')
+    # empty, no csv, or not UTF-8
+    except (ValueError, OverflowError, MemoryError, OSError) as e:
         raise PahclError(f'{what} {path} cannot be read as a table ({e}). {remedy}') from e
     lost = [c for c in columns if c not in table]
     if lost: raise PahclError(f'{what} {path} has no column {", ".join(lost)}. {remedy}')
+    for c in integers: table[c] = _to_integers(table[c], int(comment)+2, f'{what} {path}', remedy)
     return table
+
+def _to_integers(
+    cells,          # Series of text
+    line: int,      # of its first cell
+    where: str,     # it is written, for messages
+    remedy='',
+):                  # Series of int
+    "Whole numbers of a column; anything else is a `PahclError` with line, column and cell."
+    # 18 digits have room in 64 bits
+    wrong = ~cells.fillna('').str.fullmatch(r'[+-]?[0-9]{1,18}')
+    if not wrong.any(): return cells.astype('int64')
+    i = int(wrong.to_numpy().argmax())
+    raise PahclError(f'{where} line {line+i}: {cells.name} is {str(cells.iloc[i])[:60]!r}, but a '
+                     f'whole number is expected. {remedy}')
 
 # %% ../../nbs/core/basics.ipynb #inside1
 def _inside(

@@ -7,19 +7,20 @@ __all__ = ['read_yaml', 'find_config', 'merge_configs', 'load_config']
 
 # %% ../../nbs/core/config.ipynb #c002
 import re
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 
 import yaml
 
-from .basics import PahclError, require_path
+from .basics import _check_nesting, _require_file, PahclError
 from .config_checks import _FLAG_KEYS, _resolve_legacy_keys, _validate_config
 
 # %% ../../nbs/core/config.ipynb #c006
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
-        keys = [k.value for k, _ in node.value]
-        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        keys = Counter(str(k.value) for k, _ in node.value)
+        twice = sorted(k for k, count in keys.items() if count > 1)
         if twice:
             raise yaml.constructor.ConstructorError(None, None,
                                                     f'the key {twice[0]!r} stands twice',
@@ -38,17 +39,26 @@ class _PlainWordsLoader(_Loader):
         for first, known in _Loader.yaml_implicit_resolvers.items()}
 
 # %% ../../nbs/core/config.ipynb #c007
+_MOST_YAML = 200_000   # bytes, and entries once each alias is written out: ours have 3000
+
+# brackets that nothing closes: yaml would take seconds to find that they are too many
+_TOO_DEEP = re.compile(r'(?:[\[{][^\[\]{}]*){50}')
+
 def read_yaml(
     path,               # a YAML file
     plain_words=False,  # yes, no, on and off are words: names of classes
 ) -> dict:              # its content; an empty file is an empty dictionary
     "Read a YAML file in which `1e-3` is a number; a broken one is a `PahclError` with the line."
-    path = require_path(path, 'configuration file',
-                        'Give an existing path or the name of a packaged one.')
+    path = _require_file(path, 'configuration file',
+                         'Give an existing path or the name of a packaged one.', _MOST_YAML)
     loader = _PlainWordsLoader if plain_words else _Loader
-    try: content = yaml.load(path.read_text(encoding='utf-8'), loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise PahclError(f'{path} is not valid YAML: {e}') from e
+    try:
+        text = path.read_text(encoding='utf-8')
+        if _TOO_DEEP.search(text): raise ValueError('it is nested too deep')
+        content = yaml.load(text, loader)
+        _check_nesting(content, _MOST_YAML)
+    except Exception as e:   # a broken file makes yaml raise nearly anything
+        raise PahclError(f'{path} is not valid YAML: {e or type(e).__name__}') from e
     if content is None: return {}
     if not isinstance(content, dict):
         raise PahclError(

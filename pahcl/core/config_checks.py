@@ -84,26 +84,36 @@ def unknown_key_message(
 
 
 # %% ../../nbs/core/config_checks.ipynb #c016
+def _shorten_value(
+    value,     # from a file: whatever somebody wrote
+) -> str:
+    "Show a value, in so many letters as fit into a sentence."
+    if isinstance(value, (dict, list, tuple)) and len(value) > 20:
+        return f'a {type(value).__name__} of {len(value)}'
+    text = repr(value)
+    return text if len(text) <= 200 else f'{text[:200]} …'
+
 def explain_error(
     error,     # a pydantic `ValidationError`
     model,     # the configuration class
     source,    # the file or files that were read
 ) -> str:
     "The first problem of a `ValidationError` as one sentence."
-    first = error.errors()[0]
+    first = error.errors(include_url=False)[0]
+    given = _shorten_value(first['input'])
     key = '.'.join(str(p) for p in first['loc'])
     flags = {v: k for kind in _FLAG_KEYS.values()
              for k, v in kind.items()} | dict(few_shot='shot_ratio', seed='seed')
     if source.startswith('flags') and key in flags:
         key = f'--{flags[key].replace("_", "-")} ({key})'
     if first['type'] == 'model_type':
-        return f'{source}: {key}: keys are expected below it, not {first["input"]!r}.'
+        return f'{source}: {key}: keys are expected below it, not {given}.'
     if first['type'] == 'string_pattern_mismatch':
-        return (f'{source}: {key}: {first["input"]!r} is no name for a folder. '
+        return (f'{source}: {key}: {given} is no name for a folder. '
                 'Leave out slashes and a leading dot or space.')
     if first['type'] != 'extra_forbidden':
-        return (f'{source}: {key} is {"empty" if first["input"] is None else repr(first["input"])};'
-                f' {_expected_value(first)} is expected.')
+        return (f'{source}: {key} is {"empty" if first["input"] is None else given}; '
+                f'{_expected_value(first)} is expected.')
     if key in _REMOVED_KEYS:
         return f'{source}: {key} is no more: {_REMOVED_KEYS[key]}. Leave it out.'
     return unknown_key_message(key, _known_keys(model)+list(model.model_fields)+list(_LEGACY_KEYS),

@@ -106,21 +106,25 @@ class _DataSection(_Section):
     unit_beats: int = Field(4, ge=2, le=32)     # kept cycles in a row, of `unit: beats`
 
 # %% ../../nbs/core/config_sections.ipynb #c017
+# a file may ask for a layer of a thousand million channels: memory would end before the program
+_LayerSizes = Annotated[list[Annotated[int, Field(le=8192)]], Field(max_length=64)]
+
 class ModelSection(_OpenSection):
     """The encoder; None means the preset's own value.
 
     `pahcl.models.encoder_base.register_encoder` adds keys.
     """
     encoder_type: Optional[str] = None
-    cnn_channels: Optional[list[int]] = None
-    cnn_kernel_sizes: Optional[list[int]] = None
-    cnn_strides: Optional[list[int]] = None
-    mamba_d_model: Optional[int] = Field(None, gt=0)
-    mamba_n_layers: Optional[int] = Field(None, ge=0)
-    mamba_d_state: Optional[int] = Field(None, gt=0)
-    mamba_d_conv: Optional[int] = Field(None, gt=0)
-    mamba_expand: Optional[int] = Field(None, gt=0)
-    mamba_dt_rank: Optional[int] = Field(None, gt=0)   # None: mamba_d_model / 16, rounded up
+    cnn_channels: Optional[_LayerSizes] = None
+    cnn_kernel_sizes: Optional[_LayerSizes] = None
+    cnn_strides: Optional[_LayerSizes] = None
+    mamba_d_model: Optional[int] = Field(None, gt=0, le=8192)
+    mamba_n_layers: Optional[int] = Field(None, ge=0, le=256)
+    mamba_d_state: Optional[int] = Field(None, gt=0, le=1024)
+    mamba_d_conv: Optional[int] = Field(None, gt=0, le=64)
+    mamba_expand: Optional[int] = Field(None, gt=0, le=16)
+    # None: mamba_d_model / 16, rounded up
+    mamba_dt_rank: Optional[int] = Field(None, gt=0, le=8192)
     mamba_bidirectional: Optional[bool] = None         # a second block a layer reads backwards
     dropout: Optional[float] = Field(None, ge=0, lt=1)
     # share of cycles that skip the last Mamba layer in training, fewer the earlier ones
@@ -132,17 +136,17 @@ class ModelSection(_OpenSection):
     # batch (of logmel_cnn): statistics of the batch in training, running ones afterwards
     norm: Optional[Literal['group', 'affine', 'batch']] = None
     # channels of the input: 1 of a waveform, more of log-mel frames; fine-tuning takes the data's
-    in_channels: Optional[int] = Field(None, ge=1)
+    in_channels: Optional[int] = Field(None, ge=1, le=4096)
 
 # %% ../../nbs/core/config_sections.ipynb #c018
 class _ClassifierSection(_Section):
     "The head on top of the encoder: one hidden layer; `hidden_dim: 0` makes it linear."
-    hidden_dim: int = Field(128, ge=0)
+    hidden_dim: int = Field(128, ge=0, le=65536)
     dropout: float = Field(0.3, ge=0, lt=1)
     # one mean over the cycle, or those of S1, systole, S2 and diastole side by side
     pooling: Literal['cycle', 'phases'] = 'cycle'
     # hidden width of the attention of `training.aggregation: attention`
-    attention_dim: int = Field(64, ge=1)
+    attention_dim: int = Field(64, ge=1, le=65536)
     # features to zero mean, unit variance over the training cycles; None:
     # where the encoder is frozen
     standardise: Optional[bool] = None

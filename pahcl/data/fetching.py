@@ -7,12 +7,15 @@ __all__ = ['download']
 
 # %% ../../nbs/data/fetching.ipynb #04abca87
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 import pooch
 import requests
+from urllib3.exceptions import HTTPError
 
 from ..core.basics import atomic_path, get_logger, lock_folder, PahclError, progress
 from .datasets import DATASETS, select_datasets
@@ -41,38 +44,107 @@ def _parse_sums(
     return sums
 
 # %% ../../nbs/data/fetching.ipynb #1754d35c
+class _WrongSum(PahclError): "A file is not what the list says."
+
 def _download_error(error, url):
     "Say a network's or server's error as a sentence."
     again = 'The same command goes on where it stopped.'
     if isinstance(error, requests.HTTPError):
         return PahclError(f'{error.response.url} answered {error.response.status_code}. {again}')
-    if isinstance(error, requests.RequestException):
+    if isinstance(error, (requests.RequestException, HTTPError)):
         return PahclError(f'{url} could not be reached ({type(error).__name__}). '
                           f'Check the network connection. {again}')
-    return PahclError(f'A file from {url} does not match its published SHA-256 sum ({error}). '
-                      f'{again}')
+    return _WrongSum(f'A file from {url} does not match its published SHA-256 sum ({error}). '
+                     f'{again}')
+
+# %% ../../nbs/data/fetching.ipynb #care2
+_MOST_BYTES = 10**8       # of a file; the largest of the data sets has 3 MB
+_LONGEST_WAIT = 120.      # s, that a server may ask for
+_LONGEST_FETCH = 600.     # s for a file
+_LEAST_SPEED = 1000       # bytes a second, once a file has taken 30 s
+
+def _wait_as_asked(
+    answer,   # of a server that has no time
+) -> bool:    # whether to ask again
+    "Wait as long as `Retry-After` says; a longer time than two minutes is not waited for."
+    if answer.status_code not in (429, 503): return False
+    asked = answer.headers.get('Retry-After', '')
+    seconds = float(asked) if re.fullmatch(r'[0-9]{1,6}', asked) else 5.
+    if seconds > _LONGEST_WAIT: return False
+    get_logger().info(f'{answer.url} asks to wait {seconds:.0f} s')
+    time.sleep(seconds)
+    return True
+
+def _receive(
+    answer,         # of a server
+    file,           # open for writing
+    begin: float,   # when it was asked, `time.monotonic()`
+):
+    "Write what a server sends; too much, too slow or compressed is a `PahclError`."
+    size, url, count = answer.headers.get('Content-Length', ''), answer.url, 0
+    most = min(int(size), _MOST_BYTES+1) if size.isdecimal() else _MOST_BYTES
+    if most > _MOST_BYTES: raise PahclError(f'{url} announces {size} bytes; at most {_MOST_BYTES} '
+                                            'are taken. Do not trust this source.')
+    if answer.headers.get('Content-Encoding', 'identity') != 'identity':
+        raise PahclError(f'{url} comes compressed, and was asked for as it is. Try a mirror.')
+    read = getattr(answer.raw, 'read1', answer.raw.read)   # older urllib3 waits for whole blocks
+    while block := read(2**16):
+        count, passed = count+len(block), time.monotonic()-begin
+        if count > most:
+            raise PahclError(f'{url} sends more than the {most} bytes that it may have. '
+                             'Do not trust this source.')
+        if passed > _LONGEST_FETCH or passed > 30 and count < _LEAST_SPEED*passed:
+            raise PahclError(f'{url} is too slow: {count} bytes in {passed:.0f} s. '
+                             'Try again later; the same command goes on where it stopped.')
+        file.write(block)
+    if size.isdecimal() and count < most:
+        raise requests.ConnectionError(f'{count} of {size} bytes came')
+
+def _fetch_url(
+    url, path, pooch=None,   # as pooch calls it
+    timeout=30,              # seconds without an answer
+    waits=3,                 # times a server may ask to wait
+):
+    "Fetch one file."
+    for left in reversed(range(waits+1)):
+        begin = time.monotonic()
+        with requests.get(url, stream=True, timeout=timeout,
+                          headers={'Accept-Encoding': 'identity'}) as answer:
+            if left and _wait_as_asked(answer): continue
+            answer.raise_for_status()
+            with open(path, 'wb') as file: return _receive(answer, file, begin)
 
 # %% ../../nbs/data/fetching.ipynb #82a7641e
+def _read_sums(path, wanted='.*'):
+    "Read a list of sums; one that is empty or not UTF-8 is a `PahclError`."
+    try: sums = _parse_sums(Path(path).read_text(encoding='utf-8'), wanted)
+    except UnicodeDecodeError as e:
+        raise PahclError(f'SHA256SUMS.txt is not text in UTF-8 ({e.reason}). '
+                         'Try again later.') from e
+    if not sums:
+        raise PahclError('SHA256SUMS.txt lists none of the files that are needed. '
+                         'Check the address.')
+    return sums
+
 def _fetch_sums(
     url,           # the folder that holds SHA256SUMS.txt, ending in /
     folder,  # where a copy is kept, so that a complete data set is recognised without a network
     wanted='.*',   # regular expression of the files that count
     timeout=30,    # seconds without an answer
+    afresh=False,  # even where there is a copy
 ) -> dict:         # name → SHA-256 sum
     """Get the publisher's list of sums, from the folder if it is there.
 
     A list that makes no sense is not kept.
     """
     local = Path(folder)/'SHA256SUMS.txt'
-    if local.exists(): return _parse_sums(local.read_text(encoding='utf-8'), wanted)
+    if local.exists() and not afresh:
+        try: return _read_sums(local, wanted)
+        except PahclError as e: get_logger().warning(f'{local} is fetched again: {e}')
     with atomic_path(local) as temporary:
-        try: pooch.HTTPDownloader(timeout=timeout)(url+local.name, str(temporary), None)
-        except requests.RequestException as e: raise _download_error(e, url) from e
-        sums = _parse_sums(temporary.read_text(encoding='utf-8', errors='replace'), wanted)
-        if not sums:
-            raise PahclError(f'{url}{local.name} lists none of the files that are needed. '
-                             'Check the address.')
-    return sums
+        try: _fetch_url(url+local.name, temporary, timeout=timeout)
+        except (requests.RequestException, HTTPError) as e: raise _download_error(e, url) from e
+        return _read_sums(temporary, wanted)
 
 # %% ../../nbs/data/fetching.ipynb #73089336
 def _fetch_files(
@@ -85,19 +157,38 @@ def _fetch_files(
 ):
     "Fetch every file that is not there with the right sum; one that cannot be had is an error."
     pooch.get_logger().setLevel('WARNING')
-    # pooch's workers would race for it
+    # pooch's workers would race for it; what killed downloads left has such names
     for parent in {(Path(folder)/name).parent for name in sums}:
         parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob('tmp*'):
+            if re.fullmatch(r'tmp[a-z0-9_]{8}', left.name): left.unlink()
     registry = {name: f'sha256:{digest}' for name, digest in sums.items()}
     store = pooch.create(folder, url, registry=registry,
                          urls={name: url+quote(name) for name in sums}, retry_if_failed=retries)
     pool = ThreadPoolExecutor(workers)
     try:
         jobs = pool.map(
-            lambda name: store.fetch(name, downloader=pooch.HTTPDownloader(timeout=timeout)), sums)
+            lambda name: store.fetch(name, downloader=partial(_fetch_url, timeout=timeout)), sums)
         for _ in progress(jobs, Path(folder).name, len(sums)): pass
-    except (requests.RequestException, ValueError) as e: raise _download_error(e, url) from e
+    except (requests.RequestException, HTTPError, ValueError) as e:
+        raise _download_error(e, url) from e
     finally: pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/data/fetching.ipynb #again2
+def _fetch_verified(url, folder, wanted, **options) -> dict:
+    "Fetch a list and its files; arguments and options are those of the two."
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder):
+        for left in folder.glob('.SHA256SUMS.txt.*.tmp'): left.unlink()
+        timeout = options.get('timeout', 30)
+        old = (folder/'SHA256SUMS.txt').exists()
+        sums = _fetch_sums(url, folder, wanted, timeout)
+        try: _fetch_files(sums, url, folder, **options)
+        except _WrongSum:
+            if not old or (now := _fetch_sums(url, folder, wanted, timeout, True)) == sums: raise
+            get_logger().info(f'{url} has a new list of sums')
+            _fetch_files(sums := now, url, folder, **options)
+        return sums
 
 # %% ../../nbs/data/fetching.ipynb #7bb59234
 def _describe_manual_download(
@@ -138,9 +229,7 @@ def download(
             raise PahclError(f'{folder} holds simulated recordings. Give another output folder, '
                              'or remove it.')
         url = (base_url or source.url).rstrip('/')+'/'
-        with lock_folder(folder):
-            sums = _fetch_sums(url, folder, source.wanted, options.get('timeout', 30))
-            _fetch_files(sums, url, folder, **options)
+        with lock_folder(folder): sums = _fetch_verified(url, folder, source.wanted, **options)
         counts[name] = len(sums)
         get_logger().info(f'{name}: {len(sums)} files in {folder} match the published SHA-256 '
                           f'sums. {source.title}; {source.licence}; cite {source.credit}')

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.arrays import _find_damaged_files, _read_array, _write_check_sums
 from ..core.basics import (
-    _blame_target, fingerprint, fingerprint_files, get_logger, lock_folder, PahclError,
-    progress, require_path)
+    _blame_target, fingerprint, fingerprint_files, first_few, get_logger, lock_folder,
+    PahclError, progress, require_path)
 
 # %% ../../nbs/data/packing.ipynb #c006
 def _read_cycle(
@@ -28,15 +29,11 @@ def _read_cycle(
     names it.
     """
     remedy = 'Run pahcl_preprocess and pahcl_prepare again.'
-    try:
-        with open(require_path(path, 'cycle', remedy), 'rb') as f:
-            x = np.lib.format.read_array(f, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise PahclError(f'cycle {path} cannot be read ({e}). {remedy}') from e
+    x = _read_array(path, 'cycle', remedy)
     if x.shape != (length,) or x.dtype.kind != 'f':
         raise PahclError(f'cycle {path} has the shape {x.shape}, not {length} real numbers. '
                          f'{remedy}')
-    if not np.isfinite(x).all():
+    if not (np.abs(x) <= np.finfo(np.float32).max).all():
         raise PahclError(f'cycle {path} holds values that are no numbers (NaN or infinite). '
                          f'{remedy}')
     return x
@@ -85,12 +82,9 @@ def _read_pack(
     length: int,  # samples of a cycle
 ):  # (int16 [n, length] mapped from disk, float32 [n, 3]), or None where it is absent or damaged
     "Open a pack."
-    try:
-        packed, statistics = (np.load(folder/'cycles.npy', mmap_mode='r'),
-                              np.load(folder/'statistics.npy'))
-    except (OSError, ValueError, EOFError): return None
-    return (packed.view(np.ndarray),
-            statistics) if packed.shape == (n, length) and statistics.shape == (n, 3) else None
+    try: return (_read_array(folder/'cycles.npy', shape=(n, length), kinds='i', mapped=True),
+                 _read_array(folder/'statistics.npy', shape=(n, 3), kinds='f'))
+    except PahclError: return None
 
 # %% ../../nbs/data/packing.ipynb #c012
 _PACK_FORMAT = 1
@@ -150,12 +144,16 @@ def _open_or_pack(
     packs = _place_packs(root)
     target, temporary = packs/f'{name}-{key}', packs/f'.{name}.tmp'
     with lock_folder(packs, wait=True), _blame_target(target, temporary):
-        if found := read(target): return found
+        damaged = _find_damaged_files(target)
+        if damaged:
+            get_logger().warning(f'{target} is not as it was written ({first_few(damaged)})')
+        elif damaged is not None and (found := read(target)): return found
         get_logger().info(f'packing {what} of {root}')
         for old in [temporary, *packs.glob(f'{name}-*')]: shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             write(temporary)
+            _write_check_sums(temporary)
             os.rename(temporary, target)
         finally: shutil.rmtree(temporary, ignore_errors=True)
         return read(target)

@@ -7,14 +7,13 @@ __all__ = ['load_recordings', 'read_annotation']
 
 # %% ../../nbs/data/recordings.ipynb #62e3cbd5
 import os
-from math import isfinite
 from pathlib import Path
 
 import pandas as pd
-import scipy.io
 import soundfile
 
 from ..core.basics import get_logger, PahclError, require_path
+from .annotations import _read_mat_states, _read_tsv_states
 from .datasets import (
     DATASETS, get_class_columns, get_recording_columns, _read_rows, select_datasets)
 from .own_recordings import register_own_datasets
@@ -184,34 +183,6 @@ def load_recordings(
     table['source'] = table.source.fillna('')
     table['folder'] = 'subject_'+table.subject_id.fillna('')+'/'+_unique_folders(table)
     return table.assign(problem=problem) if unreadable else table
-
-# %% ../../nbs/data/recordings.ipynb #a489f145
-def _read_tsv_states(path):
-    "Read rows (start s, end s, state) of a CirCor annotation."
-    try:
-        rows = [(float(a), float(b), int(float(s))) for a, b, s in (
-            line.split() for line in Path(path).read_text(encoding='utf-8').splitlines()
-            if line.strip())]
-        if not all(isfinite(t) for row in rows for t in row): raise ValueError('a time is infinite')
-        return rows
-    except (ValueError, OverflowError) as e:
-        raise PahclError(f'{path} is no annotation: its lines must be start, end and state ({e}). '
-                         'Download it again.') from e
-
-# %% ../../nbs/data/recordings.ipynb #eab30da1
-def _read_mat_states(path, seconds):
-    "Read rows (start s, end s, state) of a 2016 annotation."
-    def item(cell):
-        while getattr(cell, 'dtype', None) is not None and cell.ndim: cell = cell.ravel()[0]
-        return cell
-    try:
-        rows = sorted(((int(item(a))-1)/2000, str(item(n)))
-                      for a, n in scipy.io.loadmat(path)['state_ans'])
-    except Exception as e:   # a broken file makes scipy raise nearly anything
-        raise PahclError(f'{path} is no annotation with state_ans ({e}). Download it again.') from e
-    ends = [start for start, _ in rows[1:]]+[seconds or (rows[-1][0] if rows else 0)]
-    return [(start, end, {'S1': 1, 'systole': 2, 'S2': 3, 'diastole': 4}.get(name, 0))
-            for (start, name), end in zip(rows, ends)]
 
 # %% ../../nbs/data/recordings.ipynb #b0bf9e56
 def read_annotation(

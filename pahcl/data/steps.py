@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..core.arrays import _read_array
 from ..core.basics import fingerprint, fingerprint_files, PahclError, progress
 from ..core.config_sections import _DataSection
+from .annotations import _read_tsv_states
 from .log_mel import _hop_samples, _log_mel_frames
 from .packing import _open_or_pack, _quantise
 from .signal import bandpass, resample, _store_signal, _STORED_RATE, _stored_rate
@@ -152,29 +154,24 @@ class _PackedSteps:
                    hashlib.sha256(values.tobytes()+states.tobytes()).hexdigest()[:16])
 
 # %% ../../nbs/data/steps.ipynb #s016
-def _unreadable(path, reason):
-    "Make the error of a damaged file."
-    return PahclError(f'{path} cannot be read ({reason}). '
-                      'Run pahcl_preprocess and pahcl_prepare again.')
+_MAKE_AGAIN = 'Run pahcl_preprocess and pahcl_prepare again.'
 
 def _read_signal_file(
     folder,           # of a recording
-    mmap_mode=None,   # 'r': the length alone is wanted
+    mapped=False,     # the length alone is wanted
 ) -> np.ndarray:      # int16 [T]
     "Read the recording that `preprocess` kept; a damaged one is a `PahclError`."
     path = Path(folder)/'signal.npy'
-    try: numbers = np.load(path, mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e: raise _unreadable(path, e) from e
-    if numbers.dtype == np.int16 and numbers.ndim == 1 and len(numbers): return numbers
-    raise _unreadable(path, 'it holds no recording')
+    numbers = _read_array(path, 'recording', _MAKE_AGAIN, (None,), 'i', mapped)
+    if numbers.dtype == np.int16 and len(numbers): return numbers
+    raise PahclError(f'{path} holds no recording. {_MAKE_AGAIN}')
 
 def _read_recording_files(
     folder,          # of a recording, in a processed folder or a task's split
 ) -> tuple:          # (int16 [T], DataFrame of states)
     "Read what `preprocess` keeps of a recording; what is damaged is a `PahclError`."
-    numbers, path = _read_signal_file(folder), Path(folder)/'states.tsv'
-    try: rows = np.loadtxt(path, ndmin=2).reshape(-1, 3)
-    except (OSError, ValueError) as e: raise _unreadable(path, e) from e
+    numbers, states = _read_signal_file(folder), Path(folder)/'states.tsv'
+    rows = np.array(_read_tsv_states(states, _MAKE_AGAIN), float).reshape(-1, 3)
     return numbers, pd.DataFrame(rows, columns=['start_s', 'end_s', 'state'])
 
 # %% ../../nbs/data/steps.ipynb #s0161
@@ -184,7 +181,7 @@ def _write_steps(
     settings: _StepSettings,
 ):
     "Write `values.npy`, `states.npy`, `statistics.npy` and `bounds.npy`, see `_PackedSteps`."
-    counts = [settings.count(len(_read_signal_file(p, 'r')), r) for p, r in zip(places, rates)]
+    counts = [settings.count(len(_read_signal_file(p, mapped=True)), r) for p, r in zip(places, rates)]
     bands = (settings.heard.mel_bands,) if settings.heard.spectral else ()
     kind, statistics = '<f2' if settings.heard.spectral else '<i2', []
     states = np.zeros(sum(counts), np.uint8)
@@ -207,10 +204,9 @@ def _read_steps(
     key: str,     # its fingerprint
 ):                # `_PackedSteps`, mapped from disk, or None where it is absent or damaged
     "Open a pack of steps."
-    try:
-        values, *more = (np.load(folder/f'{n}.npy', mmap_mode='r').view(np.ndarray)
-                         for n in ('values', 'states', 'statistics', 'bounds'))
-    except (OSError, ValueError, EOFError): return None
+    try: values, *more = (_read_array(folder/f'{n}.npy', mapped=True)
+                          for n in ('values', 'states', 'statistics', 'bounds'))
+    except PahclError: return None
     steps = _PackedSteps(values, more[0], *map(np.array, more[1:]), key)
     whole = len(steps.bounds) == count+1 and len(values) == len(more[0]) == steps.bounds[-1]
     return steps if whole else None

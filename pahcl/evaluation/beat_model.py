@@ -20,7 +20,8 @@ from sklearn.pipeline import make_pipeline
 from ..core.basics import fingerprint, PahclError
 from ..data.tasks import Task
 from .beat_statistics import beat_statistics
-from ..training.finetuning_data import _find_silent_places, cache_features
+from ..training.finetuning_data import (
+    _find_silent_places, _read_cached_features, cache_features)
 from ..training.probe import fit_predict, fit_probe
 
 # %% ../../nbs/evaluation/beat_model.ipynb #cell7
@@ -130,10 +131,10 @@ def _cached_beat_answers(
     numbers = hashlib.sha256(statistics.to_numpy(np.float32).tobytes()).hexdigest()
     key = fingerprint([_TREES, _SUBJECT_STRENGTH, task.label_map, rows.to_csv(index=False),
                        train.to_csv(), numbers])
-    path = Path(task.folder)/'.features'/f'beat_answers-{key}.npy'
+    path = Path(task.folder)/'.features'/f'beat_answers-{key}.npz'
     index = statistics.index.get_level_values(0).unique().sort_values()
-    try: return pd.DataFrame(np.load(path), index)
-    except (OSError, ValueError): pass   # not there, or damaged
+    known = _read_cached_features(path, len(index))
+    if known is not None: return pd.DataFrame(known, index)
     answers = _beat_answers(task, train, statistics)
     try: cache_features(path, answers.to_numpy())
     except OSError: pass                 # a data folder that cannot be written

@@ -19,7 +19,7 @@ from ..data.loader import Cycles
 from ..data.tasks import SPLIT_FRACTIONS, Task
 from ..data.log_mel import _hop_samples
 from .spectrum_baseline import _HOP_S, _log_mel_spectrum
-from ..training.finetuning_data import cache_features
+from ..training.finetuning_data import _read_cached_features, cache_features
 
 # %% ../../nbs/evaluation/beat_statistics.ipynb #cell7
 _BEAT_BANDS = 20
@@ -112,11 +112,11 @@ def _spectral_statistics(
 ):            # DataFrame [recordings, 400] float32 by subject and recording id
     "Return the statistics of all recordings, from the cache where they are in it."
     splits = [Cycles.from_task(folder, s) for s in SPLIT_FRACTIONS]
-    path = Path(folder)/'.features'/f'beats-{_BEAT_BANDS}-{_fingerprint_sounds(splits)}.npy'
+    path = Path(folder)/'.features'/f'beats-{_BEAT_BANDS}-{_fingerprint_sounds(splits)}.npz'
     ids = pd.concat([c.table[['subject_id', 'recording_id']].astype(str) for c in splits])
     index = pd.MultiIndex.from_frame(ids, names=[None, None]).unique().sort_values()
-    try: return pd.DataFrame(np.load(path), index)
-    except (OSError, ValueError): pass   # not there, or damaged
+    known = _read_cached_features(path, len(index))
+    if known is not None: return pd.DataFrame(known, index)
     if not len(index): raise PahclError(f'no recording of {folder} has a cycle.')
     table = pd.concat([_compute_statistics(c) for c in splits if len(c)])
     table = table.loc[index].astype(np.float32)

@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.loader import Cycles
 from ..data.log_mel import _even_samples, _hop_samples, _mel_bank, _mel_power
 from ..data.sampling import split_into_batches
-from ..training.finetuning_data import cache_features
+from ..training.finetuning_data import _read_cached_features, cache_features
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell7
 _MEL_BANDS = 32
@@ -70,11 +70,11 @@ def _recording_statistics(
     folder,   # of the cache
 ):            # DataFrame [recordings, 8·bands] by subject and recording id
     "Return the mean statistics of each recording's cycles, from the cache where they are in it."
-    path = Path(folder)/f'log_mel-{_MEL_BANDS}-{_FRAME_S}-{_HOP_S}-{cycles.fingerprint()}.npy'
+    path = Path(folder)/f'log_mel-{_MEL_BANDS}-{_FRAME_S}-{_HOP_S}-{cycles.fingerprint()}.npz'
     groups = [cycles.table[c].astype(str).to_numpy() for c in ('subject_id', 'recording_id')]
     index = pd.MultiIndex.from_arrays(groups).unique().sort_values()
-    try: return pd.DataFrame(np.load(path), index)
-    except (OSError, ValueError): pass   # not there, or damaged
+    known = _read_cached_features(path, len(index))
+    if known is not None: return pd.DataFrame(known, index)
     means = pd.DataFrame(_cycle_statistics(cycles)).groupby(groups, sort=True).mean()
     try: cache_features(path, means.to_numpy())
     except OSError: pass                 # a data folder that cannot be written

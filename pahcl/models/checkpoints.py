@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..core.basics import atomic_path, PahclError, require_path
+from ..core.basics import _require_file, atomic_path, PahclError, require_path
 from .classifier import _build_saved_classifier, Classifier
 from .encoders import _build_saved_encoder
 from .hub_folders import (
     _FORMAT_VERSION, _read_model_file, _read_model_folder, _write_model_file)
 from .model_card import persons_trained_on
+from .tensor_checks import (
+    _CHECK_SUMS, _check_content, _find_damaged_member, _sum_content, _verify_content)
 
 # %% ../../nbs/models/checkpoints.ipynb #cell8
 def save_checkpoint(
@@ -30,7 +32,8 @@ def save_checkpoint(
         lambda file, content: torch.save(content, file))
     try:
         with atomic_path(path) as temporary:
-            write(temporary, content | dict(format_version=_FORMAT_VERSION))
+            sums = {_CHECK_SUMS: _sum_content(content)}
+            write(temporary, content | sums | dict(format_version=_FORMAT_VERSION))
     # torch reports a full disk as a RuntimeError of its zip writer
     except (OSError, RuntimeError, SafetensorError) as e:
         reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
@@ -51,15 +54,21 @@ def load_checkpoint(
     """
     advice = 'Give a .pt file of pahcl_pretrain or pahcl_finetune.'
     path = require_path(path, 'checkpoint', 'Give the path of a .pt file that a training wrote.')
-    try: content = (_read_model_folder(path) if path.is_dir()
-                    else _read_model_file(path) if path.suffix == '.safetensors'
-                    else torch.load(path, map_location='cpu', weights_only=True))
+    try:
+        member = '' if path.is_dir() else _find_damaged_member(_require_file(path, 'checkpoint'))
+        if member.endswith('data.pkl'): raise ValueError(f'{member} is not as it was written')
+        content = (_read_model_folder(path) if path.is_dir()
+                   else _read_model_file(path) if path.suffix == '.safetensors'
+                   else torch.load(path, map_location='cpu', weights_only=True))
+        if isinstance(content, dict): content = _verify_content(content, path, member)
     except PahclError: raise
     except Exception as e:
-        raise PahclError(f'{path} is not a checkpoint, or is damaged ({type(e).__name__}). '
-                         f'{advice}') from e
+        # what torch says advises to read it unsafely
+        why = str(e) if isinstance(e, ValueError) else type(e).__name__
+        raise PahclError(f'{path} is not a checkpoint, or is damaged ({why}). {advice}') from e
     if not isinstance(content, dict) or not isinstance(content.get('model_state_dict'), dict):
         raise PahclError(f'{path} holds no model_state_dict. {advice}')
+    _check_content(content, path)
     if (version := content.get('format_version', 0)) > _FORMAT_VERSION:
         raise PahclError(f'{path} was written by a newer pahcl (format {version}, '
                          f'this one reads {_FORMAT_VERSION}). Update pahcl.')

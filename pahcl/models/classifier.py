@@ -6,12 +6,16 @@
 __all__ = ['Classifier', 'encode_cycles', 'predict_probabilities', 'predict_cycles']
 
 # %% ../../nbs/models/classifier.ipynb #cell2
+from typing import Literal
+
 import numpy as np
 import torch
 from fastcore.basics import patch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from ..core.basics import PahclError, progress
+from ..core.config_checks import explain_error
 from ..data.sampling import bag_ids
 from .bags import _average_bags, GatedAttention, _softmax_within_bags, _sum_bags
 from .encoder_base import _encoder_facts, load_weights
@@ -116,6 +120,28 @@ def reset_head(self: Classifier,
     if self.origin: _remember_origin(self, _encoder_facts(self.origin.facts), self.origin.path)
     return self
 
+# %% ../../nbs/models/classifier.ipynb #head01
+class _HeadSettings(BaseModel):
+    "What may be said of a head; see `Classifier`."
+    model_config = ConfigDict(extra='forbid', strict=True)
+    num_classes: int = Field(ge=1, le=10_000)
+    hidden_dim: int = Field(128, ge=0, le=65536)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    standardise: bool = False
+    aggregation: Literal['cycle', 'mean', 'attention'] = 'cycle'
+    attention_dim: int = Field(64, ge=1, le=65536)
+    bag_level: Literal['recording', 'subject'] = 'subject'
+    pooling: Literal['cycle', 'phases'] = 'cycle'
+
+def _check_head(
+    settings: dict,   # of a file
+    source,           # the file, for messages
+) -> dict:            # the same, complete
+    "Complete the settings of a head; unknown ones and wrong types are a `PahclError`."
+    try: return _HeadSettings.model_validate(settings).model_dump()
+    except ValidationError as e:
+        raise PahclError(explain_error(e, _HeadSettings, f'{source}: head')) from e
+
 # %% ../../nbs/models/classifier.ipynb #h5head02
 @patch
 def hub_content(self: Classifier, **more) -> dict:
@@ -137,7 +163,8 @@ def _build_saved_classifier(
     wanted = num_classes or settings.get('num_classes')
     if not wanted: raise PahclError(f'{source} holds an encoder without a head: give num_classes.')
     keeps_head = wanted == settings.get('num_classes') and not head
-    model = Classifier(encoder, **(settings | head | dict(num_classes=wanted)))
+    settings = _check_head(settings | head | dict(num_classes=wanted), source)
+    model = Classifier(encoder, **settings)
     if keeps_head: load_weights(model, saved['model_state_dict'], _weights_file(source))
     _remember_origin(model, saved if keeps_head else _encoder_facts(saved), source)
     return model

@@ -208,6 +208,25 @@ def _check_layer_lists(
     for k, v in lists.items():
         if min(v) < 1: raise PahclError(f'encoder: {k} {v}: every number must be at least 1.')
 
+# %% ../../nbs/models/encoders.ipynb #size1
+_MOST_WEIGHTS = 5*10**8   # of an encoder: 2 GB; the largest preset has 8 million
+
+def _check_size(
+    settings: dict,  # complete settings
+):
+    "Raise a `PahclError` for an encoder that would fill the memory before it is compared."
+    c, kernels = settings.get('cnn_channels', []), settings.get('cnn_kernel_sizes', [])
+    before = [settings.get('in_channels', 1), *c]
+    width, layers = settings.get('mamba_d_model', 0), settings.get('mamba_n_layers', 0)
+    inner = width*settings.get('mamba_expand', 2)
+    count = (sum(k*b*max(a, b)*2 for a, b, k in zip(before, c, kernels))+width*(c or [0])[-1]
+             +layers*inner*(6*width+3*settings.get('mamba_d_state', 16)))
+    if count > _MOST_WEIGHTS:
+        given = {k: v for k, v in settings.items() if k.startswith(('cnn_', 'mamba_'))}
+        raise PahclError(f'encoder: {count/1e9:.1f} thousand million weights, as '
+                         + ', '.join(f'{k} {v}' for k, v in given.items())
+                         + f' ask for, are more than {_MOST_WEIGHTS/1e9}. Make it smaller.')
+
 # %% ../../nbs/models/encoders.ipynb #cell24
 def _read_settings(
     given,   # a name, a dictionary with keys of `model:`, a `ModelSection`, or None
@@ -244,6 +263,7 @@ def _resolve_settings(
     if unused: get_logger().info('encoder %s has no use for %s', name, ', '.join(unused))
     settings = {'encoder_type': name, **preset, **{k: v for k, v in given.items() if k in preset}}
     _check_layer_lists(settings)
+    _check_size(settings)
     return copy.deepcopy(settings)  # the lists of a preset stay its own
 
 # %% ../../nbs/models/encoders.ipynb #cell26
@@ -268,6 +288,7 @@ def _build_saved_encoder(
 ) -> Encoder:
     "Build the encoder of a checkpoint, with its weights."
     where = Path(source)/'config.json' if Path(source).is_dir() else source
+    if saved.get('encoder_config') is None: raise PahclError(f'{where} has no encoder_config.')
     try: encoder = build_encoder(saved['encoder_config'])
     except PahclError as e: raise PahclError(f'{where}: {e}') from e
     weights = {k.removeprefix('encoder.'): v for k, v in saved['model_state_dict'].items()

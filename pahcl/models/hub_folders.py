@@ -21,8 +21,9 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from ..core.basics import (
-    get_logger, PahclError, read_json, require_path, write_json, write_text)
+    _require_file, first_few, get_logger, PahclError, read_json, require_path, write_json, write_text)
 from .model_card import _make_model_card, _read_evaluations
+from .tensor_checks import _CHECK_SUMS, _check_content, _sum_content, _verify_content
 
 # %% ../../nbs/models/hub_folders.ipynb #638a208d
 _FILES = ('config.json', 'model.safetensors', 'arrays.safetensors', 'README.md')
@@ -90,8 +91,8 @@ def _write_model_folder(
     write_json(Path(folder)/'config.json', plain)
     # clones: weights that two layers share stand in the file twice
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    save_file(state, Path(folder)/'model.safetensors', metadata={'format': 'pt'})
-    if arrays: save_file(arrays, Path(folder)/'arrays.safetensors', metadata={'format': 'pt'})
+    _save_tensors(state, Path(folder)/'model.safetensors')
+    if arrays: _save_tensors(arrays, Path(folder)/'arrays.safetensors')
 
 # %% ../../nbs/models/hub_folders.ipynb #9cb77c71
 _REMEDY = 'Give a folder that save_pretrained wrote.'
@@ -114,10 +115,26 @@ def _weights_file(source) -> Path:
     "Return where the weights of a checkpoint or a saved folder lie."
     return Path(source)/'model.safetensors' if Path(source).is_dir() else Path(source)
 
+def _save_tensors(
+    tensors: dict,   # name -> tensor
+    path,            # of a safetensors file
+):
+    "Write tensors and their check sums."
+    # one entry: safetensors writes several in any order
+    save_file(tensors, path, metadata={_CHECK_SUMS: json.dumps(_sum_content(tensors))})
+
 def _load_tensors(path) -> dict:   # name -> tensor
-    "Read a safetensors file; a missing or broken one is a `PahclError`."
-    try: return load_file(require_path(path, 'model weights', _REMEDY))
-    except SafetensorError as e:
+    "Read a safetensors file; a missing, broken or damaged one is a `PahclError`."
+    try:
+        tensors = load_file(_require_file(path, 'model weights', _REMEDY))
+        with safe_open(path, 'pt') as file: facts = file.metadata() or {}
+        # older files have the first; `_write_model_file` the second, and sums in it
+        if odd := facts.keys()-{'format', 'pahcl', _CHECK_SUMS}:
+            raise ValueError(f'its entry {first_few(odd, 1)} is not known')
+        sums = facts.get(_CHECK_SUMS)
+        return _verify_content(tensors | {_CHECK_SUMS: json.loads(sums)} if sums else tensors, path)
+    except PahclError: raise
+    except Exception as e:   # a broken header: SafetensorError, and whatever torch makes of it
         raise PahclError(f'{path} is not a readable safetensors file ({e}). '
                          'Copy it again.') from e
 
@@ -133,12 +150,15 @@ def _read_model_folder(
     state = _load_tensors(Path(folder)/'model.safetensors')
     arrays = Path(folder)/'arrays.safetensors'
     arrays = _load_tensors(arrays) if arrays.exists() else {}
-    if 'head' not in config:
-        facts, state = config.pop('trained', {}), {f'encoder.{k}': v for k, v in state.items()}
-        config = dict(kind='pretrain', encoder_type=config['encoder_type'],
-                      encoder_config=config) | facts
-    content = dict(format_version=_FORMAT_VERSION) | _join_arrays(config, arrays)
-    return content | dict(model_state_dict=state)
+    try:
+        if 'head' not in config:
+            facts, state = config.pop('trained', {}), {f'encoder.{k}': v for k, v in state.items()}
+            config = dict(kind='pretrain', encoder_type=config['encoder_type'],
+                          encoder_config=config) | facts
+        content = dict(format_version=_FORMAT_VERSION) | _join_arrays(config, arrays)
+    except (AttributeError, TypeError) as e:
+        raise PahclError(f'{file} is not as save_pretrained writes it ({e}). {_REMEDY}') from e
+    return _check_content(content | dict(model_state_dict=state), file)
 
 # %% ../../nbs/models/hub_folders.ipynb #onefile2
 def _write_model_file(

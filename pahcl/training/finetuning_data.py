@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core.basics import atomic_path, generator, PahclError, read_table, UsageError
+from ..core.arrays import _read_arrays, _write_arrays
+from ..core.basics import generator, PahclError, read_table, UsageError
 from ..data.datasets import TASKS
 from ..data.inputs import open_cycles
 from ..data.joined_cycles import _JoinedCycles
@@ -165,14 +166,24 @@ _MAX_CACHED_FILES = 15
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell23
 def cache_features(
-    path: Path,   # a .npy file in the folder of the cache
+    path: Path,   # a .npz file in the folder of the cache
     features,     # [n, C]
 ):
     "Write features and drop the oldest files of more than `_MAX_CACHED_FILES`."
-    with atomic_path(path) as temporary, open(temporary, 'wb') as f: np.save(f, features)
-    for old in sorted(path.parent.glob('*.npy'),
+    _write_arrays(path, features=features)
+    # .npy: as older versions wrote them
+    for old in sorted(path.parent.glob('*.np[yz]'),
                       key=lambda p: p.stat().st_mtime)[:-_MAX_CACHED_FILES]:
         old.unlink()
+
+def _read_cached_features(
+    path: Path,   # of `cache_features`
+    rows: int,    # that they must have
+):                # [rows, C], or None where they are absent or damaged
+    "Read features whose check sum is right."
+    try: features = _read_arrays(path)['features']
+    except (PahclError, KeyError): return None
+    return features if features.ndim == 2 and len(features) == rows else None
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell24
 def _compute_features_cached(
@@ -185,9 +196,8 @@ def _compute_features_cached(
 ):                      # [n, features] float32
     "Return features of all cycles, computed by all processes if they are not in the cache."
     path = (Path(folder)/f'{encoder_fingerprint(encoder)}-{cycles.fingerprint()}'
-                         f'{"" if pooling == "cycle" else "-"+pooling}.npy')
-    try: return np.load(path)
-    except (OSError, ValueError): pass   # not there, or damaged
+                         f'{"" if pooling == "cycle" else "-"+pooling}.npz')
+    if (known := _read_cached_features(path, len(cycles))) is not None: return known
     features = _predict_distributed(run, np.arange(len(cycles)), lambda rows: encode_cycles(
         encoder, cycles, run.accelerator.device, batch_size, rows, pooling))
     if run.is_main:

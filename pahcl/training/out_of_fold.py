@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.aggregation import pick_rarest_labels
-from ..core.basics import atomic_path, first_few, generator, PahclError, UsageError
+from ..core.arrays import _read_arrays, _write_arrays
+from ..core.basics import first_few, generator, PahclError, UsageError
 from ..core.config_checks import _validate_config
 from ..core.parallel import map_in_parallel, _one_thread
 from ..core.predictions import Predictions
@@ -91,13 +92,13 @@ def _save_predictions(
 ):
     "Write what a fold's model predicts."
     levels = answers if isinstance(answers, dict) else dict(cycle=answers)
-    with atomic_path(path) as temporary, open(temporary, 'wb') as f: np.savez(f, **levels)
+    _write_arrays(path, **levels)
 
 def _load_predictions(
     path,     # of `_save_predictions`
 ) -> dict:    # level -> probabilities
     "Read what a fold's model predicted."
-    with np.load(path) as file: return {name: file[name] for name in file.files}
+    return _read_arrays(path, 'predictions of a fold', 'Remove its folder and run it again.')
 
 # %% ../../nbs/training/out_of_fold.ipynb #d017
 def _run_fold(

@@ -150,14 +150,14 @@ def test_nothing_of_a_tested_child_but_its_sound_has_a_part(task):
 
 def test_other_labels_are_other_answers_though_some_are_kept(task, tmp_path):
     train, test = _subject_labels(task), _subject_labels(task, 'test').index
-    kept = len(list((task.folder/'.features').glob('beat_answers-*.npy')))
+    kept = len(list((task.folder/'.features').glob('beat_answers-*.npz')))
     first = _predict_beat_statistics(task, train, test)['probabilities']
     turned = Task(task.folder, task.config)
     vars(turned)['recordings'] = task.recordings.assign(
         label=task.recordings['label'].map({'0': '1', '1': '0', '2': '2'}))
     second = _predict_beat_statistics(turned, 1-train.where(train < 2, -1), test)['probabilities']
     assert not np.allclose(first, second)
-    assert len(list((task.folder/'.features').glob('beat_answers-*.npy'))) >= kept+1
+    assert len(list((task.folder/'.features').glob('beat_answers-*.npz'))) >= kept+1
 
 
 def test_folds_of_a_task_have_its_statistics(task, tmp_path, monkeypatch):

@@ -413,7 +413,7 @@ def test_linear_evaluation_asks_the_encoder_once(work, monkeypatch):
     again = tune(work, 'cached/out', **given, experiment_name='b')
     assert (calls == rows and again['history'] == first['history']
             and again['levels'] == first['levels'])
-    for path in (work/'cached'/'pascal'/'.features').glob('*.npy'): path.write_bytes(b'damaged')
+    for path in (work/'cached'/'pascal'/'.features').glob('*.npz'): path.write_bytes(b'damaged')
     assert (tune(work, 'cached/out', **given, experiment_name='c')['history'] == first['history']
             and calls == rows*2)
 
