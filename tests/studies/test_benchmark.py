@@ -269,6 +269,8 @@ def test_another_task_is_tested_and_signal_quality_counts(tmp_path):
     ('arms: {a: {pretrained: none, confg: linear}}', r"arms\.a: unknown key 'confg'"),
     ('arms: {a: {config: no_such, pretrained: none}}', r'arms\.a: no configuration no_such'),
     ('arms: {a: {config: linear}}', r'arms\.a: pretrained is missing'),
+    ('minutes: soon', 'minutes is soon; give how many a run takes'),
+    ('arms: {a: {pretrained: none, minutes: 0}}', r'arms\.a: minutes is 0; give how many'),
     ('arms: {a/b: {pretrained: none}}', "'a/b' is no name for an arm"),
     ('arms: {a: {pretrained: none, change: {training: {epocs: 1}}}}',
      "unknown key 'training.epocs'"),
