@@ -297,6 +297,7 @@ def pahcl_benchmark(
     jobs: int = 1,       # runs at once, as processes of their own that share processors and GPUs
     seeds: str = None,   # how many seeds (5: 42 to 46), or seeds separated by commas
     tasks: str = None,               # tasks, separated by commas, in place of the file's
+    arms: str = None,                # arms, separated by commas; the others are left out
     raw_dir: str = 'data/raw',       # raw recordings
     processed_dir: str = 'data/processed',  # cycles; made where the folder is not there
     output_dir: str = 'benchmark',   # runs and results lie in <output_dir>/<name of the protocol>
@@ -310,5 +311,6 @@ def pahcl_benchmark(
         return print(_describe_protocols())
     if not protocol: raise UsageError('name a protocol; --list shows the packaged ones.')
     from pahcl.studies.benchmark import run_benchmark
+    listed = lambda text: text and [name.strip() for name in text.split(',')]
     run_benchmark(protocol, output_dir, raw_dir, processed_dir, quick, cross_validate, jobs,
-                  overwrite, seeds=seeds, tasks=tasks and [t.strip() for t in tasks.split(',')])
+                  overwrite, seeds=seeds, tasks=listed(tasks), arms=listed(arms))

@@ -131,6 +131,9 @@ def _run_job(
     except PahclError as e:
         get_logger().error(f'{job.title}: FAILED: {e}')
         return str(e)
+    except Exception as e:   # as a process of its own would: the others go on
+        get_logger().exception(f'{job.title}: FAILED')
+        return f'{type(e).__name__}: {e}'
     return ''
 
 # %% ../../nbs/core/jobs.ipynb #cell25
@@ -143,12 +146,12 @@ def run_jobs(
     # at once, each in a process with its share of the machine; 1: one after
     # the other, in this process
     count=1,
-    after=lambda: None,   # called when a job has ended
+    after=lambda job: None,   # called when a job has ended
 ) -> list:        # why each failed, or '', in their order
     "Run jobs; one that fails does not stop the others."
     check_job_count(count)
     def run(job, place=0):
         why = _run_job(job, place, count)
-        after()
+        after(job)
         return why
     return [run(job) for job in jobs] if count == 1 else _run_in_places(run, jobs, count)

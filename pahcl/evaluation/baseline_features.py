@@ -137,7 +137,8 @@ def _segmentation_features(
 # %% ../../nbs/evaluation/baseline_features.ipynb #cell26
 def _baseline_features(
     task: Task,
-    raw_dir=None,   # the folder of all raw data, for the demographics
+    raw_dir=None,        # the folder of all raw data, for the demographics
+    statistics_of=None,  # see `pahcl.evaluation.baselines.all_baseline_predictions`
 ) -> dict:  # name -> function () -> DataFrame by subject id, or a `PahclError` that says why not
     "Collect the baselines that this task's data offer."
     out = {'heart rate': lambda: _heart_rate_features(_read_cycle_times(task),
@@ -151,4 +152,4 @@ def _baseline_features(
     elif 'device' in recordings or 'site' in recordings:
         out['device'] = lambda: _device_features(recordings)
     out['segmentation'] = lambda: _segmentation_features(task)
-    return out | {'log-mel statistics': lambda: _spectrum_features(task.folder)}
+    return out | {'log-mel statistics': lambda: _spectrum_features(statistics_of or task.folder)}

@@ -77,21 +77,27 @@ def _baseline_predictions(
 def _beat_predictions(
     task: Task, train,   # the task; of `_subject_labels`
     subjects,            # ids of those who are predicted
+    statistics_of=None,  # see `all_baseline_predictions`
 ) -> dict:  # probabilities [subjects, classes], without, train_subjects; or reason
     "Predict by the statistics of beats; where they cannot be computed say why."
-    try: return _predict_beat_statistics(task, train, subjects) | dict(train_subjects=len(train))
+    try:
+        told = _predict_beat_statistics(task, train, subjects, statistics_of)
+        return told | dict(train_subjects=len(train))
     except PahclError as e: return dict(reason=str(e).rstrip('.'))
 
 def all_baseline_predictions(
     task: Task,
     subjects,             # ids of those who are predicted
     raw_dir=None,         # folder of all raw data, for the demographics
+    # folder of another prepared task with the same recordings, split otherwise: what stands for
+    # their sounds is read there and not computed again; None: the task's own
+    statistics_of=None,
 ) -> dict:                # name -> of `_baseline_predictions`
     "Predict subjects by each baseline, fitted on the training subjects."
     train, val = _subject_labels(task), _subject_labels(task, 'val')
     out = {name: _baseline_predictions(features, train, val, subjects, task.num_classes)
-           for name, features in _baseline_features(task, raw_dir).items()}
-    return out | {'beat statistics': _beat_predictions(task, train, subjects)}
+           for name, features in _baseline_features(task, raw_dir, statistics_of).items()}
+    return out | {'beat statistics': _beat_predictions(task, train, subjects, statistics_of)}
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell41
 def _score_baseline(

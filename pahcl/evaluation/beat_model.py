@@ -123,9 +123,10 @@ def _beat_answers(
 # %% ../../nbs/evaluation/beat_model.ipynb #cell16
 def _cached_beat_answers(
     task: Task, train,   # see `_beat_answers`
+    statistics_of=None,  # see `pahcl.evaluation.beat_statistics.beat_statistics`
 ):                       # its answer
     "Read the answers from the task's folder, or compute and keep them."
-    statistics = beat_statistics(task.folder)
+    statistics = beat_statistics(task.folder, statistics_of)
     rows = task.recordings.reindex(columns=['subject_id', 'recording_id', 'person_id', 'split',
                                             'label', 'location', 'murmur_locations'])
     numbers = hashlib.sha256(statistics.to_numpy(np.float32).tobytes()).hexdigest()
@@ -144,9 +145,11 @@ def _predict_beat_statistics(
     task: Task,
     train,      # Series by subject id: class of each training subject
     subjects,   # ids of those who are predicted
+    statistics_of=None,   # see `pahcl.evaluation.beat_statistics.beat_statistics`
 ) -> dict:      # probabilities [subjects, classes], without: how many have no recording
     "Predict subjects from the statistics of their recordings' beats."
-    answers = _cached_beat_answers(task, train).reindex(pd.Index(subjects).astype(str))
+    answers = _cached_beat_answers(task, train, statistics_of)
+    answers = answers.reindex(pd.Index(subjects).astype(str))
     without = int(answers.isna().any(axis=1).sum())
     # of whom nothing is known: every class alike
     return dict(probabilities=answers.fillna(1/task.num_classes).to_numpy(), without=without)

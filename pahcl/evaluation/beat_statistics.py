@@ -151,13 +151,18 @@ def _recording_traits(
     return table.join(places.groupby(whose).max())
 
 def beat_statistics(
-    folder,   # of a prepared task
-):            # DataFrame [recordings, numbers] by subject id and recording id; NaN: not known
+    folder,              # of a prepared task
+    statistics_of=None,  # another with the same recordings, whose spectra are used; None: itself
+):     # DataFrame [recordings, numbers] by subject id and recording id; NaN: not known
     """Return what is to be had of each recording of a task without a network: the typical
     spectrum of its beats, how they deviate from it, systole above diastole, roughness, and
     traits of the recording. Recordings without a cycle are not there.
     """
-    spectra, task = _spectral_statistics(folder), Task.open(Path(folder).parent, Path(folder).name)
+    task = Task.open(Path(folder).parent, Path(folder).name)
+    spectra = _spectral_statistics(statistics_of or folder)
+    ids = ['subject_id', 'recording_id']
+    own = pd.MultiIndex.from_frame(task.read_cycles(*ids)[ids].astype(str))
+    spectra = spectra[spectra.index.isin(own)]
     traits = _recording_traits(task).reindex(spectra.index)
     return spectra.join(traits).rename(columns=str)
 

@@ -7,247 +7,57 @@ __all__ = ['run_benchmark']
 
 # %% ../../nbs/studies/benchmark.ipynb #bm02
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from pahcl.core.basics import (
-    fingerprint, first_few, get_logger, lock_folder, PahclError, progress, read_json,
-    write_json)
-from ..core.config import load_config, merge_configs
+from ..core.basics import fingerprint, first_few, get_logger, lock_folder, PahclError
 from ..core.jobs import check_job_count, Job, run_jobs
-from ..core.predictions import Predictions
 from ..core.stages import hash_files, hash_raw_files, hash_task_tables
 from ..data.datasets import TASKS
 from ..data.own_recordings import register_own_datasets
-from ..data.tasks import find_met_persons, Task
-from ..evaluation.baselines import all_baseline_predictions, _subject_labels
-from ..evaluation.decisions import Decisions
-from ..evaluation.evaluator import evaluate
-from ..evaluation.subject_rules import _aggregation_rules, RULES
-from ..models.checkpoints import load_checkpoint, persons_trained_on
-from .benchmark_protocol import _arm_config, _list_splits, _Protocol, _read_protocol
+from ..data.tasks import Task
+from .benchmark_baselines import _baseline_folder, _baseline_jobs, _read_baselines
+from .benchmark_page import _Benchmark, _write_benchmark
+from .benchmark_protocol import (
+    _format_minutes, _list_splits, _Protocol, _read_protocol)
+from .benchmark_runs import _BenchmarkRun, _plan_runs, _run_arm
 from .benchmark_splits import (
     _deal_split, _DealtSplit, _describe_missing, _get_cycles, _Places)
-from .benchmark_table import (
-    _Answer, _Benchmark, _format_results, _read_answer, _result_rows, _write_benchmark)
-from .downstream import _hash_checkpoint
-from ..training.finetuning import finetune
-
-# %% ../../nbs/studies/benchmark.ipynb #bm08
-@dataclass(frozen=True)
-class _BenchmarkRun:
-    "One fine-tuning and its evaluation."
-    arm: str
-    seed: int
-    split: dict        # fields of `pahcl.studies.benchmark_protocol._Split`
-    config: dict       # of `pahcl.training.finetuning.finetune`
-    data_dir: str      # of the task that is trained on
-    test_dir: str      # of the task that is tested
-    rules: list        # how subjects are decided
-    output_dir: str    # the benchmark's folder
-    raw_dir: str = 'data/raw'
-    prepared: str = '' # the command that made the tasks
-    draws: int = 1000  # of the intervals
-    overwrite: bool = False   # start anew where another configuration was begun
-
-    task = property(lambda self: self.split['task'])
-    test_on = property(lambda self: self.split['test_on'] or self.task)
-    name = property(lambda self: f'{self.task}_{self.arm}_seed{self.seed}')
-    folder = property(lambda self: Path(self.output_dir)/'runs'/self.split['name']/self.name)
-
-    @property
-    def inputs(self) -> str:
-        "Return what stands for all that the run is made from."
-        config = load_config('finetune', self.config, self.task).model_dump()
-        tables = [hash_task_tables(self.data_dir, self.task),
-                  hash_task_tables(self.test_dir, self.test_on)]
-        start = _hash_checkpoint(config['pretrain']['checkpoint_path'])
-        return fingerprint([config, tables, start, self.rules])
-
-    def finished(self) -> dict:
-        "Read what the run found; {} where it is to be done."
-        path = self.folder/'benchmark.json'
-        facts = read_json(path) if path.exists() else {}
-        return facts if facts.get('inputs') == self.inputs else {}
-
-# %% ../../nbs/studies/benchmark.ipynb #bm09
-def _plan_runs(
-    p: _Protocol,
-    dealt: list,          # of `_DealtSplit`
-    places: _Places,
-    overwrite=False, draws=1000,   # see `_BenchmarkRun`
-) -> list:                # of `_BenchmarkRun`
-    "List the runs of a protocol, split by split, seed by seed."
-    runs = []
-    for d in (d for d in dealt if not d.empty):
-        for seed in p.seeds:
-            for arm in p.arms:
-                own = dict(task=dict(name=d.split.task), experiment=dict(name=f'{arm}_seed{seed}'),
-                           data=dict(base_dir=d.data_dir, raw_dir=str(places.raw_dir),
-                                     processed_dir=str(places.processed_dir)), seed=seed)
-                runs.append(_BenchmarkRun(
-                    arm, seed, asdict(d.split), merge_configs(_arm_config(p, arm), own),
-                    d.data_dir, d.test_dir, list(p.rules), str(places.folder),
-                    str(places.raw_dir), d.command, draws, overwrite))
-    return runs
-
-# %% ../../nbs/studies/benchmark.ipynb #bm11
-def _fitted_choice(
-    saved: dict,   # the checkpoint's content
-    task: Task,
-) -> dict:         # arguments of `pahcl.evaluation.evaluator.evaluate`
-    "Return how a fitted decision is asked for."
-    if saved.get('decision_layer') and saved['label_map'] == task.label_map: return {}
-    official = task.official_metric and task.official_metric.name
-    cost = official in ('outcome_cost', 'murmur_weighted_accuracy')
-    return dict(subject_rule='learned', threshold='cost' if cost else 'youden')
-
-def _read_cycles(
-    folder,        # of an evaluation
-    task: Task,    # that was tested
-) -> Predictions:  # of cycles
-    "Read what an evaluation wrote of the cycles."
-    table = pd.read_csv(Path(folder)/'predictions_cycle.csv', dtype=str)
-    known = task.recordings
-    if 'subject_label' in known:
-        of_subject = known.drop_duplicates('subject_id').set_index('subject_id')['subject_label']
-        table['subject_label'] = of_subject.reindex(table['subject_id']).astype(int).to_numpy()
-    columns = [f'probability_{n}' for n in task.class_names]
-    return Predictions(table.astype(dict(label=int)), table[columns].to_numpy(float),
-                       task.label_map)
-
-def _decide_by_rules(
-    run: _BenchmarkRun, task: Task, folder,   # the tested task; of the evaluation
-):
-    "Write what each fixed rule decides, a folder a rule."
-    known = _aggregation_rules(task.label_map)
-    for rule in (r for r in run.rules if r in known):
-        of_recordings, of_subjects = RULES[rule]
-        decisions = Decisions.make(_read_cycles(folder, task), task, 'test',
-                                   rule=of_recordings, subject_rule=of_subjects)
-        (folder/rule).mkdir(exist_ok=True)
-        decisions.write(folder/rule)
-
-# %% ../../nbs/studies/benchmark.ipynb #bm12
-def _evaluate_run(run: _BenchmarkRun) -> dict:   # rules, met, command, notes
-    "Evaluate a fine-tuned run by all rules."
-    checkpoint, folder = run.folder/'best_model.pt', run.folder/'evaluation'
-    task, saved = Task.open(run.test_dir, run.test_on, 'test'), load_checkpoint(checkpoint)
-    fitted, notes = _fitted_choice(saved, task) if 'fitted' in run.rules else {}, []
-    given = dict(task=run.test_on, data_dir=run.test_dir, output_dir=folder,
-                 raw_dir=run.raw_dir, draws=run.draws)
-    try: evaluate(checkpoint, **given, **fitted)
-    except PahclError as e:
-        if not fitted: raise
-        fitted, notes = None, [f'fitted: {e}']
-        evaluate(checkpoint, **given)
-    _decide_by_rules(run, task, folder)
-    done = [r for r in run.rules if (folder/r).is_dir()]
-    if 'fitted' in run.rules and fitted is not None: done = ['fitted', *done]
-    tested = task.recordings.query('split == "test"')
-    met = find_met_persons(persons_trained_on(saved) or set(), tested)
-    flags = ''.join(f' --{k.replace("_", "-")} {v}' for k, v in (fitted or {}).items())
-    command = (f'pahcl_finetune --config {run.folder}/config.yaml --output-dir repeated; '
-               f'pahcl_evaluate --checkpoint {checkpoint} --task {run.test_on} '
-               f'--data-dir {run.test_dir} --raw-dir {run.raw_dir}{flags}')
-    return dict(rules=done, met=len(met), command=f'{run.prepared}; {command}', notes=notes)
-
-def _run_arm(
-    **fields,   # of `_BenchmarkRun`
-):
-    "Fine-tune, evaluate, and write down what was found, from what, and how long it took."
-    run, start = _BenchmarkRun(**fields), time.monotonic()
-    finetune(run.config, output_dir=run.folder.parent, overwrite=run.overwrite)
-    facts = _evaluate_run(run)
-    write_json(run.folder/'benchmark.json',
-               dict(inputs=run.inputs, minutes=round((time.monotonic()-start)/60, 2)) | facts)
-
-# %% ../../nbs/studies/benchmark.ipynb #bm14
-def _constant_answers(
-    task: Task, count: int,   # of subjects
-) -> dict:                    # name -> as `all_baseline_predictions`
-    "Answer the same for everybody."
-    each = np.eye(task.num_classes)
-    return {f'all {n}': dict(probabilities=np.tile(each[c], (count, 1)))
-            for c, n in enumerate(task.class_names)}
-
-def _baseline_decisions(
-    task: Task, labels,   # Series by subject id: class of each tested subject
-    probabilities,        # [subjects, classes]
-) -> Decisions:           # of recordings and subjects
-    "Decide by a baseline; a recording has the answer of its subject."
-    own = task.recordings.query('split == "test"').dropna(subset='label').astype(dict(label=int))
-    who = own['person_id'].groupby(own['subject_id'].astype(str)).first()
-    subjects = pd.DataFrame(dict(subject_id=labels.index, label=labels.to_numpy(),
-                                 person_id=who.reindex(labels.index).to_numpy()))
-    row = labels.index.get_indexer(own['subject_id'].astype(str))
-    columns = ['recording_id', 'subject_id', 'person_id', 'label']
-    levels = dict(recording=(own[columns].reset_index(drop=True), probabilities[row]),
-                  subject=(subjects, probabilities))
-    return Decisions({k: Predictions(t, v, task.label_map, k) for k, (t, v) in levels.items()},
-                     task.name).decided()
-
-def _run_baselines(
-    data_dir, task: str,   # folder of the prepared tasks, and one of them
-    folder,                # a folder a baseline is written there
-    raw_dir=None,          # for the floor of demographics
-):
-    "Write what each baseline says of the test split."
-    start, opened = time.monotonic(), Task.open(data_dir, task, 'test')
-    labels, folder = _subject_labels(opened, 'test'), Path(folder)
-    found = all_baseline_predictions(opened, labels.index, raw_dir)
-    found |= _constant_answers(opened, len(labels))
-    names, reasons = {}, {}
-    for name, answer in found.items():
-        if 'reason' in answer: reasons[name] = answer['reason']; continue
-        names[name] = f'baseline_{len(names)}'
-        (folder/names[name]).mkdir(parents=True, exist_ok=True)
-        _baseline_decisions(opened, labels, answer['probabilities']).write(folder/names[name])
-    facts = dict(inputs=fingerprint(hash_task_tables(data_dir, task)), names=names,
-                 reasons=reasons, minutes=round((time.monotonic()-start)/60, 2))
-    write_json(folder/'baselines.json', facts)
-
-def _baseline_folder(
-    places: _Places, d: _DealtSplit,
-) -> Path:
-    "Return where the baselines of a split lie."
-    return Path(places.folder)/'baselines'/d.split.name/d.split.task
-
-def _read_baselines(places: _Places, d: _DealtSplit) -> dict:   # {} where they are to be made
-    "Read which baselines of a split are there."
-    path = _baseline_folder(places, d)/'baselines.json'
-    facts = read_json(path) if path.exists() else {}
-    same = facts and facts['inputs'] == fingerprint(hash_task_tables(d.data_dir, d.split.task))
-    return facts if same else {}
+from .benchmark_table import _format_results, _read_answer, _result_rows
 
 # %% ../../nbs/studies/benchmark.ipynb #bm16
 def _list_jobs(
     runs: list, dealt: list,   # of `_BenchmarkRun`; of `_DealtSplit`
     places: _Places,
-) -> list:                     # of `Job`: what is not there yet
-    "List what is to be done."
+) -> list:                     # of (`Job`, minutes): what is not there yet
+    "List what is to be done, and how long it may take."
     logs = Path(places.folder)/'logs'
-    todo = [d for d in dealt if not d.empty and not d.split.test_on
-            and not _read_baselines(places, d)]
-    jobs = [Job(f'{d.split.name}: baselines of {d.split.task}', _run_baselines,
-                dict(data_dir=d.data_dir, task=d.split.task, raw_dir=str(places.raw_dir),
-                     folder=str(_baseline_folder(places, d))),
-                logs/d.split.name/f'baselines_{d.split.task}.log') for d in todo]
-    return jobs+[Job(f'{r.split["name"]}: {r.name}', _run_arm, asdict(r),
-                     logs/r.split['name']/f'{r.name}.log') for r in runs if not r.finished()]
+    return _baseline_jobs(dealt, places)+[
+        (Job(f'{r.split["name"]}: {r.name}', _run_arm, asdict(r),
+             logs/r.split['name']/f'{r.name}.log'), r.minutes) for r in runs if not r.finished()]
+
+def _tell_progress(
+    todo: list,   # of (`Job`, minutes)
+):                # function of a `Job` that has ended, for `run_jobs`
+    "Tell after each piece of work how many are done, and for how long the others will go on."
+    expected, start, ended = {j.title: m for j, m in todo}, time.monotonic(), []
+    def tell(job):
+        ended.append(expected[job.title])
+        left = sum(expected.values())-sum(ended)
+        pace = (time.monotonic()-start)/60/sum(ended)   # minutes for one expected minute
+        if left: get_logger().info(f'{len(ended)} of {len(todo)} pieces of work are done, '
+                                   f'about {_format_minutes(left*pace)} left')
+    return tell
 
 def _do_jobs(
-    jobs: list,   # of `Job`
+    todo: list,   # of (`Job`, minutes)
     count=1,      # at once
 ) -> dict:        # title -> why it failed
-    "Do jobs side by side, and say how many are left and for how long."
-    bar = progress(None, 'benchmark', len(jobs))
-    reasons = run_jobs(jobs, count, bar.update)
-    bar.close()
-    return {j.title: why for j, why in zip(jobs, reasons) if why}
+    "Do jobs side by side; one that fails does not stop the others."
+    reasons = run_jobs([j for j, _ in todo], count, _tell_progress(todo))
+    return {j.title: why for (j, _), why in zip(todo, reasons) if why}
 
 # %% ../../nbs/studies/benchmark.ipynb #bm18
 def _run_answers(
@@ -258,7 +68,7 @@ def _run_answers(
     task = Task.open(run.test_dir, run.test_on)
     about = dict(protocol=name, task=run.test_on, trained_on=run.task, group=s['group'],
                  split=s['name'], arm=run.arm, kind='model')
-    return [_read_answer(folder if rule == 'fitted' else folder/rule, task,
+    return [_read_answer(folder/rule, task,
                          about | dict(rule=rule, seed=run.seed), facts['met'],
                          s['fold'] is not None)
             for rule in facts.get('rules', [])]
@@ -347,7 +157,7 @@ def run_benchmark(
     jobs=1,      # runs at once, each in a process with its share of the machine
     overwrite=False,                  # start runs anew that were made with other settings
     draws=1000,                       # of the intervals
-    **given,                          # in place of what the file says: seeds, tasks
+    **given,                          # in place of what the file says: seeds, tasks; names of arms
 ):                                    # DataFrame, a row a result
     """Run a protocol and write its results; what is finished is not repeated.
 
@@ -360,10 +170,11 @@ def run_benchmark(
     with lock_folder(places.folder):
         _get_cycles(places, p.tasks)
         dealt = _deal_all(p, places)
-        runs = _plan_runs(p, dealt, places, overwrite, draws)
+        runs = _plan_runs(p, dealt, places, overwrite)
         todo = _list_jobs(runs, dealt, places)
+        minutes = _format_minutes(sum(m for _, m in todo))
         print(f'{p.name}: {len(runs)} runs of {len(p.arms)} arms; {len(todo)} pieces of work to '
-              f'do, {jobs} at once', flush=True)
+              f'do, {jobs} at once; about {minutes} on two cores', flush=True)
         failed = _do_jobs(todo, jobs)
         found = _collect_results(p, dealt, runs, places, failed, draws)
         _write_benchmark(found, places.folder)

@@ -23,7 +23,7 @@ class _Protocol:
     "A protocol file, read; one field a key."
     name: str = 'benchmark'    # its folder below the output folder
     about: str = ''            # a sentence, for `--list`
-    minutes: float = 10.       # that a run takes on two cores, for `--list`
+    minutes: float = 10.       # that a run takes on two cores, where its arm does not say
     tasks: list = field(default_factory=lambda: ['circor_murmur'])
     seeds: list = 5            # of training: as many from 42, or a list
     splits: dict = field(default_factory=dict)   # name of a group -> see `_SPLIT_KEYS`
@@ -39,8 +39,8 @@ class _Protocol:
     is_quick: bool = False
 
 # config: a path or name; pretrained: a path, packaged or none; change: keys of pahcl_finetune;
-# quick: further keys of it in the quick form
-_ARM_KEYS = ('config', 'pretrained', 'change', 'quick')
+# quick: further keys of it in the quick form; minutes: that a run takes on two cores
+_ARM_KEYS = ('config', 'pretrained', 'change', 'quick', 'minutes')
 # of these four at most one
 _SPLIT_KINDS = ('given', 'without', 'persons_per_class', 'folds')
 _SPLIT_KEYS = (*_SPLIT_KINDS, 'seed', 'leaky', 'draws', 'test_on', 'tasks')
@@ -89,6 +89,14 @@ def _arm_config(
     for layer in (p.change, keys.get('change') or {}, *cuts): config = merge_configs(config, layer)
     return merge_configs(config, dict(pretrain=dict(checkpoint_path=keys['pretrained'])))
 
+def _check_minutes(
+    minutes,
+    where: str,   # file and place, for the message
+):
+    "Raise `PahclError` for a time that is none."
+    if not isinstance(minutes, (int, float)) or isinstance(minutes, bool) or minutes <= 0:
+        raise PahclError(f'{where}: minutes is {minutes}; give how many a run takes, above 0.')
+
 def _check_arms(p: _Protocol):
     "Raise `PahclError` for an arm without a start, or with a configuration that cannot be."
     if not p.arms: raise PahclError(f'{p.source}: arms is empty. Name at least one.')
@@ -101,6 +109,7 @@ def _check_arms(p: _Protocol):
         _check_names(keys, _ARM_KEYS, where)
         if not keys.get('pretrained'):
             raise PahclError(f'{where}: pretrained is missing; give a path, packaged or none.')
+        _check_minutes(keys.get('minutes', 1), where)
         for task in p.tasks:
             try: load_config('finetune', _arm_config(p, arm), task)
             except PahclError as e: raise PahclError(f'{where}: {e}') from e
@@ -120,6 +129,14 @@ def _read_seeds(
     if numbers and len(set(numbers)) == len(numbers): return numbers
     raise UsageError(f'{where}: seeds is {seeds}; give how many, or different whole numbers '
                      'separated by commas.')
+
+def _keep_arms(
+    p: _Protocol, names: list,   # of arms
+) -> _Protocol:
+    "Leave out all other arms, in the quick form too."
+    _check_names(names, p.arms, f'{p.source}: arms', 'arm')
+    quick = {k: v for k, v in p.quick.items() if k != 'arms'}
+    return replace(p, arms={a: p.arms[a] for a in names}, quick=quick)
 
 def _make_quick(p: _Protocol) -> _Protocol:
     "Cut a protocol down to what its key `quick` says."
@@ -159,7 +176,7 @@ def _read_protocol(
     protocol,                # a path, the name of a packaged file, or a dictionary
     quick=False,             # its quick form
     cross_validate=False,    # folds over all persons in place of its splits
-    **given,                 # fields that flags set; None: not given
+    **given,                 # fields that flags set; None: not given. arms: names of those kept
 ) -> _Protocol:
     "Read a protocol and look for mistakes before anything is trained."
     own = isinstance(protocol, dict)
@@ -168,6 +185,7 @@ def _read_protocol(
     keys = [f.name for f in fields(_Protocol) if f.name not in _OWN_FIELDS]
     _check_names(content, keys, source)
     p = replace(_Protocol(**content), source=source)
+    if arms := given.pop('arms', None): p = _keep_arms(p, arms)
     if quick: p = _make_quick(p)
     if cross_validate: p = _cross_validated(p)
     p = replace(p, **{k: v for k, v in given.items() if v is not None})
@@ -176,6 +194,7 @@ def _read_protocol(
                 arms={str(k): dict(v or {}) for k, v in p.arms.items()})
     _check_names(p.tasks, TASKS, f'{source}: tasks', 'task')
     _check_names(p.rules, ['fitted', *RULES], f'{source}: rules', 'rule')
+    _check_minutes(p.minutes, source)
     _check_splits(p)
     _check_arms(p)
     return p
@@ -229,8 +248,23 @@ def _list_splits(p: _Protocol) -> list:   # of `_Split`
 # %% ../../nbs/studies/benchmark_protocol.ipynb #bp22
 def _count_runs(p: _Protocol) -> int: return len(_list_splits(p))*len(p.arms)*len(p.seeds)
 
+def _run_minutes(
+    p: _Protocol, arm: str,
+) -> float:   # on two cores
+    "Return how long a run of an arm takes; the quick form has one number for all."
+    return float(p.minutes if p.is_quick else p.arms[arm].get('minutes', p.minutes))
+
+def _total_minutes(p: _Protocol) -> float:
+    return len(_list_splits(p))*len(p.seeds)*sum(_run_minutes(p, a) for a in p.arms)
+
+def _format_minutes(minutes: float) -> str:
+    "Write a span of time as one reads it."
+    for unit, length in (('days', 1440), ('hours', 60)):
+        if minutes >= 2*length: return f'{minutes/length:.1f} {unit}'
+    return f'{minutes:.0f} minutes' if minutes >= 2 else f'{60*minutes:.0f} seconds'
+
 def _describe_protocols() -> str:
-    "Describe the packaged protocols, with runs and hours."
+    "Describe the packaged protocols, with runs and time."
     lines = []
     for name in _packaged_protocols():
         try: p, quick = _read_protocol(name), _read_protocol(name, quick=True)
@@ -238,9 +272,11 @@ def _describe_protocols() -> str:
             told = str(e).replace(str(_packaged_protocols()[name]), f'{name}.yaml')
             lines.append(f'{name}: cannot be used: {told}')
             continue
-        runs = _count_runs(p)
+        each = ', '.join(f'{a} {_run_minutes(p, a):g}' for a in p.arms)
         lines += [f'{name}: {p.about}',
-                  f'  {runs} runs of about {p.minutes:g} minutes: '
-                  f'{runs*p.minutes/60:.0f} hours on two cores, less with --jobs, fewer --seeds or '
-                  f'a GPU; --quick: {_count_runs(quick)} small runs']
+                  f'  {_count_runs(p)} runs ({len(_list_splits(p))} splits, {len(p.seeds)} seeds, '
+                  f'{len(p.arms)} arms); minutes of a run on two cores: {each}',
+                  f'  together {_format_minutes(_total_minutes(p))}, less with fewer --seeds or '
+                  f'--arms or a GPU; --quick: {_count_runs(quick)} small runs, '
+                  f'{_format_minutes(_total_minutes(quick))}']
     return '\n'.join(lines)

@@ -18,7 +18,6 @@ from ..data.datasets import identify_devices, TASKS
 from ..data.given_splits import read_splits
 from ..data.own_rows import _qualify_id
 from ..data.task_folders import write_fold
-from ..evaluation.beat_statistics import _share_statistics
 from ..data.tasks import read_processed, Task
 from ..segmentation.preprocessing import preprocess
 from .benchmark_protocol import _Split
@@ -74,6 +73,8 @@ class _DealtSplit:
     split: _Split
     data_dir: str = ''    # folder of the task that is trained on
     test_dir: str = ''    # and of that which is tested
+    # folder of a prepared task with the same recordings, whose statistics the baselines use
+    statistics_of: str = None
     empty: str = ''       # why nobody can be trained on or tested
     missing: pd.DataFrame = field(default_factory=pd.DataFrame)   # of `_find_missing`
     command: str = ''     # that prepares it
@@ -100,11 +101,8 @@ def _deal_again(
     "Write a task with other splits, where it is not there."
     folder = Path(data_dir)/task
     inputs = lambda: dict(base=hash_task_tables(base, task), persons=split_of)
-    def deal():
-        write_fold(Path(base)/task, folder, split_of)
-        _share_statistics(Path(base)/task, folder)
-    run_stage(Stage('deal', folder, deal, inputs, ('task_config.json', 'cycles.csv'),
-                    note=folder.parent.name))
+    run_stage(Stage('deal', folder, lambda: write_fold(Path(base)/task, folder, split_of), inputs,
+                    ('task_config.json', 'cycles.csv'), note=folder.parent.name))
 
 # %% ../../nbs/studies/benchmark_splits.ipynb #bs14
 def _draw_few(
@@ -151,6 +149,12 @@ def _deal_persons(
     return {p: s for p, s in given.items() if s != 'train' or p in few}, ''
 
 # %% ../../nbs/studies/benchmark_splits.ipynb #bs17
+def _statistics_folder(places: _Places, task: str):   # None where there is no such folder
+    "Prepare everybody once: what a baseline hears of a recording is the same in every split."
+    try: base, _ = _prepare_base(places, TASKS[task].dataset)
+    except PahclError as e: get_logger().info(f'each split hears for itself: {e}')
+    else: return str(base/task)
+
 def _deal_given(split: _Split, places: _Places) -> _DealtSplit:
     "Deal a given split, or say who is lacking."
     definition = TASKS[split.task]
@@ -161,7 +165,8 @@ def _deal_given(split: _Split, places: _Places) -> _DealtSplit:
     if why := _explain_nobody(named): return _DealtSplit(split, empty=why, missing=named)
     data_dir, command = _prepare_base(places, definition.dataset, split.seed, split.given,
                                       split.leaky)
-    return _DealtSplit(split, str(data_dir), str(data_dir), '', named, command)
+    return _DealtSplit(split, str(data_dir), str(data_dir), _statistics_folder(places, split.task),
+                       '', named, command)
 
 def _deal_split(split: _Split, places: _Places) -> _DealtSplit:
     "Make the folders of a split, where they are not there, and list who is missing."
@@ -176,7 +181,7 @@ def _deal_split(split: _Split, places: _Places) -> _DealtSplit:
     if why: return _DealtSplit(split, empty=why, command=command)
     data_dir = Path(places.folder)/'data'/TASKS[split.task].dataset/split.name
     _deal_again(base, split.task, data_dir, dealt)
-    return _DealtSplit(split, str(data_dir), str(data_dir), command=command)
+    return _DealtSplit(split, str(data_dir), str(data_dir), str(base/split.task), command=command)
 
 # %% ../../nbs/studies/benchmark_splits.ipynb #bs21
 def _get_cycles(

@@ -6,21 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/studies/benchmark_table.ipynb #bt02
-import platform
-from dataclasses import dataclass, field, replace
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core.basics import first_few, read_table, write_json, write_text
+from ..core.basics import read_table
 from ..core.metrics import metric_names, METRICS
 from ..core.predictions import class_names, Predictions
 from ..core.resampling import bootstrap_interval, resampling_weights
 from ..data.tasks import Task
 from ..evaluation.challenge_rules import _challenge_decisions
-from ..evaluation.pages import format_with_interval, _table_to_markdown, write_page, write_table
+from ..evaluation.pages import format_with_interval, _table_to_markdown
 from ..evaluation.statistics import _bootstrap_matrices, bootstrap_scores
 
 # %% ../../nbs/studies/benchmark_table.ipynb #bt07
@@ -198,65 +196,3 @@ def _results_markdown(
     if not Path(path).exists(): return 'Not run yet.\n'
     rows = _read_results(path)
     return _table_to_markdown(_format_results(rows.query(keep) if keep else rows, metrics))
-
-# %% ../../nbs/studies/benchmark_table.ipynb #bt22
-_PACKAGES = ('pahcl', 'torch', 'numpy', 'scipy', 'pandas', 'scikit-learn', 'librosa', 'soundfile',
-             'soxr', 'numba')
-
-def _collect_versions() -> dict:   # name -> version
-    "Return the versions of what a result depends on."
-    def version(name):
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: return 'not installed'
-    return dict(python=platform.python_version(), machine=platform.machine(),
-                **{name: version(name) for name in _PACKAGES})
-
-@dataclass(frozen=True)
-class _Benchmark:
-    "Everything that a finished benchmark says."
-    protocol: dict        # as it was read
-    results: pd.DataFrame # of `_result_rows`
-    runs: pd.DataFrame    # a row a run: split, arm, seed, minutes, command, inputs, failed
-    missing: pd.DataFrame = field(default_factory=pd.DataFrame)   # persons without recordings
-    data: dict = field(default_factory=dict)   # data set -> fingerprints of its files
-    notes: list = field(default_factory=list)  # sentences
-
-_READING = [
-    'Square brackets: 95 % over persons, drawn alike for all runs of a line; seeds are not drawn.',
-    'fitted: by the decision layer of the model, or by what the validation persons teach; other '
-    'rules are fixed. A dash as rule: a baseline, which needs no network.',
-    'met: tested persons whom the model or its pretraining has met, in the worst split. A score '
-    'with met above 0 flatters.']
-
-def _page_sections(b: _Benchmark) -> dict:   # heading -> items, see `pahcl.evaluation.pages`
-    "Lay the page out."
-    shown = b.runs.drop(columns='inputs', errors='ignore')
-    sections = {'Results': [_format_results(b.results), [*_READING, *b.notes]],
-                'Each split, over seeds': [_format_results(b.results, split=None)]
-                } if len(b.results) else {'Results': ['Nothing was tested.', b.notes]}
-    if len(b.missing):
-        gone = b.missing.groupby(['split', 'set'])['id'].agg(
-            persons='size', named=lambda ids: first_few(ids, 15)).reset_index()
-        sections['Who has no recording here'] = [gone]
-    return sections | {'Runs, each with its commands': [shown.astype(str)],
-                       'Made with': [_collect_versions()], 'Data': [b.data],
-                       'Protocol': [b.protocol]}
-
-def _write_benchmark(
-    b: _Benchmark,
-    folder,          # of the benchmark
-):
-    "Write all files of a benchmark, each whole or not at all."
-    folder = Path(folder)
-    write_text(folder/'results.csv', b.results.to_csv(index=False))
-    write_text(folder/'runs.csv', b.runs.to_csv(index=False))
-    write_text(folder/'missing.csv', b.missing.to_csv(index=False))
-    records = lambda t: t.astype(object).where(t.notna(), None).to_dict('records')
-    write_json(folder/'results.json', dict(
-        protocol=b.protocol, made_with=_collect_versions(), data=b.data, notes=b.notes,
-        missing=records(b.missing), runs=records(b.runs), results=records(b.results)))
-    title = f'Benchmark {b.protocol["name"]}'
-    table = _format_results(b.results) if len(b.results) else pd.DataFrame({'result': ['none']})
-    write_table(folder/'table', table, title, [*_READING, *b.notes])
-    (folder/'table.html').unlink()   # the page is this, and more
-    write_page(folder/'report.html', title, _page_sections(b))

@@ -15,7 +15,8 @@ from pahcl.core.basics import PahclError, read_json
 from pahcl.core.config import _packaged_configs
 from pahcl.data.tasks import Task
 from pahcl.evaluate import pahcl_benchmark
-from pahcl.studies import benchmark
+from pahcl.evaluation.evaluator import evaluate
+from pahcl.studies import benchmark_runs
 from pahcl.studies.benchmark import run_benchmark
 from pahcl.studies.benchmark_protocol import (
     _count_runs, _list_splits, _packaged_protocols, _read_protocol, _Split)
@@ -118,8 +119,8 @@ def test_every_result_is_there(made, first):
 def test_numbers_are_those_of_scikit_learn(first):
     _, folder = first
     rows = _read_results(folder/'results.csv').query('split == "mine" and arm == "cnn"')
-    for rule, place in (('fitted', ''), ('mean', 'mean')):
-        told = pd.read_csv(folder/'runs'/'mine'/'circor_murmur_cnn_seed1'/'evaluation'/place
+    for rule in ('fitted', 'mean'):
+        told = pd.read_csv(folder/'runs'/'mine'/'circor_murmur_cnn_seed1'/'evaluation'/rule
                            /'predictions_subject.csv')
         ours = rows[rows['rule'] == rule].set_index('metric')['value']
         p = told[[f'probability_{n}' for n in ('Present', 'Absent', 'Unknown')]].to_numpy()
@@ -148,13 +149,13 @@ def test_killed_and_resumed(made, first, tmp_path, monkeypatch):
     def dies(checkpoint, *arguments, **keys):
         evaluated.append(checkpoint)
         if len(evaluated) == 2: raise KeyboardInterrupt
-        return evaluate(checkpoint, *arguments, **keys)
+        return open_model(checkpoint, *arguments, **keys)
     def counts(*arguments, **keys):
         trained.append(arguments)
         return finetune(*arguments, **keys)
-    evaluate, finetune = benchmark.evaluate, benchmark.finetune
-    monkeypatch.setattr(benchmark, 'evaluate', dies)
-    monkeypatch.setattr(benchmark, 'finetune', counts)
+    open_model, finetune = benchmark_runs.open_model, benchmark_runs.finetune
+    monkeypatch.setattr(benchmark_runs, 'open_model', dies)
+    monkeypatch.setattr(benchmark_runs, 'finetune', counts)
     with pytest.raises(KeyboardInterrupt): run(made, tmp_path, protocol)
     assert len(trained) == 2 and not (tmp_path/'made'/'results.csv').exists()
     stamp = (tmp_path/'made'/'runs'/'mine'/'circor_murmur_cnn_seed1'/'best_model.pt').stat()
@@ -250,8 +251,9 @@ def test_another_task_is_tested_and_signal_quality_counts(tmp_path):
     assert (rows['runs'] == rows['planned']).all() and (rows['task'] == 'physionet2016').all()
     for split in ('seed42', 'seed42-on-physionet2016'):
         trained = 'physionet2016' if split == 'seed42' else 'circor_outcome'
-        own = read_json(tmp_path/'made'/'runs'/split/f'{trained}_cnn_seed1'/'evaluation'
-                        /'metrics.json')['official']
+        checkpoint = tmp_path/'made'/'runs'/split/f'{trained}_cnn_seed1'/'best_model.pt'
+        own = evaluate(checkpoint, 'physionet2016', tmp_path/'made'/'data'/'physionet2016'/'seed42',
+                       output_dir=tmp_path/'evaluation', draws=50)['official']
         told = rows.query(f'split == "{split}" and arm == "cnn"').set_index('metric')['value']
         assert own['rule'] == 'signal quality' and told[own['name']] == own['value']
 
@@ -267,6 +269,8 @@ def test_another_task_is_tested_and_signal_quality_counts(tmp_path):
     ('arms: {a: {pretrained: none, confg: linear}}', r"arms\.a: unknown key 'confg'"),
     ('arms: {a: {config: no_such, pretrained: none}}', r'arms\.a: no configuration no_such'),
     ('arms: {a: {config: linear}}', r'arms\.a: pretrained is missing'),
+    ('minutes: soon', 'minutes is soon; give how many a run takes'),
+    ('arms: {a: {pretrained: none, minutes: 0}}', r'arms\.a: minutes is 0; give how many'),
     ('arms: {a/b: {pretrained: none}}', "'a/b' is no name for an arm"),
     ('arms: {a: {pretrained: none, change: {training: {epocs: 1}}}}',
      "unknown key 'training.epocs'"),
