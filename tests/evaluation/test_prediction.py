@@ -19,6 +19,7 @@ from pahcl.evaluation.prediction import predict
 from pahcl.models.checkpoints import classifier_checkpoint, save_checkpoint
 from pahcl.models.classifier import Classifier
 from pahcl.models.encoders import build_encoder
+from pahcl.models.pretrained import _WEIGHTS
 from pahcl.segmentation.preprocessing import preprocess
 from pahcl.segmentation.segmenter import segment
 
@@ -244,3 +245,14 @@ def test_packaged_models(house, task):
     assert found.model['task'] == task and found.model['training_persons'] > 50
     with pytest.raises(PahclError, match='no classifier of juggling'):
         predict(path, task='juggling')
+
+def test_a_packaged_model_is_evaluated_outside_of_the_package(house, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('pahcl.evaluation.evaluator.all_baseline_predictions', lambda *a: {})
+    before = sorted(_WEIGHTS.rglob('*'))
+    results = evaluate('packaged', 'circor_murmur', house/'downstream', draws=20)
+    folder = tmp_path/'outputs'/'circor_murmur_packaged'/'evaluation_circor_murmur_test'
+    assert json.loads((folder/'metrics.json').read_text())['checkpoint'] == 'packaged'
+    assert results['subject_rule'] == 'fitted' and sorted(_WEIGHTS.rglob('*')) == before
+    with pytest.raises(PahclError, match='no classifier of no_task|no_task'):
+        evaluate('packaged', 'no_task', house/'downstream')
