@@ -38,9 +38,16 @@ def open_split(
 ):                 # (`pahcl.data.loader.Cycles` or `pahcl.data.windows.Windows`, `Task`)
     "Open the cycles of a split of a prepared task; a `PahclError` where there are none."
     opened = Task.open(data_dir, task, split)
-    cycles = open_cycles(opened.folder, split, data)
-    if len(cycles): return cycles, opened
-    raise PahclError(f'split {split} of {task} in {data_dir} has no cycles. '
+    return _open_task_cycles(opened, split, data), opened
+
+def _open_task_cycles(
+    task: Task,             # an opened one
+    split: str, data=None,  # see `open_split`
+):                          # `pahcl.data.loader.Cycles` or `pahcl.data.windows.Windows`
+    "Open the cycles of a split of an opened task."
+    cycles = open_cycles(task.folder, split, data)
+    if len(cycles): return cycles
+    raise PahclError(f'split {split} of {task.name} in {Path(task.folder).parent} has no cycles. '
                      'Preprocess and prepare again.')
 
 # %% ../../nbs/evaluation/evaluator.ipynb #cell16
@@ -262,7 +269,7 @@ def evaluate(
     folder = Path(output_dir or evaluation_folder(beside, task, split))
     with lock_folder(folder):
         model = open_model(path, prepared)
-        cycles, _ = open_split(task, data_dir, split, model.data)
+        cycles = _open_task_cycles(prepared, split, model.data)
         scored = _predict_and_score(model, cycles, split, subject_rule, threshold, batch_size,
                                     rule=rule, draws=draws, seed=seed, raw_dir=raw_dir)
         about = dict(checkpoint=str(checkpoint), trained_on=model.saved['task'],

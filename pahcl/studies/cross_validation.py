@@ -18,7 +18,7 @@ from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.beat_statistics import _share_statistics
 from ..evaluation.decisions import Decisions
 from ..evaluation.evaluator import (
-    _answer_by_layer, _note_bag_levels, open_model, open_split, _predict_validation)
+    _answer_by_layer, _note_bag_levels, open_model, _open_task_cycles, _predict_validation)
 from ..evaluation.subject_rules import check_rules, VALIDATION_RULES
 from ..evaluation.thresholds import _check_threshold
 from ..models.checkpoints import _checkpoint_folder, load_classifier, persons_trained_on
@@ -56,7 +56,7 @@ def _predict_fold(
     "Predict those whom a fold's model has not met, and decide."
     prepared = Task.open(data_dir, task, 'test')
     model = open_model(checkpoint, prepared)
-    cycles, _ = open_split(task, data_dir, 'test', model.data)
+    cycles = _open_task_cycles(prepared, 'test', model.data)
     chosen_on_val = subject_rule in VALIDATION_RULES or threshold != 'argmax'
     validation = _predict_validation(model, 'test') if chosen_on_val else None
     predictions = model.predict(cycles)

@@ -6,12 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/studies/perturbations.ipynb #cell2
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import soxr
 import torch
 
 from ..core.basics import generator
-from ..data.signal import bandpass
+from ..data.signal import bandpass, _stored_rate
+from ..data.steps import (
+    _compute_steps, _PackedSteps, _read_recording_files, _StepSettings)
+from ..data.windows import _recording_rates, Windows
 
 # %% ../../nbs/studies/perturbations.ipynb #cell8
 _BAND = (25., 400.)  # Hz, where the task does not say
@@ -85,18 +91,57 @@ class _PerturbedCycles:
         return {k: v.to(device) if device else v
                 for k, v in dict(b, x=torch.from_numpy(x)[:, None]).items()}
 
+# %% ../../nbs/studies/perturbations.ipynb #pc02
+def _change_recordings(
+    windows,   # a `pahcl.data.windows.Windows` of a task
+    root,      # folder of the task
+    change,    # of `_list_conditions`
+) -> Windows:  # the same rows of changed recordings
+    "Change whole recordings, and hear them again."
+    settings, at = _StepSettings.of(windows.heard, windows.settings), windows.stretches
+    heard = windows.heard.mel_range_hz if windows.heard.spectral else settings.band_hz
+    numbers, first, new = np.unique(at.recording, return_index=True, return_inverse=True)
+    own = windows.table.iloc[first]
+    rates = map(_stored_rate, _recording_rates(f'{root}/recordings.csv', own['folder']))
+    steps = []
+    for i, (file, rate) in enumerate(zip(own['file_path'], rates)):
+        sound, states = _read_recording_files(Path(root)/file.rsplit('/', 1)[0])
+        x = change(sound[None].astype(np.float32), [len(sound)], [i], rate, heard)[0]
+        steps.append(_compute_steps(x, rate, states, settings))
+    packed = _PackedSteps.of(steps)
+    start = at.start-windows.steps.bounds[at.recording]+packed.bounds[new]
+    return Windows(windows.table, windows.settings, packed,
+                   replace(at, start=start, recording=new))
+
+def _apply_change(
+    cycles,       # a `pahcl.data.loader.Cycles` or `Windows`
+    change,       # of `_list_conditions`; None: nothing is changed
+    root=None,    # folder of the task, of `Windows`
+):                # what a model hears in their place
+    "Change cycles, or the recordings that windows lie in."
+    if change is None: return cycles
+    return (_change_recordings(cycles, root, change) if isinstance(cycles, Windows)
+            else _PerturbedCycles(cycles, change))
+
 # %% ../../nbs/studies/perturbations.ipynb #cell22
 _NOISE_DB, _SAMPLE_RATES = (20, 10, 5, 0), (1000, 2000, 4000, 8000)  # dB, Hz
 
 def _list_conditions(
-    cycles,   # a `pahcl.data.loader.Cycles` of a task
+    cycles,   # a `pahcl.data.loader.Cycles` or `Windows` of a task
     seed=0,
-) -> dict:    # (kind, name) -> function of (x, valid, rows), or None for the stored cycles
-    "List what is done to the cycles."
+) -> dict:    # (kind, name) -> function of (x, valid, rows), or None for what is stored; of whole
+              # recordings also of their `rate` (Hz) and of the band that is `heard` (Hz)
+    "List what is done to cycles or recordings."
     rate = cycles.settings.get('sample_rate', 5000)
     band = tuple(cycles.settings.get('band_hz') or _BAND)
-    def noise(db): return lambda x, valid, rows: _add_noise(x, valid, db, rows, rate, band, seed)
-    def resample(hz): return lambda x, valid, rows: _resample_through(x, valid, hz, rate)
+    def noise(db):
+        def add(x, valid, rows, rate=rate, heard=None):
+            if heard is None: return _add_noise(x, valid, db, rows, rate, band, seed)
+            inside = np.stack([bandpass(row, rate, *heard) for row in x])   # not so a recording
+            return x+_add_noise(inside, valid, db, rows, rate, heard, seed)-inside
+        return add
+    def resample(hz): return lambda x, valid, rows, rate=rate, heard=None: (
+        _resample_through(x, valid, hz, rate))
     noises = {('noise', f'{db} dB'): noise(float(db)) for db in _NOISE_DB}
     rates = {('sample rate', f'{hz/1000:g} kHz'): resample(hz) for hz in _SAMPLE_RATES}
     return {('stored', 'as stored'): None, **noises, **rates}

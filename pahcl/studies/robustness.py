@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.basics import get_logger, lock_folder, PahclError, progress, write_text
+from ..core.basics import get_logger, lock_folder, progress, write_text
 from ..core.figures import COLOURS, save_figure, STYLE
 from ..core.stages import evaluation_folder
 from ..core.resampling import bootstrap_interval, number_persons, resampling_weights
 from ..data.datasets import identify_devices
 from ..data.steps import _InputSettings
 from ..data.tasks import Task
-from ..evaluation.evaluator import open_model, open_split
+from ..evaluation.evaluator import open_model, _open_task_cycles
 from ..evaluation.pages import format_with_interval, write_table
 from ..models.checkpoints import _checkpoint_folder
 from .paired_tests import bootstrap_experiment, _paired_scores
-from .perturbations import _list_conditions, _PerturbedCycles
+from .perturbations import _apply_change, _list_conditions
 
 # %% ../../nbs/studies/robustness.ipynb #cell9
 def _scores_with_differences(
@@ -102,22 +102,25 @@ _ROBUSTNESS_NOTES = ['cycles were found in the recordings as they are: '
                      'over each cycle',
                      'every sample rate here can carry the band of the stored cycles: '
                      'this checks that resampling loses nothing, not how a poorer recording does']
+_RECORDING_NOTES = [_ROBUSTNESS_NOTES[0], 'noise is white in the band that the model hears; its '
+                    'ratio is that of the powers in this band, over each recording',
+                    'a sample rate keeps what lies below its half, and no more']
 
 # %% ../../nbs/studies/robustness.ipynb #cell17
 def _robustness_table(
     model,                            # has `predict(cycles, batch_size) -> Predictions`
-    cycles,                           # the `Cycles` of the split
+    cycles,                           # the `Cycles` or `Windows` of the split
     dataset='',                       # of the task
     rule='mean', subject_rule=None,   # cycles to recordings, recordings to subjects
     batch_size=64,                    # cycles at once
     draws=2000, seed=0,               # of the bootstrap over persons; seed also of the noise
+    root=None,                        # folder of the task, of `Windows`
 ):   # (DataFrame, a row a condition; notes)
     "Score the model under every condition."
     rows, constant, first, stored = [], [], None, None
     conditions = list(_list_conditions(cycles, seed).items())
     for (kind, name), change in progress(conditions, 'robustness'):
-        predictions = model.predict(_PerturbedCycles(cycles, change) if change else cycles,
-                                    batch_size)
+        predictions = model.predict(_apply_change(cycles, change, root), batch_size)
         subjects = predictions.at_level('subject', rule, subject_rule)
         rows.append(dict(kind=kind, condition=name,
                          **_scores_with_differences(subjects, stored, draws, seed)))
@@ -126,7 +129,8 @@ def _robustness_table(
         auroc, f1 = rows[-1]['auroc'], rows[-1]['f1_macro']
         get_logger().info(f'robustness: {name}: AUROC {auroc:.3f}, F1 macro {f1:.3f}')
     more, notes = _score_devices(first, dataset, rule, subject_rule, draws, seed)
-    return pd.DataFrame(rows+more), [*constant, *notes, *_ROBUSTNESS_NOTES]
+    return pd.DataFrame(rows+more), [
+        *constant, *notes, *(_ROBUSTNESS_NOTES if root is None else _RECORDING_NOTES)]
 
 # %% ../../nbs/studies/robustness.ipynb #cell23
 def _draw_condition(
@@ -217,16 +221,14 @@ def evaluate_robustness(
     "Score a checkpoint under every condition and write the table into the evaluation's folder."
     prepared = Task.open(data_dir, task, split)
     model = open_model(checkpoint, prepared)
-    if not (heard := _InputSettings.of(model.data)).is_plain:
-        raise PahclError(f'{checkpoint} hears {heard.frontend} by {heard.unit}, and robustness '
-                         'changes stored cycles. Give a checkpoint that hears those.')
     path = Path(checkpoint)
     folder = Path(output_dir or evaluation_folder(_checkpoint_folder(path), task, split))
     with lock_folder(folder):
-        cycles, _ = open_split(task, data_dir, split, model.data)
+        cycles = _open_task_cycles(prepared, split, model.data)
+        root = None if _InputSettings.of(model.data).is_plain else prepared.folder
         cycles.table = prepared.add_devices(cycles.table)
         table, notes = _robustness_table(model, cycles, prepared.dataset, rule, subject_rule,
-                                         batch_size, draws, seed)
+                                         batch_size, draws, seed, root)
         notes = [*prepared.split_notes, *notes]
         title = f'{task}, {split}: robustness of {path.parent.name}/{path.name}'
         _write_robustness(folder, table, notes, title)

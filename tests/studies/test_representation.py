@@ -8,13 +8,20 @@ import pandas as pd
 import pytest
 import torch
 
-from pahcl.models.checkpoints import load_classifier
+from pahcl.data.inputs import open_cycles
+from pahcl.data.signal import bandpass
+from pahcl.data.tasks import Task
+from pahcl.models.checkpoints import (
+    classifier_checkpoint, load_classifier, save_checkpoint)
+from pahcl.models.encoders import build_encoder
 from pahcl.models.classifier import Classifier
 from pahcl.evaluate import pahcl_evaluate
 from pahcl.data.loader import Cycles
 from pahcl.evaluate import pahcl_represent
 from pahcl.studies.feature_map import _cycle_heart_rates
-from pahcl.studies.perturbations import _list_conditions, _PerturbedCycles
+from pahcl.studies.perturbations import (
+    _change_recordings, _list_conditions, _PerturbedCycles)
+from pahcl.studies.robustness import evaluate_robustness
 from pahcl.studies.saliency import _class_margin, _explain_cycles, _integrated_gradients
 
 
@@ -103,6 +110,41 @@ def test_robustness_script(trained):
     assert table.loc[0, 'accuracy'] == pytest.approx(kept['accuracy'])
     assert {f'robustness{e}'
             for e in ('.csv', '.md', '.tex', '.html', '.png')} <= {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize('way', [
+    dict(frontend='logmel', unit='window', window_s=1., mel_bands=20), dict(unit='beats')])
+def test_recordings_are_changed_where_windows_are_heard(trained, way):
+    "A change of nothing gives back what was packed; noise is as strong as it says."
+    folder = trained/'downstream'/'pascal'
+    windows = open_cycles(folder, 'test', way)
+    windows = windows.subset(np.arange(3, len(windows)))
+    rows = np.arange(len(windows))
+    again = _change_recordings(windows, folder, lambda x, valid, rows, rate, heard: x)
+    assert torch.equal(again.batch(rows)['x'], windows.batch(rows)['x'])
+    change, ratios = _list_conditions(windows)['noise', '5 dB'], []
+    def measure(x, valid, rows, rate, heard):
+        noise = change(x, valid, rows, rate, heard)-x
+        heart = bandpass(x[0], rate, *heard)
+        ratios.append(10*np.log10(np.mean(heart**2., dtype=float)/np.mean(noise**2.)))
+        return x+noise
+    noisy = _change_recordings(windows, folder, measure)
+    assert len(noisy) == len(windows) and np.abs(np.array(ratios)-5).max() < .05
+    assert not torch.equal(noisy.batch(rows)['x'], windows.batch(rows)['x'])
+
+
+def test_robustness_of_a_model_of_windows(trained, tmp_path):
+    way = dict(frontend='logmel', unit='window', window_s=1.)
+    torch.manual_seed(0)
+    model = Classifier(build_encoder('logmel_cnn', cnn_channels=[4, 4, 4, 4]), 5)
+    config, task = dict(data=way), Task.open(trained/'downstream', 'pascal')
+    save_checkpoint(tmp_path/'best_model.pt', classifier_checkpoint(
+        model, 'pascal', task.label_map, config, ['p1']))
+    table = evaluate_robustness(tmp_path/'best_model.pt', 'pascal', trained/'downstream', draws=10)
+    kinds = table['kind'].value_counts().loc[['stored', 'noise', 'sample rate']]
+    assert kinds.tolist() == [1, 4, 4]
+    page = (tmp_path/'evaluation_pascal_test'/'robustness.html').read_text()
+    assert 'over each recording' in page and 'over each cycle' not in page
 
 
 def test_shares_are_those_of_captum(trained):
