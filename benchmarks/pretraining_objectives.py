@@ -1,14 +1,15 @@
 """What does each objective teach?
 
-A frozen probe on a task's children: pretrained encoders against a random one, log-mel statistics, and the control that every
-claim must face: the numbers that an objective asks for, used directly.
+A frozen probe on a task's children: pretrained encoders against a random one, log-mel statistics,
+and the control that every claim must face: the numbers that an objective asks for, used directly.
 
 python benchmarks/pretraining_objectives.py --downstream data/downstream outputs/*/best_model.pt
 
-Features of a recording are the mean over its windows; a regularised logistic regression answers for recordings, the mean over its
-recordings for a child. Out of fold: five folds of the persons of train and val. Test: fitted on all of them. Where nobody heard
-a murmur at a place, the recording counts as Absent. Pretraining has heard the persons of train without labels, those of val and
-test not at all.
+Features of a recording are the mean over its windows; a regularised logistic regression answers for
+recordings, the mean over its recordings for a child. Out of fold: five folds of the persons of
+train and val. Test: fitted on all of them. Where nobody heard a murmur at a place, the recording
+counts as Absent. Pretraining has heard the persons of train without labels, those of val and test
+not at all.
 """
 import argparse
 from pathlib import Path
@@ -43,7 +44,8 @@ def state_statistics(values, states):
 
 def by_recording(windows, numbers):
     "Average over the windows of each recording."
-    return pd.DataFrame(np.asarray(numbers)).groupby(get_recording_ids(windows.table).to_numpy()).mean()
+    recording = get_recording_ids(windows.table).to_numpy()
+    return pd.DataFrame(np.asarray(numbers)).groupby(recording).mean()
 
 def list_recordings(task, windows):
     "A row a recording: subject, person, label of the child, label of the place."
@@ -52,8 +54,9 @@ def list_recordings(task, windows):
     table['place_label'] = table['label']
     known = pd.read_csv(task.folder/'recordings.csv', dtype=str)
     if 'murmur_locations' in known and 'Absent' in task.label_map:
-        silent = known.loc[_find_silent_places(known, task.label_map['Present']), 'recording_id']
-        table.loc[table['recording_id'].astype(str).isin(silent), 'place_label'] = task.label_map['Absent']
+        silent = known.loc[_find_silent_places(known, task.positive_class), 'recording_id']
+        rows = table['recording_id'].astype(str).isin(silent)
+        table.loc[rows, 'place_label'] = task.label_map['Absent']
     return table
 
 def score(task, recordings, probabilities):
@@ -94,23 +97,32 @@ def main(argv=None):
     tables = [list_recordings(task, w) for w in splits.values()]
     recordings = pd.concat(tables)
     split = pd.Series(np.repeat(list(splits), [len(t) for t in tables]), recordings.index)
-    collect = lambda of: pd.concat([by_recording(w, of(w)) for w in splits.values()]).loc[recordings.index].to_numpy()
+    def collect(of):
+        found = pd.concat([by_recording(w, of(w)) for w in splits.values()])
+        return found.loc[recordings.index].to_numpy()
     encode = lambda encoder: collect(lambda w: encode_cycles(encoder, w))
-    sources = {'log-mel statistics': lambda: collect(lambda w: _recording_targets(w, whole_statistics)),
-               'log-mel statistics by state': lambda: collect(lambda w: _recording_targets(w, state_statistics))}
-    for name, kind in OBJECTIVES.items():   # the control: what it asks for, without a network
-        own = config.model_copy(update=dict(objectives={name: 1.}))
-        if (model := _build_pretraining_model(own, splits['train'])).targets(splits['train']):
-            sources[f'targets of {name}'] = lambda model=model, name=name: collect(lambda w: model.targets(w)[name])
-    sources |= {f'random encoder {seed}': lambda seed=seed: encode(_build_pretraining_model(
-        config.model_copy(update=dict(seed=seed)), splits['train']).encoder) for seed in range(a.seeds)}
-    sources |= {p.parent.name: lambda p=p: encode(load_pretrained_encoder(p).encoder) for p in a.checkpoints}
+    fact = lambda compute: collect(lambda w: _recording_targets(w, compute))
+    build = lambda **other: _build_pretraining_model(config.model_copy(update=other),
+                                                     splits['train'])
+    sources = {'log-mel statistics': lambda: fact(whole_statistics),
+               'log-mel statistics by state': lambda: fact(state_statistics)}
+    for name in OBJECTIVES:   # the control: what it asks for, without a network
+        own = build(objectives={name: 1.})
+        if own.targets(splits['train']):
+            sources[f'targets of {name}'] = lambda own=own, name=name: collect(
+                lambda w: own.targets(w)[name])
+    sources |= {f'random encoder {seed}': lambda seed=seed: encode(build(seed=seed).encoder)
+                for seed in range(a.seeds)}
+    sources |= {p.parent.name: lambda p=p: encode(load_pretrained_encoder(p).encoder)
+                for p in a.checkpoints}
     rows = []
     for name, make in sources.items():
         features = make()
-        found = pd.DataFrame([probe(task, recordings, features, split, seed) for seed in range(a.seeds)]).mean()
+        found = pd.DataFrame([probe(task, recordings, features, split, seed)
+                              for seed in range(a.seeds)]).mean()
         rows.append(dict(source=name, numbers=features.shape[1], **found))
-        print(pd.DataFrame(rows[-1:]).to_string(header=len(rows) == 1, index=False, float_format='%.3f'), flush=True)
+        print(pd.DataFrame(rows[-1:]).to_string(header=len(rows) == 1, index=False,
+                                                float_format='%.3f'), flush=True)
     if a.output: pd.DataFrame(rows).to_csv(a.output, index=False, float_format='%.4f')
 
 if __name__ == '__main__': main()

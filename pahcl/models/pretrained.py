@@ -30,7 +30,8 @@ def _weight_part(
     key: str,   # of a `model_state_dict`
 ) -> str:       # 'encoder', 'heads', 'moco' or ''
     "Tell which part of a checkpoint a key belongs to."
-    if '_momentum.' in key or key.startswith(('queue', 'objectives.moco.model.queue')): return 'moco'
+    if '_momentum.' in key or key.removeprefix('objectives.moco.model.').startswith('queue'):
+        return 'moco'
     return ('encoder' if key.startswith('encoder.') else 'heads'
             if key.startswith(_HEAD_PREFIXES) else '')
 

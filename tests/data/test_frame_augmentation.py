@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from pahcl.core.basics import PahclError
 from pahcl.core.config import load_config
 from pahcl.core.config_sections import AugmentationSection, _FinetuneAugmentation
+from pahcl.training.pretraining_data import _check_pretrain_input
 from pahcl.data.augmentation_steps import AUGMENTATIONS
 from pahcl.data.frame_augmentation import (
     _FrameAugmenter, _gap_masks, _raise_floor, _smooth_gains, _stretch_frames)
@@ -43,13 +44,14 @@ def test_every_key_has_an_effect(key):
     assert all(not torch.equal(a, b) for a, b in zip(before, after))
 
 
-def test_off_by_default_and_unknown_to_pretraining():
+def test_off_by_default_and_no_change_of_sound():
     batch = windows()
     assert not _FrameAugmenter(_FinetuneAugmentation(), BANDS).steps
     assert torch.equal(change(batch)['x'], batch['x'])
     assert not set(ON) & set(AugmentationSection.model_fields)
-    with pytest.raises(PahclError, match='unknown key'):
-        load_config('pretrain', dict(augmentation=dict(rate_probability=.5)))
+    sound = load_config('pretrain', dict(augmentation=dict(rate_probability=.5)))
+    with pytest.raises(PahclError, match='waveform, which augmentation.rate_prob.* cannot change'):
+        _check_pretrain_input(sound)
     with pytest.raises(PahclError, match='noise_floor_db must be .smallest, largest.'):
         change(batch, noise_floor_db=[5., -5.])
 
