@@ -1,5 +1,5 @@
-"""Kill every stage with SIGKILL at random moments, start it again with the same command, and compare
-what it ends with: python benchmarks/kills.py [--kills 300] [--seed 0] [--stages prepare finetune]
+"""Kill every stage with SIGKILL at random moments, start it again with the same command, and
+compare what it ends with: python benchmarks/kills.py [--kills 300] [--seed 0] [--stages prepare finetune]
 
 A stage runs twice undisturbed; files that differ then (logs, times) are not compared. Checkpoints
 are compared by what they hold. One process imports everything and forks a child for each start.
