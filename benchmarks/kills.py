@@ -30,7 +30,7 @@ TUNE = ('pahcl_finetune --task pascal --config {place}/tune.yaml --pretrained no
         '--data-dir {place}/prepare --output-dir {out}')
 # name -> the command, and the stage whose result is there when it begins
 STAGES = dict(
-    simulate=('pahcl_simulate --output-dir {out} --subjects 9 --seconds 2', None),
+    simulate=('pahcl_simulate --dataset pascal --output-dir {out} --subjects 15 --seconds 1.5', None),
     preprocess=('pahcl_preprocess --raw-dir {place}/simulate --output-dir {out} --num-workers 1',
                 None),
     again=('pahcl_preprocess --raw-dir {place}/simulate --output-dir {out} --num-workers 1 '
