@@ -44,7 +44,8 @@ def metrics(path): return json.loads((path.parent/'final_metrics.json').read_tex
 def test_script_simclr(root, tmp_path):
     assert script(root, '--output_dir', str(tmp_path), '--tensorboard') == 0
     folder = tmp_path/'pahcl_pretrain'
-    assert {p.name for p in folder.iterdir()} == {'config.yaml', 'inputs.json', '.pahcl.json', 'train.log',
+    assert {p.name for p in folder.iterdir()} == {'config.yaml', 'inputs.json', 'train.log',
+                                                  '.pahcl.json',
                                                   'status.json', 'tensorboard', 'best_model.pt',
                                                   'final_model.pt', 'final_metrics.json'}
     assert list((folder/'tensorboard').glob('events.out.tfevents.*'))
