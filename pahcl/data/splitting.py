@@ -76,7 +76,7 @@ def _load_labelled_recordings(
                   set(recordings['dataset']) if dataset == 'all' else [dataset])
     if Path(raw_dir).exists() and (not own or any((Path(raw_dir)/d).exists() for d in asked)):
         # those that are broken were left out before, by name
-        raw = load_recordings(raw_dir, dataset, True, withdrawn)
+        raw = load_recordings(raw_dir, dataset, unreadable=True, keep_withdrawn=withdrawn)
     _recall_own_datasets(processed_dir, own, raw_dir)
     if raw is None:
         get_logger().info(

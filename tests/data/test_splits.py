@@ -325,7 +325,7 @@ def test_missing_processed_missing_labels(house, capsys):
 
 def raw_says(monkeypatch, table):
     monkeypatch.setattr('pahcl.data.splitting.load_recordings',
-                        lambda raw_dir, dataset='all', keep_withdrawn=False: table)
+                        lambda raw_dir, dataset='all', **more: table)
 
 def test_raw_folder_is_asked(house, monkeypatch, logged):
     table = _make_recordings(persons=20)
