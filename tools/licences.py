@@ -18,7 +18,8 @@ def normal(name): return re.sub(r'[-_.]+', '-', name).lower()
 
 def find_licence(meta) -> str:
     "What a package says of its licence, in few words."
-    said = [c.split(' :: ')[-1] for c in meta.get_all('Classifier') or [] if c.startswith('License ::')]
+    said = [c.split(' :: ')[-1] for c in meta.get_all('Classifier') or []
+            if c.startswith('License ::')]
     text = (meta.get('License-Expression') or ', '.join(c for c in said if c != 'OSI Approved')
             or (meta.get('License') or '').strip().splitlines()[0:1] or 'not said')
     return text if isinstance(text, str) else text[0][:60]
