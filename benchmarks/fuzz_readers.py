@@ -1,9 +1,10 @@
-"""Damaged files for every reader: only success or a sentence, never a traceback, other numbers or a hang.
+"""Damaged files for every reader: success or a sentence, no traceback, other numbers, hang.
 
 python benchmarks/fuzz_readers.py [--inputs 100000] [--seed 0] [--only json,yaml] [--write CSV]
 
-Each reader gets its share of the inputs, slow ones fewer. A file of its kind is mutated: bits, bytes, blocks,
-lengths, words that have broken programs before; members of archives also with their check sums made right again.
+Each reader gets its share of the inputs, slow ones fewer. A file of its kind is mutated: bits,
+bytes, blocks, lengths, words that have broken programs before; members of archives also with their
+check sums made right again.
 `raw` counts exceptions that are no `PahclError`, and content that differs where a check sum stands.
 """
 import argparse
@@ -35,12 +36,13 @@ from pahcl.models.encoders import build_encoder
 from pahcl.models.pretrained import load_pretrained_encoder
 
 LONGEST = 20   # s
-WORDS = [b'9'*6000, b'['*5000, b'{"a":'*3000, b'NaN', b'-1', b'1e999', b'1000000000', b'100000', b'null',
-         b'true', b'""', b'[]', b'{}', b'\x00', b'\xff\xfe', b'\n', b',', b'"', b'&a [*a]', b'!!bool x',
-         b'2001-99-99', b'0x'+b'f'*2000, b'../../x', b'\xef\xbb\xbf', b'# ', b': ', b'- ', b'inf', b'1.5',
-         b'(2000000000000,)', b'(1,(', b"'|O'", b'True', b'cnn_channels', b'__reduce__']
-TEXT = 'seed: 1\ntraining: {num_epochs: 3, learning_rate: 1e-3}\nmodel: {encoder_type: cnn, cnn_channels: ' \
-       '[8, 16]}\ndownstream:\n  label_map: {a: 0, b: 1}\n'
+WORDS = [
+    b'9'*6000, b'['*5000, b'{"a":'*3000, b'NaN', b'-1', b'1e999', b'1000000000', b'100000',
+    b'null', b'true', b'""', b'[]', b'{}', b'\x00', b'\xff\xfe', b'\n', b',', b'"', b'&a [*a]',
+    b'!!bool x', b'2001-99-99', b'0x'+b'f'*2000, b'../../x', b'\xef\xbb\xbf', b'# ', b': ', b'- ',
+    b'inf', b'1.5', b'(2000000000000,)', b'(1,(', b"'|O'", b'True', b'cnn_channels', b'__reduce__']
+TEXT = 'seed: 1\ntraining: {num_epochs: 3, learning_rate: 1e-3}\nmodel: {encoder_type: cnn, ' \
+       'cnn_channels: [8, 16]}\ndownstream:\n  label_map: {a: 0, b: 1}\n'
 
 
 class Hang(BaseException): pass
@@ -61,7 +63,8 @@ def mutate(data: bytes, rng) -> bytes:
         elif kind == 3: data[i:i] = data[i:j]*int(rng.integers(1, 20))
         elif kind == 4: data[i:j if rng.random() < .5 else i] = WORDS[rng.integers(len(WORDS))]
         elif kind == 5 and rng.random() < .3: data = data[:i]
-        elif i+4 <= len(data): data[i:i+4] = int(rng.choice([0, 1, 2**31-1, 2**32-1])).to_bytes(4, 'little')
+        elif i+4 <= len(data): \
+            data[i:i+4] = int(rng.choice([0, 1, 2**31-1, 2**32-1])).to_bytes(4, 'little')
     return bytes(data)
 
 
@@ -79,23 +82,26 @@ def mutate_member(data: bytes, rng) -> bytes:
 def same_weights(model, reference):
     "Whether a model that was read is the one that was written."
     a, b = model.state_dict(), reference.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), 'other weights were used'
+    assert a.keys() == b.keys(), 'other weights were used'
+    assert all(torch.equal(a[k], b[k]) for k in a), 'other weights were used'
 
 
 def make_readers(folder: Path) -> dict:
-    "name -> (file to mutate, its content, function that reads it, how to mutate, share of the inputs)"
+    "name -> (file to mutate, its content, function that reads it, how to mutate, share)"
     table = 'file_path,label,person_id\n'+''.join(f's/{i}.npy,{i%2},p{i}\n' for i in range(20))
     numbers = np.random.default_rng(0).normal(size=(6, 5))
     torch.manual_seed(0)
-    model = Classifier(build_encoder('cnn', cnn_channels=[4, 4], cnn_kernel_sizes=[3, 3], cnn_strides=[4, 4],
-                                     mamba_d_model=8), 2).eval()
-    save_checkpoint(folder/'a.pt', classifier_checkpoint(model, 'pascal', dict(a=0, b=1), {}, ['1']))
+    model = Classifier(build_encoder('cnn', cnn_channels=[4, 4], cnn_kernel_sizes=[3, 3],
+                                     cnn_strides=[4, 4], mamba_d_model=8), 2).eval()
+    content = classifier_checkpoint(model, 'pascal', dict(a=0, b=1), {}, ['1'])
+    save_checkpoint(folder/'a.pt', content)
     model.save_pretrained(folder/'hub', config=dict(task='pascal', label_map=dict(a=0, b=1)))
     np.save(folder/'a.npy', numbers)
     _write_arrays(folder/'a.npz', cycle=numbers)
     soundfile.write(folder/'a.wav', numbers.ravel().repeat(99)/9, 4000, 'FLOAT')
     cells = np.empty((2, 2), object)
-    for i in range(2): cells[i, 0], cells[i, 1] = np.array([[1+300*i]]), np.array([['S1']], dtype=object)
+    for i in range(2):
+        cells[i, 0], cells[i, 1] = np.array([[1+300*i]]), np.array([['S1']], dtype=object)
     scipy.io.savemat(folder/'a.mat', dict(state_ans=cells))
     (folder/'a.tsv').write_text('0.1\t0.2\t1\n0.2\t0.4\t2\n0.4\t0.5\t3\n')
     (folder/'a.csv').write_text(table)
@@ -109,7 +115,8 @@ def make_readers(folder: Path) -> dict:
         np.save(place/'statistics.npy', np.ones((4, 3), np.float32))
 
     def open_pack(path):
-        packed, _ = _open_or_pack(folder, 'x', 'key', lambda f: _read_pack(f, 4, 5), write_pack, 'x')
+        packed, _ = _open_or_pack(folder, 'x', 'key', lambda f: _read_pack(f, 4, 5),
+                                  write_pack, 'x')
         assert (packed.ravel() == np.arange(20)).all(), 'other numbers were used'
 
     def read_npz(path):
@@ -122,13 +129,14 @@ def make_readers(folder: Path) -> dict:
         config=('a.yaml', lambda p: load_config('finetune', str(p), 'pascal'), mutate, 2),
         csv=('a.csv', lambda p: read_table(p, ['label'], integers=['label']), mutate, 8),
         own_table=('own.csv', _read_own_table, mutate, 8), npy=('a.npy', _read_array, mutate, 8),
-        npz=('a.npz', read_npz, mutate_member, 8), pack=('.packed/x-key/cycles.npy', open_pack, mutate, 2),
+        npz=('a.npz', read_npz, mutate_member, 8),
+        pack=('.packed/x-key/cycles.npy', open_pack, mutate, 2),
         pack_sums=('.packed/x-key/check_sums.json', open_pack, mutate, 2),
         checkpoint=('a.pt', lambda p: same_weights(load_classifier(p)[0], model), mutate, 2),
         checkpoint_content=('a.pt', load_classifier, mutate_member, 2),
         pretrained=('a.pt', load_pretrained_encoder, mutate_member, 1),
-        safetensors=('hub/model.safetensors', lambda p: same_weights(load_classifier(hub)[0], model),
-                     mutate, 2),
+        safetensors=('hub/model.safetensors',
+                     lambda p: same_weights(load_classifier(hub)[0], model), mutate, 2),
         hub_config=('hub/config.json', lambda p: load_classifier(hub), mutate, 2),
         tsv=('a.tsv', read_annotation, mutate, 8), mat=('a.mat', read_annotation, mutate, 1),
         wav=('a.wav', read_recording, mutate, 8),

@@ -42,7 +42,7 @@ def require_path(
     # a name that is too long, or a folder that may not be looked into
     try: there = path.exists()
     except OSError as e:
-        raise PahclError(f'{what} {path} cannot be looked for ({e.strerror}). {remedy}'.strip()) from e
+        raise PahclError(f'{what} {path} cannot be looked for ({e.strerror}). {remedy}') from e
     if not there: raise PahclError(f'{what} not found: {path}. {remedy}'.strip())
     return path
 

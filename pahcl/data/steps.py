@@ -181,7 +181,8 @@ def _write_steps(
     settings: _StepSettings,
 ):
     "Write `values.npy`, `states.npy`, `statistics.npy` and `bounds.npy`, see `_PackedSteps`."
-    counts = [settings.count(len(_read_signal_file(p, mapped=True)), r) for p, r in zip(places, rates)]
+    lengths = [len(_read_signal_file(p, mapped=True)) for p in places]
+    counts = [settings.count(n, r) for n, r in zip(lengths, rates)]
     bands = (settings.heard.mel_bands,) if settings.heard.spectral else ()
     kind, statistics = '<f2' if settings.heard.spectral else '<i2', []
     states = np.zeros(sum(counts), np.uint8)

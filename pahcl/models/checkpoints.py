@@ -63,9 +63,9 @@ def load_checkpoint(
         if isinstance(content, dict): content = _verify_content(content, path, member)
     except PahclError: raise
     except Exception as e:
-        # what torch says advises to read it unsafely
-        why = str(e) if isinstance(e, ValueError) else type(e).__name__
-        raise PahclError(f'{path} is not a checkpoint, or is damaged ({why}). {advice}') from e
+        # torch's own words advise to run what is in the file
+        reason = e if isinstance(e, ValueError) else type(e).__name__
+        raise PahclError(f'{path} is not a checkpoint, or is damaged ({reason}). {advice}') from e
     if not isinstance(content, dict) or not isinstance(content.get('model_state_dict'), dict):
         raise PahclError(f'{path} holds no model_state_dict. {advice}')
     _check_content(content, path)

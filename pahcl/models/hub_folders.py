@@ -20,8 +20,9 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file, save, save_file
 
-from ..core.basics import (
-    _require_file, first_few, get_logger, PahclError, read_json, require_path, write_json, write_text)
+from pahcl.core.basics import (
+    _require_file, first_few, get_logger, PahclError, read_json, require_path, write_json,
+    write_text)
 from .model_card import _make_model_card, _read_evaluations
 from .tensor_checks import _CHECK_SUMS, _check_content, _sum_content, _verify_content
 

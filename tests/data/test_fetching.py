@@ -54,7 +54,8 @@ def published(tmp_path):
                 for p in folder.rglob('*') if p.is_file()))
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0),
                                              functools.partial(Handler, directory=folder))
-    server.answers, server.asked, server.cut, server.url = {}, [], '', f'http://127.0.0.1:{server.server_port}/'
+    server.answers, server.asked, server.cut = {}, [], ''
+    server.url = f'http://127.0.0.1:{server.server_port}/'
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server, folder
     server.shutdown()
@@ -101,7 +102,7 @@ def test_a_list_that_makes_no_sense_is_not_kept(published, tmp_path):
 
 
 def answer(status=200, body=b'', delay=0, **headers):
-    "What a server says once: its status, headers (_ for -), and what it sends, byte by byte with a delay"
+    "What a server says once: status, headers (_ for -), body (byte by byte with a delay)"
     def say(handler):
         handler.send_response(status)
         for name, value in headers.items(): handler.send_header(name.replace('_', '-'), value)
@@ -119,7 +120,8 @@ def test_a_stale_list_is_fetched_again(published, tmp_path):
     changed.write_bytes(b'corrected')
     listed = folder/'SHA256SUMS.txt'
     lines = [l for l in listed.read_text().splitlines() if 'training_data.csv' not in l]
-    listed.write_text('\n'.join([*lines, f'{hashlib.sha256(b"corrected").hexdigest()} training_data.csv']))
+    corrected = hashlib.sha256(b'corrected').hexdigest()
+    listed.write_text('\n'.join([*lines, f'{corrected} training_data.csv']))
     (tmp_path/'raw/circor/training_data.csv').unlink()
     assert download('circor', tmp_path/'raw', base_url=server.url, retries=0) == {'circor': 4}
     assert (tmp_path/'raw/circor/training_data.csv').read_bytes() == b'corrected'
@@ -150,7 +152,8 @@ def test_a_list_without_sums_is_no_success(published, tmp_path, bad):
     (answer(body=b'x'*100, delay=.01), 'is too slow'),
     (answer(503, Retry_After='86400'), 'answered 503')])
 @pytest.mark.parametrize('path', ['/training_data.csv', '/SHA256SUMS.txt'])
-def test_a_server_gives_neither_too_much_nor_too_slowly(published, tmp_path, said, says, path, monkeypatch):
+def test_a_server_gives_neither_too_much_nor_too_slowly(published, tmp_path, said, says, path,
+                                                        monkeypatch):
     server, _ = published
     monkeypatch.setattr(fetching, '_MOST_BYTES', 2000)
     monkeypatch.setattr(fetching, '_LONGEST_FETCH', .3)
