@@ -7,11 +7,9 @@ __all__ = []
 
 # %% ../../nbs/data/annotations.ipynb #b003
 import faulthandler
-import math
 import os
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 from ..core.basics import _require_file, PahclError
 

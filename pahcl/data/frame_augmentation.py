@@ -8,10 +8,8 @@ __all__ = ['FrameAugmentation']
 # %% ../../nbs/data/frame_augmentation.ipynb #fa02
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from fastcore.basics import patch
 
 from ..core.config_sections import _PretrainAugmentation
 from .augmentation_steps import (

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/data/own_rows.ipynb #owna3601
 import re
 from collections import Counter
-from pathlib import Path
 
 from ..core.basics import PahclError
 from .own_tables import _clean_cell, _OwnTable

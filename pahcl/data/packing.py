@@ -18,7 +18,7 @@ import numpy as np
 from ..core.arrays import _find_damaged_files, _read_array, _write_check_sums
 from ..core.basics import (
     _blame_target, fingerprint, fingerprint_files, first_few, get_logger, lock_folder,
-    PahclError, progress, require_path)
+    PahclError, progress)
 
 # %% ../../nbs/data/packing.ipynb #c006
 def _read_cycle(

@@ -6,7 +6,6 @@
 __all__ = ['all_baseline_predictions', 'compare_with_baselines']
 
 # %% ../../nbs/evaluation/baselines.ipynb #cell2
-import numpy as np
 import pandas as pd
 
 from ..core.basics import PahclError

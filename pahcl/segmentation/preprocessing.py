@@ -19,7 +19,7 @@ from ..core.basics import (
     atomic_path, fingerprint, fingerprint_files, first_few, get_logger, lock_folder, PahclError,
     progress, read_json, write_json, write_text)
 from ..core.parallel import map_in_parallel
-from ..data.datasets import DATASETS, get_class_columns, select_datasets
+from ..data.datasets import get_class_columns, select_datasets
 from ..data.own_recordings import _describe_own_datasets
 from ..data.recordings import load_recordings
 from ..data.signal import _require_audio_file, count_missing_bytes, read_recording

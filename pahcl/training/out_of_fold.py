@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/training/out_of_fold.ipynb #d002
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
