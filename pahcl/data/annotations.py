@@ -10,6 +10,7 @@ import faulthandler
 import os
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 
 from ..core.basics import _require_file, PahclError
 
@@ -25,9 +26,24 @@ def _start_worker():
         _WORKER[os.getpid()] = ProcessPoolExecutor(1, timeout=60)   # s without work
     return _WORKER[os.getpid()]
 
-def _call_quietly(function, *arguments):
+_MOST_MEMORY = 4*2**30   # bytes of addresses: a damaged file may ask for all there is
+
+def _limit_process(
+    patience,   # s of processor time from now
+):
+    "Let this process die rather than take all memory, or go on when nobody waits for it any more."
+    try: import resource
+    except ImportError: return   # Windows knows no such limits
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    ends = int(used.ru_utime+used.ru_stime+patience)+1
+    for what, most in ((resource.RLIMIT_AS, _MOST_MEMORY), (resource.RLIMIT_CPU, ends)):
+        with suppress(ValueError, OSError):   # not every system keeps every limit
+            resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
+
+def _call_quietly(function, patience, *arguments):
     "Call a function; what is said when it crashes is left to who waits for it."
     faulthandler.disable()
+    _limit_process(patience)
     return function(*arguments)
 
 def _call_in_worker(
@@ -36,7 +52,7 @@ def _call_in_worker(
 ):                          # what the function gives or raises
     "Call a function that may crash; a dead or silent worker is a `PahclError`."
     worker = _start_worker()
-    try: return worker.submit(_call_quietly, function, *arguments).result(patience)
+    try: return worker.submit(_call_quietly, function, patience, *arguments).result(patience)
     except (BrokenProcessPool, TimeoutError) as e:
         _WORKER.clear()
         worker.shutdown(wait=False, kill_workers=True)
