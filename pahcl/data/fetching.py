@@ -229,7 +229,7 @@ def download(
             raise PahclError(f'{folder} holds simulated recordings. Give another output folder, '
                              'or remove it.')
         url = (base_url or source.url).rstrip('/')+'/'
-        with lock_folder(folder): sums = _fetch_verified(url, folder, source.wanted, **options)
+        sums = _fetch_verified(url, folder, source.wanted, **options)
         counts[name] = len(sums)
         get_logger().info(f'{name}: {len(sums)} files in {folder} match the published SHA-256 '
                           f'sums. {source.title}; {source.licence}; cite {source.credit}')

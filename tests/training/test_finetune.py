@@ -387,7 +387,7 @@ def test_the_log_says_what_learns_and_what_chose_the_epoch(work, tmp_path, monke
         lines = (tmp_path/f'pascal_{name}'/'train.log').read_text().splitlines()
         assert any('WARNING: the pretrained epoch was chosen by: labels of pascal; more labels' in l
                    for l in lines) == told
-        assert 'WARNING: no compiled selective scan (a test)' in lines[1]
+        assert any('WARNING: no compiled selective scan (a test)' in l for l in lines[:4])
         content = load_checkpoint(tmp_path/f'pascal_{name}'/'best_model.pt')['model_state_dict']
         counts = re.search(r'([0-9,]+) parameters learn, ([0-9,]+) are frozen', '\n'.join(lines))
         learning, frozen = (int(c.replace(',', '')) for c in counts.groups())
