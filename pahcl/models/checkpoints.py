@@ -32,8 +32,9 @@ def save_checkpoint(
         lambda file, content: torch.save(content, file))
     try:
         with atomic_path(path) as temporary:
-            sums = {_CHECK_SUMS: _sum_content(content)}
-            write(temporary, content | sums | dict(format_version=_FORMAT_VERSION))
+            kept = {k: v for k, v in content.items() if k not in (_CHECK_SUMS, 'format_version')}
+            write(temporary, kept | {_CHECK_SUMS: _sum_content(kept)}
+                  | dict(format_version=_FORMAT_VERSION))
     # torch reports a full disk as a RuntimeError of its zip writer
     except (OSError, RuntimeError, SafetensorError) as e:
         reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
