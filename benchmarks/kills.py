@@ -1,5 +1,6 @@
 """Kill every stage with SIGKILL at random moments, start it again with the same command, and
-compare what it ends with: python benchmarks/kills.py [--kills 300] [--seed 0] [--stages prepare finetune]
+compare what it ends with:
+python benchmarks/kills.py [--kills 300] [--seed 0] [--stages prepare finetune]
 
 A stage runs twice undisturbed; files that differ then (logs, times) are not compared. Checkpoints
 are compared by what they hold. One process imports everything and forks a child for each start.
@@ -30,7 +31,8 @@ TUNE = ('pahcl_finetune --task pascal --config {place}/tune.yaml --pretrained no
         '--data-dir {place}/prepare --output-dir {out}')
 # name -> the command, and the stage whose result is there when it begins
 STAGES = dict(
-    simulate=('pahcl_simulate --dataset pascal --output-dir {out} --subjects 15 --seconds 1.5', None),
+    simulate=('pahcl_simulate --dataset pascal --output-dir {out} --subjects 15 --seconds 1.5',
+              None),
     preprocess=('pahcl_preprocess --raw-dir {place}/simulate --output-dir {out} --num-workers 1',
                 None),
     again=('pahcl_preprocess --raw-dir {place}/simulate --output-dir {out} --num-workers 1 '
