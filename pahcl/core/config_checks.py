@@ -10,7 +10,7 @@ import difflib
 
 from pydantic import ValidationError
 
-from .basics import PahclError
+from .basics import PahclError, read_json
 from .config_sections import _CONFIG_KINDS, _known_keys
 from .scripts import load_extensions
 
@@ -130,3 +130,16 @@ def _validate_config(
     try: return _CONFIG_KINDS[kind].model_validate(content)
     except ValidationError as e:
         raise PahclError(explain_error(e, _CONFIG_KINDS[kind], source)) from e
+
+# %% ../../nbs/core/config_checks.ipynb #json2
+def _read_checked_json(
+    path,        # a JSON file
+    model,       # pydantic class of the entries that are read
+    what, remedy, keys=(),   # as of `read_json`
+) -> dict:       # its content, as it stands there
+    "Read a JSON file; an entry that is missing or of a wrong kind is a `PahclError` that names it."
+    content = read_json(path, what, remedy, keys)
+    try: model.model_validate(content)
+    except ValidationError as e:
+        raise PahclError(f'{explain_error(e, model, f"{what} {path}")} {remedy}') from e
+    return content

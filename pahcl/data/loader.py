@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import patch
 
 from ..core.basics import (
-    _inside, first_few, get_logger, PahclError, read_json, read_table, require_path)
+    _inside, first_few, get_logger, PahclError, read_table, require_path)
 from .packing import _open_pack
 from .sampling import get_recording_ids
-from .task_checks import _check_tables
+from .task_checks import _check_tables, _read_task_config
 from .tasks import read_kept_cycles, read_processed
 
 # %% ../../nbs/data/loader.ipynb #c006
@@ -92,12 +92,7 @@ def _read_task_table(
     split: str,   # train, val or test
 ):                # (DataFrame of `_read_split_table`, content of task_config.json)
     "Read the cycles of a split and the task's settings; a `PahclError` where they are not whole."
-    settings = read_json(Path(folder)/'task_config.json', 'task configuration',
-                         'Make it with pahcl_prepare.')
-    lost = [k for k in ('num_classes', 'target_length', 'length_mode') if k not in settings]
-    if lost:
-        raise PahclError(f'{folder}/task_config.json has no {", ".join(lost)}. '
-                         'Make it with pahcl_prepare.')
+    settings = _read_task_config(folder, 'num_classes', 'target_length', 'length_mode')
     _check_tables(folder, settings)
     table = _read_split_table(folder, split)
     if 'subject_label' not in table and settings.get('dataset') in ('physionet2016', 'pascal'):

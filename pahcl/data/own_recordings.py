@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..core.basics import get_logger, PahclError, read_json
+from ..core.basics import get_logger, PahclError
 from .datasets import DATASETS, register_dataset, Source, TASKS
 from .own_rows import (
     _find_files, _find_listed_recordings, _KEY_COLUMNS, _list_labels, _make_recording_ids,
@@ -19,6 +19,7 @@ from .own_rows import (
 from .own_tables import _clean_cell, _OwnTable, _read_own_table, _require_columns
 from .dataset_file import _DatasetFile, _define_tasks, _read_dataset_file
 from .own_tasks import _derive_tasks, _OwnTasks
+from .task_checks import _read_statistics
 
 # %% ../../nbs/data/own_recordings.ipynb #own8a377
 @dataclass(frozen=True)
@@ -158,15 +159,15 @@ def _read_definitions(
 ) -> dict:           # of `_describe_own_datasets`; empty where there are none
     "Read what a processed folder remembers of own data sets."
     path = Path(processed_dir)/'processing_stats.json'
-    return read_json(path, 'processing statistics').get('definitions', {}) if path.exists() else {}
+    return _read_statistics(processed_dir).get('definitions', {}) if path.exists() else {}
 
 def _holds_no_task(
     processed_dir,
 ) -> bool:
     "Say whether a processed folder holds own data sets without labels, and nothing else."
-    path, own = Path(processed_dir)/'processing_stats.json', _read_definitions(processed_dir)
+    own = _read_definitions(processed_dir)
     if not own or any(about['tasks'] for about in own.values()): return False
-    return set(read_json(path).get('datasets', {})) <= set(own)
+    return set(_read_statistics(processed_dir).get('datasets', {})) <= set(own)
 
 def _list_outside_files(
     raw_dir, names,   # the folder of all raw data, and data sets of it

@@ -140,7 +140,8 @@ def _open_or_pack(
     what: str,    # is packed, for the log
 ):                # what `read` returns
     "Open a pack, made first where there is none or its inputs have changed."
-    if found := read(Path(root)/'.packed'/f'{name}-{key}'): return found
+    own = Path(root)/'.packed'/f'{name}-{key}'   # a folder that cannot be written has one, too
+    if _find_damaged_files(own) == [] and (found := read(own)): return found
     packs = _place_packs(root)
     target, temporary = packs/f'{name}-{key}', packs/f'.{name}.tmp'
     with lock_folder(packs, wait=True), _blame_target(target, temporary):

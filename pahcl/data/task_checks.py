@@ -8,11 +8,93 @@ __all__ = []
 # %% ../../nbs/data/task_checks.ipynb #t002
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, Optional
 
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.basics import (
-    fingerprint, first_few, get_logger, hash_file, PahclError, read_json, read_table)
+    fingerprint, first_few, get_logger, hash_file, PahclError, read_table)
+from ..core.config_checks import _read_checked_json
+
+# %% ../../nbs/data/task_checks.ipynb #kinds2
+class _CycleSettings(BaseModel):
+    "How cycles were cut; made tasks of tests do not say it."
+    model_config = ConfigDict(strict=True)
+    sample_rate: Optional[float] = Field(None, gt=0)
+    target_length: Optional[int] = Field(None, ge=1)
+    length_mode: Optional[Literal['pad', 'phase']] = None
+
+class _TaskConfig(_CycleSettings):
+    "What is read of `task_config.json`."
+    task_name: str = ''
+    dataset: str = ''
+    label_map: dict[str, int] = {}
+    num_classes: int = Field(2, ge=1)
+    primary_metric: str = 'f1_macro'
+    official_score: Optional[str] = None
+    class_weights: list[float] = []
+    split_sizes: dict[str, int] = {}
+    split_persons: dict[str, list[str | int]] = {}
+    split_subjects: dict[str, list[str | int]] = {}
+    split_source: Optional[str] = None
+    leaky_splits: Optional[list[str | int]] = None
+    seed: Optional[int] = None
+
+# %% ../../nbs/data/task_checks.ipynb #kinds3
+_MAKE_AGAIN = 'Make it again with pahcl_prepare.'
+
+def _read_task_config(
+    folder,   # of a task
+    *keys,    # that must be there
+) -> dict:
+    "Read `task_config.json`; what a reader cannot use is a `PahclError` that names file and key."
+    path = Path(folder)/'task_config.json'
+    config = _read_checked_json(path, _TaskConfig, 'task configuration', _MAKE_AGAIN, keys)
+    numbers = config.get('label_map', {}).values()
+    wanted = config.get('num_classes', len(numbers)) if 'label_map' in config else 0
+    if sorted(numbers) != list(range(wanted)):
+        raise PahclError(f'task configuration {path}: label_map is {config["label_map"]}, but the '
+                         f'numbers 0 to {wanted-1} are expected, each once. {_MAKE_AGAIN}')
+    return config
+
+# %% ../../nbs/data/task_checks.ipynb #kinds5
+class _OwnSource(BaseModel):
+    "Where an own data set comes from."
+    model_config = ConfigDict(strict=True, extra='forbid')
+    title: str = ''
+    url: str = ''
+    licence: str = ''
+    credit: str = ''
+
+class _OwnTask(BaseModel):
+    "A task of an own data set."
+    model_config = ConfigDict(strict=True, extra='forbid')
+    column: str
+    label_map: dict[str, int]
+    primary_metric: str
+    official_score: Optional[str] = None
+
+class _Definition(BaseModel):
+    "An own data set."
+    model_config = ConfigDict(strict=True)
+    source: _OwnSource
+    tasks: dict[str, _OwnTask]
+
+class _Statistics(BaseModel):
+    "What is read of `processing_stats.json`."
+    model_config = ConfigDict(strict=True)
+    settings: _CycleSettings = _CycleSettings()
+    datasets: dict[str, dict] = {}
+    definitions: dict[str, _Definition] = {}
+
+def _read_statistics(
+    processed_dir,   # output of pahcl_preprocess
+    *keys,           # that must be there
+) -> dict:
+    "Read `processing_stats.json`; see `_read_task_config`."
+    return _read_checked_json(Path(processed_dir)/'processing_stats.json', _Statistics,
+                              'processing statistics', 'Run pahcl_preprocess first.', keys)
 
 # %% ../../nbs/data/task_checks.ipynb #t007
 _SPLITS = ('train', 'val', 'test')
@@ -168,7 +250,7 @@ def _compare_older(folder, stamps):
     "Compare the tables of a task without a manifest, once for each state of its files."
     get_logger().info(f'{folder} was prepared before its tables were noted down: they are compared '
                       'with each other. Prepare it again to have every change noticed')
-    _compare_tables(folder, read_json(folder/'task_config.json'))
+    _compare_tables(folder, _read_task_config(folder))
 
 def _check_tables(
     folder,         # of a task

@@ -14,10 +14,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.basics import (
-    get_logger, PahclError, progress, read_json, read_table, require_path, write_json, write_text)
+    get_logger, PahclError, progress, read_table, require_path, write_json, write_text)
 from ..core.aggregation import pick_rarest_labels
 from .datasets import DATASETS
-from .task_checks import _compare_tables, _list_tables
+from .task_checks import _compare_tables, _list_tables, _read_task_config
 from .tasks import (
     _find_separated_persons, check_leaks, compute_class_weights, SPLIT_FRACTIONS)
 
@@ -185,7 +185,7 @@ def write_fold(
     folder.mkdir(parents=True)
     recordings, cycles = (_with_splits(task_folder/f'{name}.csv', split_of)
                           for name in ('recordings', 'cycles'))
-    config = read_json(task_folder/'task_config.json')
+    config = _read_task_config(task_folder, 'label_map')
     config.pop('leaky_splits', None)   # a fold is of whole persons
     weights = compute_class_weights(cycles.loc[cycles['split'] == 'train', 'label'],
                                     config['label_map'], 'a fold')
@@ -252,7 +252,7 @@ def _accept_changes(
 ) -> dict:       # what its `task_config.json` holds now
     "Make a task fit its train.csv, val.csv and test.csv, which somebody edited on purpose."
     folder = require_path(folder, 'task', 'Give the folder of a prepared task.')
-    config = read_json(folder/'task_config.json', 'task configuration')
+    config = _read_task_config(folder, 'label_map')
     known = ['recording_id', 'subject_id', 'person_id', 'split', 'label']
     cycles, recordings = _fit_tables(
         *(read_table(folder/f'{n}.csv', known) for n in ('cycles', 'recordings')),

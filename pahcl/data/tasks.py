@@ -20,11 +20,12 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.basics import (
-    _inside, first_few, get_logger, PahclError, progress, read_json, read_table, require_path)
+    _inside, first_few, get_logger, PahclError, progress, read_table, require_path)
 from ..core.metrics import CHALLENGE_METRICS, METRICS
 from ..core.predictions import class_names, positive_class
 from .label_files import _link_persons
-from .task_checks import _check_facts, _check_tables
+from .task_checks import (
+    _check_facts, _check_tables, _MAKE_AGAIN as _PREPARE_AGAIN, _read_statistics, _read_task_config)
 
 # %% ../../nbs/data/tasks.ipynb #cell6
 # of a cycle, in the recording
@@ -57,7 +58,7 @@ def read_processed(
     for place in recordings['folder']:
         _inside(processed_dir, place, f'{processed_dir}/recordings.csv')
     path = Path(processed_dir)/'processing_stats.json'
-    settings = read_json(path, 'processing statistics', remedy).get('settings', {})
+    settings = _read_statistics(processed_dir).get('settings', {})
     lost = [k for k in ('sample_rate', 'target_length', 'length_mode') if k not in settings]
     if lost: raise PahclError(f'{path} has no settings {", ".join(lost)}. {remedy}')
     twice = recordings.loc[recordings['folder'].duplicated(), 'folder']
@@ -154,7 +155,6 @@ def read_kept_cycles(
     return _tabulate_cycles(rows, owner, recordings, settings)
 
 # %% ../../nbs/data/tasks.ipynb #cell22
-_PREPARE_AGAIN = 'Make it again with pahcl_prepare.'
 # cycles that differ in one of them cannot be mixed
 CYCLE_SETTINGS = ('sample_rate', 'target_length', 'length_mode')
 
@@ -210,10 +210,10 @@ def open(cls: Task,
     folder = Path(data_dir)/name
     there = ', '.join(list_prepared_tasks(data_dir)) or 'none'
     remedy = remedy or f'Prepared tasks in {data_dir}: {there}. Make it with pahcl_prepare.'
-    path = require_path(folder/'task_config.json', f'task {name}', remedy)
+    require_path(folder/'task_config.json', f'task {name}', remedy)
     splits = 'The splits are train, val and test.'
     if split: require_path(folder/f'{split}.csv', f'split {split} of {name}', splits)
-    config = read_json(path, 'task configuration', _PREPARE_AGAIN)
+    config = _read_task_config(folder, 'task_name', 'label_map')
     _check_tables(folder, config)
     return cls(folder, config)
 
@@ -388,18 +388,26 @@ def find_met_persons(
     return {person[i] for i in known & person.keys()}
 
 # %% ../../nbs/data/tasks.ipynb #cell45
+def _require_held_out(path, config):   # task_config.json, and its content
+    "Raise `PahclError` where a task does not say who is in its validation and test split."
+    lost = [f'{k}.{s}' for k in ('split_persons', 'split_subjects') for s in ('val', 'test')
+            if s not in config[k]]
+    if lost: raise PahclError(f'{path} has no {first_few(lost)}. {_PREPARE_AGAIN}')
+
 def find_held_out_persons(
     downstream_dir='data/downstream',  # folder of the prepared tasks
 ) -> set:                              # person ids and subject ids
     "Everyone in a validation or test split of any task: who must not be seen in pretraining."
     paths = sorted(Path(downstream_dir).glob('*/task_config.json'))
-    configs = [read_json(p, 'task configuration') for p in paths]
+    configs = [_read_task_config(p.parent, 'task_name', 'split_persons', 'split_subjects')
+               for p in paths]
     remedy = 'Run pahcl_prepare first, or give --include-heldout-subjects.'
     if not configs:
         raise PahclError(
             f'no prepared tasks in {downstream_dir}, so it is not known who is held out. {remedy}')
     for path, c in zip(paths, configs):
         _check_facts(path.parent, c)
+        _require_held_out(path, c)
         for note in Task(Path(downstream_dir), c).split_notes:
             get_logger().warning(f'{c["task_name"]}: {note}. All of them are held out')
     return {str(p) for c in configs for key in ('split_persons', 'split_subjects')

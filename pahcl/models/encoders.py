@@ -277,6 +277,8 @@ def build_encoder(
     count, plain = 1, name_or_config
     if isinstance(plain, dict) and 'networks' in plain:   # of an average
         count, plain = plain['networks'], {k: v for k, v in plain.items() if k != 'networks'}
+        if not isinstance(count, int) or not 1 <= count <= 100:
+            raise PahclError(f'networks is {count!r}; 1 to 100 can be averaged.')
     settings = _resolve_settings(plain, **overrides)
     build = lambda: _registered_encoder(settings['encoder_type']).encoder_class(settings)
     return build() if count == 1 else _ParallelEncoders([build() for _ in range(count)])

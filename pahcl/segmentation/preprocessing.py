@@ -17,12 +17,13 @@ import pandas as pd
 
 from ..core.basics import (
     atomic_path, fingerprint, fingerprint_files, first_few, get_logger, lock_folder, PahclError,
-    progress, read_json, write_json, write_text)
+    progress, write_json, write_text)
 from ..core.parallel import map_in_parallel
 from ..data.datasets import get_class_columns, select_datasets
 from ..data.own_recordings import _describe_own_datasets
 from ..data.recordings import load_recordings
 from ..data.signal import _require_audio_file, count_missing_bytes, read_recording
+from ..data.task_checks import _read_statistics
 from .beat_counts import _count_beats_by_class, _NO_HEARTBEAT_FOUND
 from .beats import MINIMUM_CONFIDENCE
 from .cutting import PreprocessingSettings, _process_recording, _read_cut_record
@@ -262,7 +263,7 @@ def _process_all(raw_dir, output_dir, table, broken, settings, names, num_worker
         table = pd.concat([table, before]).sort_values(order, kind='stable', ignore_index=True)
     rows = table.astype(object).where(table.notna(), None).to_dict('records')
     keys = {r['folder']: key_of(r) for r in rows}
-    described = read_json(results[1]).get('settings') if results[1].exists() else None
+    described = _read_statistics(output_dir).get('settings') if results[1].exists() else None
     other = described is not None and described != asdict(settings)
     place = output_dir/_NEXT if other else output_dir
     if not other: _move_in(output_dir, keys)   # what was killed while it took its place

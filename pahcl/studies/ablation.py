@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.basics import get_logger, lock_folder, PahclError, read_json, write_text
+from ..core.basics import get_logger, lock_folder, PahclError, write_text
 from ..core.jobs import check_job_count, Job, run_jobs
 from ..core.stages import run_stage
 from ..data.splitting import prepare
+from ..data.task_checks import _read_statistics
 from ..data.tasks import Task
 from ..segmentation.preprocessing import preprocess
 from .ablation_plan import (
@@ -58,8 +59,7 @@ def _preprocess_variant(
     folders: dict,            # of `_variant_folders`
 ):
     "Cut and split the recordings in another length mode, where that was not done yet."
-    settings = read_json(Path(a.processed_dir)/'processing_stats.json', 'settings of the cycles',
-                         'Make them with pahcl_preprocess.')['settings']
+    settings = _read_statistics(a.processed_dir, 'settings')['settings']
     seed = _split_seed(a)
     shared = {k: settings[k] for k in ('states', 'sample_rate', 'target_length') if k in settings}
     preprocess(a.raw_dir, folders['processed_dir'], length_mode=mode, **shared)

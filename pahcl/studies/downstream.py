@@ -9,7 +9,7 @@ __all__ = ['run_downstream']
 from pathlib import Path
 
 from ..core.basics import (
-    fingerprint_files, PahclError, read_json, require_path, UsageError)
+    fingerprint_files, PahclError, require_path, UsageError)
 from ..core.config import load_config
 from ..core.pipeline import MODES, Pipeline, PipelineSettings
 from ..core.stages import (
@@ -20,6 +20,7 @@ from ..data.given_splits import read_splits
 from ..data.own_recordings import _list_outside_files, register_own_datasets
 from ..data.simulation import simulate_dataset
 from ..data.splitting import prepare
+from ..data.task_checks import _read_task_config
 from ..data.tasks import list_prepared_tasks
 from ..evaluation.evaluator import evaluate
 from ..models.checkpoints import _checkpoint_files
@@ -222,7 +223,7 @@ def _build_pipeline(
     tasks = {task: spec.dataset for task, spec in TASKS.items()}
     for task in list_prepared_tasks(settings.data_dir) if settings else []:
         # not opened: a plan may begin with preparing anew what does not fit together
-        about = read_json(Path(settings.data_dir)/task/'task_config.json', 'task configuration')
+        about = _read_task_config(Path(settings.data_dir)/task)
         tasks.setdefault(task, about.get('dataset', ''))
     return Pipeline(tasks, _data_stages, _pretrain_stage, _task_stages, summarize)
 

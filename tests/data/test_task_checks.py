@@ -1,5 +1,6 @@
 "tables that contradict each other or lead out of their folder are refused, edits are accepted"
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from pahcl.core.basics import _inside, PahclError, read_json, write_json
 from pahcl.data.loader import Cycles
 from pahcl.data.task_checks import _list_tables
 from pahcl.data.task_folders import _accept_changes, write_fold
-from pahcl.data.tasks import find_held_out_persons, Task
+from pahcl.data.tasks import find_held_out_persons, read_processed, Task
 from pahcl.splits import pahcl_prepare
 
 spec = importlib.util.spec_from_file_location(
@@ -109,3 +110,37 @@ def test_what_plays_no_part_may_be_edited(task):
     for manifest in ([], {'train.csv': 'x'}, 'none', {}):
         write_json(task/'task_config.json', config | dict(manifest=manifest))
         with pytest.raises(PahclError, match='task_config.json'): Task.open(task.parent, B.TASK)
+
+@pytest.mark.parametrize('key, kinds', [
+    ('task_name', [3]), ('label_map', [['a'], {'a': '0'}, {'a': 1}, {}, 'a', {'a': True}]),
+    ('num_classes', ['3', 2.5, -1]), ('target_length', ['60', 0]), ('length_mode', ['cut', 1]),
+    ('split_persons', [['1'], {'val': '1'}, {'val': [['1']]}, {'train': []}]),
+    ('split_subjects', [3, {'test': {}}])])
+def test_what_is_read_of_a_task_has_its_kind(task, key, kinds):
+    "An entry that is gone or of another kind: whoever reads it names it."
+    path = task/'task_config.json'
+    config = read_json(path)
+    config.pop('manifest')
+    readers = [lambda: find_held_out_persons(task.parent)] if key.startswith('split') else [
+        lambda: Cycles.from_task(task, 'val')] if key in ('num_classes', 'target_length',
+                                                          'length_mode') else [
+        lambda: Task.open(task.parent, B.TASK), lambda: _accept_changes(task)]
+    for content in [{k: v for k, v in config.items() if k != key},
+                    *(config | {key: kind} for kind in kinds)]:
+        write_json(path, content)
+        for read in readers if key in content or key != 'task_name' else readers[:1]:
+            with pytest.raises(PahclError, match=f'task_config.json.*{key}'): read()
+
+@pytest.mark.parametrize('content, says', [
+    ({}, 'has no settings sample_rate'), ({'settings': 5}, 'settings'),
+    ({'settings': {'sample_rate': 'fast'}}, "settings.sample_rate is 'fast'; a number is expected"),
+    ({'settings': {'target_length': 0}}, 'settings.target_length'), ({'datasets': []}, 'datasets'),
+    ({'definitions': {'ward': {'source': {}, 'tasks': []}}}, 'definitions.ward.tasks'),
+    ({'definitions': {'ward': {'source': {'title': 3}, 'tasks': {}}}}, 'source.title is 3'),
+    ({'definitions': {'ward': {'source': {}, 'tasks': {'a': {'label_map': {}}}}}}, 'column')])
+def test_what_is_read_of_a_processed_folder_has_its_kind(made, tmp_path, content, says):
+    processed = tmp_path/'processed'
+    shutil.copytree(next(made.rglob('processing_stats.json')).parent, processed)
+    write_json(processed/'processing_stats.json', content)
+    with pytest.raises(PahclError, match=f'processing_stats.json.*{says}'):
+        read_processed(processed)
