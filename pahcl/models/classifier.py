@@ -132,6 +132,7 @@ class _HeadSettings(BaseModel):
     attention_dim: int = Field(64, ge=1, le=65536)
     bag_level: Literal['recording', 'subject'] = 'subject'
     pooling: Literal['cycle', 'phases'] = 'cycle'
+    networks: int = Field(1, ge=1, le=100)
 
 def _check_head(
     settings: dict,   # of a file
