@@ -133,6 +133,29 @@ def test_numbers_are_those_of_scikit_learn(first):
             (weight*(y == decided)).sum()/weight.sum())
 
 
+def test_rows_are_what_an_evaluation_of_the_checkpoint_says(made, tmp_path):
+    from pahcl.evaluation.subject_rules import RULES
+    arm = TINY | dict(change=TINY['change'] | dict(decision=dict(folds=2)))
+    rules = ['fitted', 'any_present', 'mean']
+    rows = run(made, tmp_path, PROTOCOL | dict(splits={'mine': given(made)}, rules=rules,
+                                               arms=dict(layer=arm)))
+    folder = tmp_path/'made'
+    checkpoint = folder/'runs'/'mine'/'circor_murmur_layer_seed1'/'best_model.pt'
+    assert '--subject-rule fitted' in pd.read_csv(folder/'runs.csv')['command'].iloc[0]
+    # nobody names a rule: the decision layer decides
+    asked = dict(fitted={}) | {r: dict(zip(('rule', 'subject_rule'), RULES[r])) for r in rules[1:]}
+    known = rows.query('split == "mine" and arm == "layer"').set_index(['rule', 'metric'])['value']
+    for rule, how in asked.items():
+        own = evaluate(checkpoint, 'circor_murmur', folder/'data'/'circor'/'mine',
+                       output_dir=tmp_path/'evaluation'/rule, draws=20, **how)
+        subject = own['levels']['subject']
+        assert own['subject_rule'] == rule
+        assert known[rule, 'murmur_weighted_accuracy'] == pytest.approx(own['official']['value'])
+        for metric in ('uar', 'auroc'):
+            assert known[rule, metric] == pytest.approx(subject[metric], abs=2e-6), metric
+    assert known['fitted', 'auroc'] != known['mean', 'auroc']   # another answer, not the same three
+
+
 def test_the_command_of_a_run_repeats_it(first, tmp_path):
     from pahcl.finetune import pahcl_finetune
     _, folder = first
