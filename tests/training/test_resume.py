@@ -152,9 +152,11 @@ def test_killed_at_every_bad_moment(root, kind):
     assert [p.name for p in (root/'out'/f'{kind}_killed').glob('.*')] == ['.pahcl.json']
     if kind == 'moco':
         weights = load_checkpoint(root/'out'/'moco_killed'/'final_model.pt')['model_state_dict']
-        slow = [k for k in weights if k.startswith('encoder_momentum.')]
-        assert weights['queue_person'].ge(0).all() and slow and not all(
-            torch.equal(weights[k], weights[k.replace('_momentum', '')]) for k in slow)
+        own = 'objectives.moco.model.'
+        slow = [k for k in weights if k.startswith(f'{own}encoder_momentum.')]
+        fast = lambda k: weights[k.removeprefix(own).replace('_momentum', '')]
+        assert weights[f'{own}queue_person'].ge(0).all() and slow and not all(
+            torch.equal(weights[k], fast(k)) for k in slow)
 
 def test_a_full_disk_costs_nothing_but_time(root):
     last = root/'out'/'disk_full'/'last.pt'
