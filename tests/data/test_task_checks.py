@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pahcl.core.basics import _inside, PahclError, read_json, write_json
 from pahcl.data.loader import Cycles
@@ -37,7 +37,7 @@ def task(made, tmp_path):
 @pytest.mark.parametrize('name', B.CASES)
 def test_each_has_its_sentence(made, tmp_path, name):
     assert {end for end, _ in B.try_case(made, tmp_path/'new', name)} == {'sentence'}
-    if B.CASES[name][0] == 'task' and (name in B.UNSEEN or list(B.CASES).index(name) % 3 == 0):
+    if B.CASES[name][0] == 'task' and (name in B.UNSEEN or list(B.CASES).index(name) % 6 == 0):
         (end, _), = B.try_case(made, tmp_path/'old', name, manifest=False)
         assert end == ('success' if name in B.UNSEEN else 'sentence')
 
@@ -49,6 +49,7 @@ def test_a_forged_manifest_leads_nowhere(task, out):
     with pytest.raises(PahclError, match='train.csv names .*, which is no file or folder below'):
         Cycles.from_task(task, 'train')
 
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(['a', '..', '.', '', 'b c', '\\', 'ü']), max_size=6))
 def test_nothing_leads_out(parts):
     try: path = _inside('/root', '/'.join(parts), 'a table')
@@ -121,15 +122,13 @@ def test_what_is_read_of_a_task_has_its_kind(task, key, kinds):
     path = task/'task_config.json'
     config = read_json(path)
     config.pop('manifest')
-    readers = [lambda: find_held_out_persons(task.parent)] if key.startswith('split') else [
-        lambda: Cycles.from_task(task, 'val')] if key in ('num_classes', 'target_length',
-                                                          'length_mode') else [
-        lambda: Task.open(task.parent, B.TASK), lambda: _accept_changes(task)]
+    if key.startswith('split'): read = lambda: find_held_out_persons(task.parent)
+    elif key in ('task_name', 'label_map'): read = lambda: Task.open(task.parent, B.TASK)
+    else: read = lambda: Cycles.from_task(task, 'val')
     for content in [{k: v for k, v in config.items() if k != key},
                     *(config | {key: kind} for kind in kinds)]:
         write_json(path, content)
-        for read in readers if key in content or key != 'task_name' else readers[:1]:
-            with pytest.raises(PahclError, match=f'task_config.json.*{key}'): read()
+        with pytest.raises(PahclError, match=f'task_config.json.*{key}'): read()
 
 @pytest.mark.parametrize('content, says', [
     ({}, 'has no settings sample_rate'), ({'settings': 5}, 'settings'),

@@ -50,7 +50,7 @@ def test_the_old_recipe_is_the_same_to_the_bit(root):
     config = load_config('pretrain', None, None, {
         'model.encoder_type': 'cnn_mamba_small', 'data.processed_dir': str(root/'processed')})
     cycles = Cycles.from_processed(root/'processed')
-    batch = _make_pair_batcher(cycles, config, 'cpu')(np.arange(0, 48, 3), 0)
+    batch = _make_pair_batcher(cycles, config, 'cpu')(np.arange(0, 48, 6), 0)
     for moco in (False, True):
         config.contrast.moco = moco
         model = _build_pretraining_model(config, cycles)
@@ -102,8 +102,9 @@ def test_rows_without_states_do_not_count(root, rows, name):
 def test_several_objectives_from_end_to_end(root, tmp_path, monkeypatch):
     "Log, metrics, checkpoint; killed after the first epoch it goes on to the same weights."
     asked = dict(systole_minus_diastole=1., heart_states=.5, simclr=.1, masked_frames=0.)
-    flags = SMALL | dict(objectives=asked, tensorboard=True, processed_dir=root/'processed',
-                         downstream_dir=root/'downstream')
+    flags = SMALL | {'training.batch_size': 24} | dict(
+        objectives=asked, tensorboard=True, processed_dir=root/'processed',
+        downstream_dir=root/'downstream')
     best = P.pretrain('pretrain_window', output_dir=tmp_path/'whole', **flags)
     found = json.loads((best.parent/'final_metrics.json').read_text())
     assert found['objectives'] == {k: v for k, v in asked.items() if v}
