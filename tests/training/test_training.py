@@ -355,4 +355,4 @@ def test_the_bar_is_for_terminals(tmp_path, terminal):
     os.close(master)
     assert (b'epoch 2/6:   0%' in told and b'\r' in told) == terminal and told.count(b'best') == 6
     # how it began, six epochs, and a step of log_interval
-    assert terminal or len(told.splitlines()) == 8
+    assert terminal or len(told.splitlines()) == 9
