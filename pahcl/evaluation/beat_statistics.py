@@ -176,4 +176,4 @@ def _share_statistics(
     except PahclError: return   # the fold will say it
     kept, target = (Path(f)/'.features' for f in (folder, fold))
     target.mkdir(exist_ok=True)
-    for path in kept.glob(f'beats-{_BEAT_BANDS}-*.npy'): shutil.copyfile(path, target/path.name)
+    for path in kept.glob(f'beats-{_BEAT_BANDS}-*.npz'): shutil.copyfile(path, target/path.name)
