@@ -365,12 +365,12 @@ def test_training_warns_of_it_and_refuses_others(leaky, tmp_path, logged):
     table = pd.read_csv(other/'circor_murmur'/'cycles.csv', dtype=str)
     table.loc[table['person_id'] == '1022', 'person_id'] = '1001'
     table.to_csv(other/'circor_murmur'/'cycles.csv', index=False)
-    with pytest.raises(PahclError, match='1 persons are both in train and in test: 1001'):
+    with pytest.raises(PahclError, match='says person_id 1001 of 1022_AV, recordings.csv 1022'):
         again(other)
     # nor is the marked one, without its mark
     path = other/'circor_murmur'/'task_config.json'
     path.write_text(json.dumps(read_json(path) | dict(leaky_splits=[])))
-    with pytest.raises(PahclError, match='2 persons are both in train and in test: 1001, 1023'):
+    with pytest.raises(PahclError, match='says person_id 1001 of 1022_AV'):
         again(other)
 
 def test_pretraining_leaves_them_out(leaky, processed, logged):

@@ -241,7 +241,7 @@ def test_contradictions_between_files(house):
     (folder/'val.csv').unlink()
     with pytest.raises(PahclError, match='val.csv is not as it was prepared: it is gone'):
         Cycles.from_task(folder, 'val')
-    with pytest.raises(PahclError, match='Make it with pahcl_prepare'):
+    with pytest.raises(PahclError, match='Make it again with pahcl_prepare'):
         Cycles.from_task(folder/'none', 'val')
     write_json(folder/'task_config.json', {})
     with pytest.raises(PahclError, match='has no num_classes'): Cycles.from_task(folder, 'train')

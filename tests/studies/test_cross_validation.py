@@ -14,6 +14,7 @@ from pahcl.evaluate import pahcl_evaluate
 from pahcl.training.finetuning import finetune
 from pahcl.core.metrics import classification_metrics
 from pahcl.core.ranking import auroc
+from pahcl.data.task_folders import _accept_changes
 from pahcl.data.tasks import Task
 
 
@@ -27,6 +28,7 @@ def trained(trained_on):
         (task/f'{name}.csv').write_text(
             ''.join(line for line in lines
                     if 'cycle_' not in line or any(f'cycle_00{i}.npy' in line for i in range(3))))
+    _accept_changes(task)
     return folder
 
 
@@ -114,6 +116,7 @@ def test_a_recording_without_a_cycle_is_answered_and_counted(trained, tmp_path):
                              | dict(recording_id='a9999', subject_id='a9999', person_id='a9999',
                                     folder='subject_a9999/rec_a9999', label=1, cycles=0))
     known.to_csv(task/'recordings.csv', index=False)
+    _accept_changes(task)
     results = cross_validate(best_of(trained), 'physionet2016', 3, tmp_path,
                              tmp_path/'out', draws=5)
     told = pd.read_csv(tmp_path/'out'/'predictions_subject.csv').set_index('subject_id')
@@ -185,6 +188,12 @@ def test_a_class_that_a_device_lacks_is_empty_with_its_reason(trained, tmp_path)
     for name, table in tables.items():
         table[(table['recording_id'].str[0] != letter) | (table['label'] == 0)].to_csv(
             task/f'{name}.csv', index=False)
+    kept = set(pd.read_csv(task/'cycles.csv')['subject_id'].astype(str))
+    for name in ('train', 'val', 'test'):
+        lines = (task/f'{name}.csv').read_text().splitlines(keepends=True)
+        (task/f'{name}.csv').write_text(''.join(
+            line for line in lines if 'cycle_' not in line or line.split(',')[0] in kept))
+    _accept_changes(task)
     results = cross_validate(best_of(trained), 'physionet2016', 'device', tmp_path,
                              tmp_path/'out', draws=5)
     part = next(p for p in results['folds'] if p['fold'] == f'folder {letter}')
