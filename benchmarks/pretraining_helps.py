@@ -34,6 +34,7 @@ from pahcl.core.metrics import CHALLENGE_METRICS, classification_metrics
 from pahcl.core.predictions import Predictions
 from pahcl.training.pretraining import pretrain
 from pahcl.core.resampling import bootstrap_interval, number_persons, resampling_weights
+from pahcl.data.task_folders import _accept_changes
 from pahcl.data.tasks import map_ids_to_persons
 from pahcl.core.basics import read_table
 from pahcl.evaluation.statistics import bootstrap_scores
@@ -75,6 +76,7 @@ def thin(downstream, output, tasks, most):
             (target/split).symlink_to(source/split)
         for file in ('cycles.csv', 'recordings.csv', 'task_config.json'):
             write_text(target/file, (source/file).read_text())
+        _accept_changes(target)   # fewer cycles, on purpose
 
 @lru_cache(None)
 def frozen(task, data_dir, start, seed, pooling='cycle'):
