@@ -71,7 +71,6 @@ class Run:
     ):
         self.home, self.config, self.seed, self.inputs, self.tracker_options = (
             Path(folder), config, seed, inputs or {}, trackers)
-        self.defaults = defaults or {}
         AcceleratorState._reset_state()  # a second run in one process may use another precision
         # torchrun without a GPU: gloo
         several = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.cuda.is_available()
@@ -91,6 +90,9 @@ def processes(self: Run): return self.accelerator.num_processes
 
 @patch(as_prop=True)
 def rank(self: Run): return self.accelerator.process_index
+
+@patch(as_prop=True)
+def known(self: Run): return self.config, self.inputs, self.defaults   # of `_find_run_state`
 
 @patch
 def __repr__(self: Run):
@@ -114,9 +116,8 @@ def find_state(self: Run, overwrite: bool) -> tuple:   # (folder, state)
 def look(self: Run, overwrite: bool) -> tuple:   # (folder, state)
     "What `find_state` says, for this process; nobody else writes the run meanwhile."
     with lock_folder(self.home):
-        known = self.config, self.inputs, self.defaults
-        folder = _choose_run_folder(self.home, *known, overwrite, self.keep)
-        state = _find_run_state(folder, *known)
+        folder = _choose_run_folder(self.home, *self.known, overwrite, self.keep)
+        state = _find_run_state(folder, *self.known)
         if state == 'finished' and folder != self.home:   # killed before it took the place
             _replace_run(self.home, self.keep)
             folder = self.home
@@ -152,7 +153,7 @@ def metrics(self: Run) -> dict:
 @patch
 def take_place(self: Run):
     "Write what the folder is of, unless somebody else has changed it meanwhile."
-    if _find_run_state(self.folder, self.config, self.inputs) != self.state:
+    if _find_run_state(self.folder, *self.known) != self.state:
         raise PahclError(f'another process has just written {self.folder}. '
                          'Give the same command again.')
     self.folder.mkdir(parents=True, exist_ok=True)

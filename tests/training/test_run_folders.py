@@ -33,6 +33,16 @@ def old(tmp_path):
     return run.folder
 
 
+def test_an_unfinished_run_of_an_older_version_goes_on(tmp_path):
+    "A key that it did not know means its default; another value is another run."
+    with pytest.raises(PahclError, match='the loss is inf'): train(tmp_path/'run', 1, fail=True)
+    defaults = dict(weight=0, size=3)
+    with Run(tmp_path/'run', dict(weight=1, size=3), use_amp=False, defaults=defaults) as run:
+        assert run.state == 'resume'
+    with pytest.raises(PahclError, match='size is 3 there and 4 here'):
+        Run(tmp_path/'run', dict(weight=1, size=4), use_amp=False, defaults=defaults)
+
+
 def test_somebody_elses_folder_is_left_alone(tmp_path):
     project = tmp_path/'project'
     project.mkdir()
