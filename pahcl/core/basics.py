@@ -393,7 +393,6 @@ class _LoggedLoop:
         if total is None and hasattr(items, '__len__'): total = len(items)
         self.items, self.description, self.total, self.done = items, description, total, 0
         self.began, self.ended = time.monotonic(), threading.Event()
-        if items is None: self.start()   # whoever counts calls `update`
 
     def start(self):
         if os.environ.get('TQDM_DISABLE', '0') == '0':
@@ -413,20 +412,16 @@ class _LoggedLoop:
         return (f'{self.description}: {self.done} of {self.total or "?"}, {show(passed)} passed, '
                 f'{left} left')
 
-    def update(self, count=1): self.done += count
-
-    def close(self): self.ended.set()
-
     def __iter__(self):
         self.start()
         try:
             for item in self.items:
                 yield item
-                self.update()
-        finally: self.close()
+                self.done += 1
+        finally: self.ended.set()
 
 def progress(
-    iterable,          # what to loop over; None: the caller calls `update()` and `close()`
+    iterable,          # what to loop over
     description='',    # what the bar says
     total=None,        # length, where `iterable` does not know it
 ):                     # the same items
