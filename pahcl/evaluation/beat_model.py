@@ -20,8 +20,7 @@ from sklearn.pipeline import make_pipeline
 from ..core.basics import fingerprint, PahclError
 from ..data.tasks import Task
 from .beat_statistics import beat_statistics
-from ..training.finetuning_data import (
-    _find_silent_places, _read_cached_features, cache_features)
+from ..training.finetuning_data import _find_silent_places, _remember_table
 from ..training.probe import fit_predict, fit_probe
 
 # %% ../../nbs/evaluation/beat_model.ipynb #cell7
@@ -134,12 +133,7 @@ def _cached_beat_answers(
                        train.to_csv(), numbers])
     path = Path(task.folder)/'.features'/f'beat_answers-{key}.npz'
     index = statistics.index.get_level_values(0).unique().sort_values()
-    known = _read_cached_features(path, len(index))
-    if known is not None: return pd.DataFrame(known, index)
-    answers = _beat_answers(task, train, statistics)
-    try: cache_features(path, answers.to_numpy())
-    except OSError: pass                 # a data folder that cannot be written
-    return answers
+    return _remember_table(path, index, lambda: _beat_answers(task, train, statistics))
 
 def _predict_beat_statistics(
     task: Task,

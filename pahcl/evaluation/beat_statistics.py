@@ -19,7 +19,7 @@ from ..data.loader import Cycles
 from ..data.tasks import SPLIT_FRACTIONS, Task
 from ..data.log_mel import _hop_samples
 from .spectrum_baseline import _HOP_S, _log_mel_spectrum
-from ..training.finetuning_data import _read_cached_features, cache_features
+from ..training.finetuning_data import _remember_table
 
 # %% ../../nbs/evaluation/beat_statistics.ipynb #cell7
 _BEAT_BANDS = 20
@@ -115,14 +115,11 @@ def _spectral_statistics(
     path = Path(folder)/'.features'/f'beats-{_BEAT_BANDS}-{_fingerprint_sounds(splits)}.npz'
     ids = pd.concat([c.table[['subject_id', 'recording_id']].astype(str) for c in splits])
     index = pd.MultiIndex.from_frame(ids, names=[None, None]).unique().sort_values()
-    known = _read_cached_features(path, len(index))
-    if known is not None: return pd.DataFrame(known, index)
     if not len(index): raise PahclError(f'no recording of {folder} has a cycle.')
-    table = pd.concat([_compute_statistics(c) for c in splits if len(c)])
-    table = table.loc[index].astype(np.float32)
-    try: cache_features(path, table.to_numpy())
-    except OSError: pass                 # a data folder that cannot be written
-    return table.set_axis(range(table.shape[1]), axis=1)
+    def compute():
+        table = pd.concat([_compute_statistics(c) for c in splits if len(c)])
+        return table.loc[index].astype(np.float32)
+    return _remember_table(path, index, compute)
 
 # %% ../../nbs/evaluation/beat_statistics.ipynb #cell24
 _ABOUT_BEATS = ['duration_s', 's1_end', 's2_start', 's2_end', 'confidence', 'quality']

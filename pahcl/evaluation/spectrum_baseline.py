@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.loader import Cycles
 from ..data.log_mel import _even_samples, _hop_samples, _mel_bank, _mel_power
 from ..data.sampling import split_into_batches
-from ..training.finetuning_data import _read_cached_features, cache_features
+from ..training.finetuning_data import _remember_table
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell7
 _MEL_BANDS = 32
@@ -73,12 +73,8 @@ def _recording_statistics(
     path = Path(folder)/f'log_mel-{_MEL_BANDS}-{_FRAME_S}-{_HOP_S}-{cycles.fingerprint()}.npz'
     groups = [cycles.table[c].astype(str).to_numpy() for c in ('subject_id', 'recording_id')]
     index = pd.MultiIndex.from_arrays(groups).unique().sort_values()
-    known = _read_cached_features(path, len(index))
-    if known is not None: return pd.DataFrame(known, index)
-    means = pd.DataFrame(_cycle_statistics(cycles)).groupby(groups, sort=True).mean()
-    try: cache_features(path, means.to_numpy())
-    except OSError: pass                 # a data folder that cannot be written
-    return means.set_axis(index)
+    return _remember_table(path, index, lambda: pd.DataFrame(
+        _cycle_statistics(cycles)).groupby(groups, sort=True).mean())
 
 # %% ../../nbs/evaluation/spectrum_baseline.ipynb #cell21
 def _spectrum_features(

@@ -6,9 +6,11 @@
 __all__ = ['cache_features', 'CycleSampler', 'BagSampler']
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell2
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from fastcore.basics import patch
 
@@ -184,6 +186,18 @@ def _read_cached_features(
     try: features = _read_arrays(path)['features']
     except (PahclError, KeyError): return None
     return features if features.ndim == 2 and len(features) == rows else None
+
+def _remember_table(
+    path: Path,   # of `cache_features`
+    index,        # of the table
+    compute,      # function without arguments: the table's rows, in the order of `index`
+):                # DataFrame [rows, C] by `index`
+    "Read a table of numbers from the cache, or compute and keep it where the folder can be written."
+    numbers = _read_cached_features(path, len(index))
+    if numbers is None:
+        numbers = compute().to_numpy()
+        with suppress(OSError): cache_features(path, numbers)
+    return pd.DataFrame(numbers, index)
 
 # %% ../../nbs/training/finetuning_data.ipynb #cell24
 def _compute_features_cached(
