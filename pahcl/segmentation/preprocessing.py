@@ -23,6 +23,7 @@ from ..data.datasets import get_class_columns, select_datasets
 from ..data.own_recordings import _describe_own_datasets
 from ..data.recordings import load_recordings
 from ..data.signal import _require_audio_file, count_missing_bytes, read_recording
+from ..data.steps import _read_signal_file
 from ..data.task_checks import _read_statistics
 from .beat_counts import _count_beats_by_class, _NO_HEARTBEAT_FOUND
 from .beats import MINIMUM_CONFIDENCE
@@ -170,7 +171,7 @@ def _hash_audio(
     folder,      # of a recording that was cut
 ):               # text; None for silence, which is the same everywhere
     "Hash the sound of a recording, whatever its file was."
-    numbers = np.load(Path(folder)/'signal.npy', allow_pickle=False)
+    numbers = _read_signal_file(folder)
     return hashlib.sha256(numbers.tobytes()).hexdigest()[:16] if np.ptp(numbers) else None
 
 def _name_doubtful(
