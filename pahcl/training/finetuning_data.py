@@ -192,7 +192,7 @@ def _remember_table(
     index,        # of the table
     compute,      # function without arguments: the table's rows, in the order of `index`
 ):                # DataFrame [rows, C] by `index`
-    "Read a table of numbers from the cache, or compute and keep it where the folder can be written."
+    "Read a table of numbers from the cache, or compute it and keep it if the folder allows."
     numbers = _read_cached_features(path, len(index))
     if numbers is None:
         numbers = compute().to_numpy()
