@@ -397,9 +397,15 @@ def test_senseless_settings_are_refused(data, message):
     with pytest.raises(PahclError, match=message): load_config('finetune', dict(data=data))
 
 
-def test_pretraining_says_that_it_hears_cycles(house):
+@pytest.mark.parametrize('frontend, message', [
+    ('waveform', 'data.unit is window and data.frontend waveform, but pretraining hears samples as '
+                 'cycles'),
+    ('logmel', 'data.frontend is logmel, which augmentation.time_shift and '
+               'augmentation.time_stretch cannot change')])
+def test_pretraining_says_what_it_does_not_hear(house, frontend, message):
+    "Samples by the window, and changes of samples where it hears frames."
     from pahcl.training.pretraining_data import _load_pretrain_data
     config = load_config('pretrain', dict(data=dict(
-        frontend='logmel', unit='window', processed_dir=str(house/'processed'),
+        frontend=frontend, unit='window', processed_dir=str(house/'processed'),
         base_dir=str(house/'downstream'))))
-    with pytest.raises(PahclError, match='pretraining hears cycles'): _load_pretrain_data(config)
+    with pytest.raises(PahclError, match=message): _load_pretrain_data(config)
