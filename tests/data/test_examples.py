@@ -24,7 +24,7 @@ def test_the_folder_holds_what_the_table_says_and_is_small():
     assert sum(p.stat().st_size for p in _FOLDER.iterdir()) < 2*2**20
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', NAMES, ids=lambda name: f'of {name}')
 def test_an_example_is_what_its_row_says(name):
     heard, row = load_example(name), list_examples().loc[name]
     seconds = len(heard.signal)/heard.sample_rate
