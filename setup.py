@@ -50,7 +50,7 @@ setuptools.setup(
     author_email=cfg['author_email'], license='Apache-2.0', url=cfg['git_url'],
     packages=setuptools.find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
     package_data={cfg['lib_name']: ['configs/**/*.yaml', 'protocols/*.yaml', 'parameters/*',
-                                    'weights/*', 'csrc/*.c']},
+                                    'weights/*', 'examples/*', 'csrc/*.c']},
     ext_modules=[scan], cmdclass={'build_ext': BuildOptional},
     include_package_data=True, python_requires='>='+cfg['min_python'],
     install_requires=shlex.split(cfg.get('requirements', '')),

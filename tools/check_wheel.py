@@ -1,6 +1,7 @@
-"""Whether an installed wheel brings the compiled scan and it agrees with the definition"""
+"""Whether an installed wheel brings the compiled scan, right, and the examples"""
 import torch
 
+from pahcl.data.examples import list_examples, load_example
 from pahcl.models.compiled_scan import _find_library
 from pahcl.models.selective_scan import selective_scan
 
@@ -14,3 +15,5 @@ if __name__ == '__main__':
                for b in ('reference', 'c')]
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
     print('the compiled scan agrees with the definition')
+    assert all(load_example(name).signal.any() for name in list_examples().index)
+    print('the examples sound')
