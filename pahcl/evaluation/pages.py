@@ -153,7 +153,7 @@ h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem; border-bo
 .wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-variant-numeric: \
 tabular-nums; font-size: .9rem }}
 th, td {{ text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #bbb; white-space: \
-nowrap }} .long td {{ white-space: normal }}
+nowrap }} .long td {{ white-space: normal; overflow-wrap: break-word }}
 section.figures {{ display: flex; flex-wrap: wrap; align-items: flex-start }} section.figures > * \
 {{ flex-basis: 100% }}
 figure {{ margin: 0 1rem 1rem 0 }} section.figures > figure {{ flex: 0 1 27rem }}

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/studies/start_page.ipynb #fc5002
+import html
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from ..core.basics import PahclError, read_json
 from ..core.pipeline import PipelineSettings
-from ..evaluation.pages import _command, _Html, _link, write_page
+from ..evaluation.pages import _command, _Html, _link, _table_to_html, write_page
 from .summary import _describe_reports, _run_folders
 
 # %% ../../nbs/studies/start_page.ipynb #fc5007
@@ -40,7 +41,7 @@ _FILES = dict(
         '*/evaluation_*/report.html': 'scores with intervals, baselines, and who was decided '
                                       'wrongly, to look at and listen to',
         '*/evaluation_*/predictions_subject.csv': 'what was said of each subject',
-        '*/evaluation_*/metrics.json': 'every score of the report for a program',
+        '*/evaluation_*/metrics.json': 'every score of the report, for a program',
         '*/train.log': 'what the training said, epoch by epoch',
         '*/config.yaml': 'every setting that it was made with',
         'logs/*.log': 'what a training said that ran beside others'},
@@ -53,15 +54,20 @@ _FILES = dict(
 
 def _list_files(
     settings: PipelineSettings,
-) -> list:                     # DataFrames, one a folder
-    "Tabulate the files that there are, each with a link and a sentence."
+) -> list:                     # items of a page, a heading and a table for each folder
+    "Tabulate the files that there are: what they are, and a link to each."
     tables, start = [], settings.output_dir
     for key, patterns in _FILES.items():
-        root = Path(getattr(settings, key))
-        rows = [dict(file=_link(path.relative_to(root).as_posix(),
-                                Path(os.path.relpath(path, start)).as_posix()), what=what)
-                for pattern, what in patterns.items() for path in sorted(root.glob(pattern))]
-        if rows: tables += [_Html(f'<h3>{root.as_posix()}</h3>'), pd.DataFrame(rows)]
+        root, rows = Path(getattr(settings, key)), []
+        for pattern, what in patterns.items():
+            found = sorted(root.glob(pattern))
+            name = lambda p: p.relative_to(root).parts[0]   # of the run, the task, the file
+            links = ' · '.join(_link(name(p), Path(os.path.relpath(p, start)).as_posix())
+                               for p in found)
+            file = pattern.rpartition('/')[2]
+            if found: rows.append(dict(file=file, what=what, where=_Html(links)))
+        if rows: tables += [_Html(f'<h3>{html.escape(root.as_posix())}</h3>'),
+                            _Html(_table_to_html(pd.DataFrame(rows), 'long'))]
     return tables
 
 # %% ../../nbs/studies/start_page.ipynb #fc5013
@@ -96,7 +102,7 @@ def _write_start_page(
     write_page(folder/'index.html', 'The demo' if settings.demo else 'All that was made', {
         '': [*said, f'Made: {made}.'], 'Reports': reports, 'Files': _list_files(settings),
         'What to do next': [_next_commands(settings)]})
-    count = len(reports[-1]) if len(reports) > 1 else 0
+    count = len(list(folder.glob('*/evaluation_*/report.html')))
     curves = 'tensorboard --logdir' if list(folder.glob('*/tensorboard/events*')) else 'logs:'
     where = os.path.commonpath([os.path.relpath(getattr(settings, k)) for k in _FILES]) or '.'
     return [f'Made {made} below {where}.', *said,

@@ -16,7 +16,8 @@ from ..core.basics import (
     fingerprint, first_few, PahclError, read_json, require_path, write_text)
 from ..core.config import read_yaml
 from ..data.datasets import TASKS
-from ..evaluation.pages import format_with_interval, _link, write_table
+from ..evaluation.pages import (
+    format_with_interval, _Html, _link, _table_to_html, write_table)
 
 # %% ../../nbs/studies/summary.ipynb #cell7
 # any of them, or a checkpoint, makes a folder a run
@@ -177,11 +178,13 @@ def _read_report(
     score = lambda k: format_with_interval(subjects.get(k), subjects['intervals'].get(k))
     official = found.get('official') or {}
     where = path.parent.relative_to(path.parents[2]).as_posix()
+    run, split = path.parents[1].name, found.get('split', '–')
     interval = official.get('low'), official.get('high')
     own = {official['name']: format_with_interval(official['value'], interval)} if official else {}
-    return dict(Report=_link(where, f'{where}/report.html'), Task=found.get('task', '–'),
-                Split=found.get('split', '–'), Subjects=found['n']['subject'],
-                AUROC=score('auroc'), F1=score('f1_macro'),
+    # of a run evaluated on another task the folder says which
+    name = run if run.startswith(f'{found.get("task")}_') else where
+    return dict(Report=_link(f'{name}, {split}', f'{where}/report.html'),
+                Subjects=found['n']['subject'], AUROC=score('auroc'), F1=score('f1_macro'),
                 Official=' '.join(f'{k} {v}' for k, v in own.items()) or '–')
 
 def _describe_reports(
@@ -193,7 +196,7 @@ def _describe_reports(
     rows = [row for p in paths if (row := _read_report(p))]
     if not rows: return ['No run has been evaluated: pahcl_evaluate writes a report.']
     return ['Of subjects, on the split that is named, with 95 % intervals over persons.',
-            pd.DataFrame(rows)]
+            _Html(_table_to_html(pd.DataFrame(rows), 'long'))]
 
 # %% ../../nbs/studies/summary.ipynb #cell28
 _LEADING_COLUMNS = ['task', 'experiment', 'group', 'seed', 'status', 'folder', 'test_accuracy',
