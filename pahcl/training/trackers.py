@@ -141,7 +141,8 @@ def _log_final(self: Trackers,
     numbers: dict,   # name -> number
 ):
     "Scores of a finished run: a table under the tab Text, and W&B's summary."
-    rows = [f'| {k} | {v:.4f} |' for k, v in numbers.items()]
+    rows = [f'| {k} | {v if isinstance(v, int) else format(v, ".4f")} |'
+            for k, v in numbers.items()]
     for t in self.watchers:
         if t.name == 'tensorboard':
             t.writer.add_text('final', '\n'.join(['| score | value |', '|---|---|', *rows]))
