@@ -82,7 +82,7 @@ def read_pages():
 
 def list_commands(text):
     "Our commands in a text, as lists of words: lines of code blocks, and code between backticks."
-    blocks = '\n'.join(re.findall(r'```sh\n(.*?)```', text, re.S))
+    blocks = '\n'.join(re.findall(r'```sh\n(.*?)```', text, re.S)).replace('\\\n', ' ')
     lines = [line.split(' #')[0] for line in blocks.splitlines()]
     lines += re.findall(r'(?<!`)`(pahcl_\w+ [^`]*)`', text)
     return [shlex.split(part) for line in lines

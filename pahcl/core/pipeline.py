@@ -63,6 +63,8 @@ class Pipeline:
     # of (settings, task, mode, checkpoint): its stages; it stands at the top of a module
     task_stages: Callable
     summarize: Callable        # of the output folder: writes the summary and returns its DataFrame
+    # of `PipelineSettings`: writes the page to open first, and returns the last lines to print
+    overview: Callable = lambda settings: []
 
 # %% ../../nbs/core/pipeline.ipynb #c011
 # name -> words that may follow
@@ -218,11 +220,9 @@ def report(
     self: Pipeline, settings: PipelineSettings,
     tasks: list, failed: dict,   # those that were to be trained, and of `train_tasks`
 ):                               # DataFrame: the summary
-    "Summarize, list what there is to open, and raise `PahclError` where fine-tunings failed."
-    table, patterns = self.summarize(settings.output_dir), ('*/evaluation_*/report.html',
-                                                            '*/evaluation_*/*.png', 'summary.*')
-    made = sorted(p for pattern in patterns for p in Path(settings.output_dir).glob(pattern))
-    print('\n'.join(['', 'Made:', *(f'  {p}' for p in made)]))
+    "Summarize, say what to open first, and raise `PahclError` where fine-tunings failed."
+    table = self.summarize(settings.output_dir)
+    print('\n'.join(['', *self.overview(settings)]))
     if not failed: return table
     whys = '; '.join(f'{t}: {why}' for t, why in failed.items())
     raise PahclError(f'{len(failed)} of {len(tasks)} fine-tunings failed: {whys}')

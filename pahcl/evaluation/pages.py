@@ -56,6 +56,26 @@ def format_p_value(
     "Format a p-value for people."
     return '–' if pd.isna(p) else '< 0.001' if p < .001 else f'{p:.3f}'
 
+# %% ../../nbs/evaluation/pages.ipynb #13a55b9c
+class _Html(str):
+    "Text that is HTML already, and is not escaped once more."
+    def __add__(self, other): return _Html(str(self)+other)
+    def _repr_html_(self): return str(self)
+
+_DOCS = 'https://pahcl.github.io/pahcl'
+
+def _link(
+    text: str,   # that is clicked
+    to: str,     # a file beside the page; with `docs/` before it a page of the documentation
+) -> _Html:
+    "Format a link."
+    address = f'{_DOCS}/{to[5:]}' if to.startswith('docs/') else to
+    return _Html(f'<a href="{html.escape(address)}">{html.escape(text)}</a>')
+
+def _command(text: str) -> _Html:
+    "Format a command to copy, in a line of its own."
+    return _Html(f'<br><code>{html.escape(text)}</code>')
+
 # %% ../../nbs/evaluation/pages.ipynb #cell13
 def _table_to_html(
     table,     # DataFrame; a named index is its first column
@@ -63,7 +83,10 @@ def _table_to_html(
 ) -> str:
     "Format a table that scrolls inside itself."
     if table.index.name is not None: table = table.reset_index()
-    text = table.to_html(escape=True, index=False, border=0, na_rep='–')
+    # every cell is escaped here, unless it is `_Html` already
+    cell = lambda v: html.escape(v) if isinstance(v, str) and not isinstance(v, _Html) else v
+    text = table.map(cell).rename(columns=cell).to_html(escape=False, index=False, border=0,
+                                                        na_rep='–')
     return f'<div class="wide {kind}" tabindex="0">{text}</div>'
 
 # %% ../../nbs/evaluation/pages.ipynb #cell14
@@ -103,15 +126,17 @@ def _settings_to_html(
 
 # %% ../../nbs/evaluation/pages.ipynb #cell18
 def _item_to_html(
-    item,  # str: a paragraph; list of str: notes; DataFrame: a table; Figure; dict: settings
+    # str: a paragraph; list of str: notes; DataFrame: a table; Figure; dict: settings; `_Html`
+    item,
 ) -> str:
     "Format one item of a report as escaped HTML."
     if isinstance(item, pd.DataFrame): return _table_to_html(item)
     if isinstance(item, Figure): return _figure_to_html(item)
     if isinstance(item, dict): return _settings_to_html(item)
+    if isinstance(item, _Html): return item
     if isinstance(item, (list, tuple)):
-        return ('<ul>' + ''.join(f'<li>{html.escape(str(t))}</li>' for t in item) + '</ul>'
-                if item else '')
+        lines = (t if isinstance(t, _Html) else html.escape(str(t)) for t in item)
+        return '<ul>' + ''.join(f'<li>{t}</li>' for t in lines) + '</ul>' if item else ''
     return f'<p>{html.escape(str(item))}</p>'
 
 # %% ../../nbs/evaluation/pages.ipynb #cell20
@@ -128,7 +153,7 @@ h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem; border-bo
 .wide {{ overflow-x: auto }} table {{ border-collapse: collapse; font-variant-numeric: \
 tabular-nums; font-size: .9rem }}
 th, td {{ text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #bbb; white-space: \
-nowrap }} .long td {{ white-space: normal }}
+nowrap }} .long td {{ white-space: normal; overflow-wrap: break-word }}
 section.figures {{ display: flex; flex-wrap: wrap; align-items: flex-start }} section.figures > * \
 {{ flex-basis: 100% }}
 figure {{ margin: 0 1rem 1rem 0 }} section.figures > figure {{ flex: 0 1 27rem }}
@@ -212,9 +237,9 @@ def _render_page(
     title: str,      # of the page
     sections: dict,  # heading -> list of items, see `_item_to_html`
 ) -> str:            # the whole file
-    "Format a self-contained page: no link, no script, no font or image from elsewhere."
+    "Format a self-contained page: no script, font, image or sound comes from elsewhere."
     parts = {heading: _section_to_html(heading, items) for heading, items in sections.items()}
-    text = re.sub(r'<img [^>]*>|<details>.*?</details>|<[^>]*>', ' ',
+    text = re.sub(r'<img [^>]*>|<(details|script|style)>.*?</\1>|<[^>]*>', ' ',
                   html.unescape('\n'.join(parts.values())), flags=re.DOTALL)
     if words := _explain_words(text):
         parts['words'] = _section_to_html('What the words mean', [words])

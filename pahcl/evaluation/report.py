@@ -18,7 +18,8 @@ from ..core.metrics import metric_names
 from ..core.predictions import positive_class
 from ..data.tasks import LEAKY_SPLIT
 from .calibration import apply_temperature, _reliability_figure
-from .pages import format_number, format_with_interval, _item_to_html, write_page
+from .pages import (
+    _command, format_number, format_with_interval, _item_to_html, _link, write_page)
 from .scoring import _class_aurocs, Evaluation
 from .thresholds import _referral_figure
 
@@ -221,6 +222,31 @@ def _collect_sections(
         out['Calibration, of subjects'] = _describe_calibration(results['calibration'])
     return out
 
+# %% ../../nbs/evaluation/report.ipynb #cell40a
+def _next_steps(
+    results: dict,   # of the evaluation
+    asked: dict,     # with what `evaluate` was called; empty: it was another
+) -> list:           # lines of the report
+    "Say what one does after reading a report, with the command."
+    about = ' '.join(f'--{k} {v}' for k, v in (
+        ('checkpoint', results.get('checkpoint')), ('task', results.get('task')),
+        ('data-dir', asked.get('data_dir'))) if v)
+    lines = []
+    if results.get('checkpoint'):
+        run = f'pahcl_evaluate {about}'
+        lines = [_link('Does it hold in noise, at other sample rates, by device?',
+                       'docs/studies/robustness.html') + _command(f'{run} --robustness'),
+                 _link('Does it depend on who was in the test split?',
+                       'docs/studies/cross_validation.html')
+                 + _command(f'{run} --cross-validate 5')]
+    return [*lines, _link('Is it better than another experiment, and is that more than chance?',
+                          'docs/studies/comparison.html')
+            + _command('pahcl_summarize --compare FIRST SECOND'),
+            _link('Every single prediction', 'predictions_subject.csv') + ', by subject, also of '
+            + _link('recordings', 'predictions_recording.csv') + ' and '
+            + _link('cycles', 'predictions_cycle.csv'),
+            _link('Every command', 'docs/guide.html')]
+
 # %% ../../nbs/evaluation/report.ipynb #cell41
 _INTERVAL_NOTE = ('Square brackets: 95 % intervals, resampling persons; '
                   'in simulations of 59 to 236 persons they held the truth in 92 to 99 %.')
@@ -244,6 +270,7 @@ def save(self: Evaluation,
     sections = {'Scores': [*self.official_lines(), main, how, self.notes],
                 'Classes, of subjects': [classes]}
     sections |= (more or {}) | _collect_sections(self) | {'Figures': [*figures.values()]}
+    sections |= {'What to do next': [_next_steps(r, (settings or {}).get('evaluation', {}))]}
     if settings: sections['Configuration'] = [settings]
     write_page(folder/'report.html', title, sections)
     write_json(folder/'metrics.json', r)

@@ -26,6 +26,7 @@ from ..evaluation.evaluator import evaluate
 from ..models.checkpoints import _checkpoint_files
 from ..models.pretrained import resolve_checkpoint
 from ..segmentation.preprocessing import preprocess
+from .start_page import _write_start_page
 from .summary import summarize
 from ..training.finetuning import finetune
 from ..training.pretraining import pretrain
@@ -225,7 +226,8 @@ def _build_pipeline(
         # not opened: a plan may begin with preparing anew what does not fit together
         about = _read_task_config(Path(settings.data_dir)/task)
         tasks.setdefault(task, about.get('dataset', ''))
-    return Pipeline(tasks, _data_stages, _pretrain_stage, _task_stages, summarize)
+    return Pipeline(tasks, _data_stages, _pretrain_stage, _task_stages, summarize,
+                    _write_start_page)
 
 def run_downstream(
     words=('all',),   # stage, and for train the task and the mode

@@ -6,21 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/studies/prediction_report.ipynb #cell2
-import base64
 import html
-import io
 
 import numpy as np
 import pandas as pd
-import soundfile
 
 from ..core.basics import progress, write_text
-from ..core.figures import png_bytes, STYLE
+from ..core.figures import STYLE
 from ..core.parallel import _one_thread
-from ..data.signal import resample
 from ..data.steps import _InputSettings
 from ..data.windows import Windows
-from ..evaluation.pages import _PAGE_TEMPLATE, _section_to_html, format_with_interval
+from ..evaluation.pages import _link, _PAGE_TEMPLATE, _section_to_html, format_with_interval
+from ..evaluation.players import (
+    _draw_spectrogram, _LEFT, _player_to_html, _PLAYER_SCRIPT, _RIGHT)
 from ..evaluation.prediction import _cycle_settings, _open_classifier, Prediction
 from ..models.checkpoints import _data_settings
 from ..segmentation.heard_recordings import cut_recordings, hear_recording
@@ -68,8 +66,6 @@ def _saliency_curve(
     return np.where(np.isnan(out), np.nan, smooth/max(float(np.abs(smooth).max()), 1e-12))
 
 # %% ../../nbs/studies/prediction_report.ipynb #cell11
-_LEFT, _RIGHT = 0.06, 0.99   # edges of the axes, shares of the picture's width
-
 def _draw_sound(ax, shown: dict, curve):
     "Draw the band-passed sound under its states, and above it what spoke for and against."
     heard = shown['heard']
@@ -83,13 +79,7 @@ def _draw_sound(ax, shown: dict, curve):
         ax.fill_between(at, 1.05, 1.05+.7*part, color=colour, lw=0, alpha=.85)
     ax.set(ylim=(-1.3, 1.85), yticks=[], ylabel='sound')
 
-def _draw_spectrogram(ax, heard):
-    "Draw power by frequency up to 600 Hz, 60 dB deep."
-    sound = resample(heard.recorded, heard.sample_rate, 2000)
-    power = ax.specgram(sound+1e-9, NFFT=128, Fs=2000, noverlap=112, cmap='magma')[0]
-    top = 10*np.log10(max(float(power.max()), 1e-20))
-    ax.images[0].set_clim(top-60, top)
-    ax.set(ylim=(0, 600), ylabel='Hz', yticks=[0, 200, 400, 600])
+
 
 # %% ../../nbs/studies/prediction_report.ipynb #cell12
 def _draw_beats(ax, prediction: Prediction, beats):
@@ -116,61 +106,10 @@ def _recording_figure(
         axes = figure.subplots(3, 1, sharex=True, height_ratios=(2.2, 1.3, .8))
         figure.subplots_adjust(_LEFT, .11, _RIGHT, .99, hspace=.08)
         _draw_sound(axes[0], shown, _saliency_curve(shown))
-        _draw_spectrogram(axes[1], heard)
+        _draw_spectrogram(axes[1], heard.recorded, heard.sample_rate)
         _draw_beats(axes[2], prediction, shown['beats'])
         axes[2].set_xlim(0, heard.seconds)
     return figure
-
-# %% ../../nbs/studies/prediction_report.ipynb #cell14
-def _encode_audio(
-    heard,        # `HeardRecording`
-    rate=4000,    # Hz
-) -> str:         # for the `src` of an audio element
-    "Encode a recording, as loud as it can be."
-    sound = resample(heard.recorded, heard.sample_rate, rate)
-    sound = .9*sound/max(float(np.abs(sound).max()), 1e-9)
-    kind, file = 'wav' if heard.seconds <= 30 else 'flac', io.BytesIO()
-    soundfile.write(file, sound, rate, 'PCM_16', format=kind.upper())
-    return f'data:audio/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
-
-def _encode_picture(
-    figure,   # matplotlib's
-) -> str:     # for the `src` of an image
-    "Encode a figure with 96 colours: a third of the size."
-    from PIL import Image
-    file = io.BytesIO()
-    with Image.open(io.BytesIO(png_bytes(figure, dpi=100))) as picture:
-        picture.convert('RGB').quantize(96).save(file, 'PNG', optimize=True)
-    return f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'
-
-_SCRIPT = '''<style>
-.picture { position: relative; cursor: pointer } .picture img { display: block; width: 100% }
-.cursor { position: absolute; top: 0; bottom: 0; width: 2px; background: #D00000;
-pointer-events: none } audio { width: 100%; margin: .3rem 0 }
-.warning { border: 2px solid #D55E00; padding: .5rem 1rem; font-weight: bold }
-</style><script>
-document.querySelectorAll('.player').forEach(player => {
-  const audio = player.querySelector('audio'), box = player.querySelector('.picture')
-  const line = player.querySelector('.cursor'), [left, right, seconds] = JSON.parse(box.dataset.at)
-  const draw = () => {
-    const share = left+(right-left)*audio.currentTime/seconds, view = box.parentElement
-    const at = share*box.clientWidth
-    line.style.left = 100*share+'%'
-    if (!audio.paused) {
-      if (at < view.scrollLeft || at > view.scrollLeft+view.clientWidth) view.scrollLeft = at-20
-      requestAnimationFrame(draw)
-    }
-  }
-  audio.addEventListener('play', draw)
-  audio.addEventListener('seeked', draw)
-  box.addEventListener('click', event => {
-    const frame = box.getBoundingClientRect(), x = (event.clientX-frame.left)/frame.width
-    audio.currentTime = Math.max(0, Math.min(seconds, (x-left)/(right-left)*seconds))
-    draw()
-  })
-  draw()
-})
-</script>'''
 
 # %% ../../nbs/studies/prediction_report.ipynb #cell15
 def _recording_to_html(
@@ -179,25 +118,26 @@ def _recording_to_html(
 ) -> str:
     "Format a recording: what is said of it, its picture and its player."
     shown = _explain_recording(prediction, row)
-    facts, point = shown['facts'], prediction.operating_point
+    facts, heard, point = shown['facts'], shown['heard'], prediction.operating_point
     name = point.classes[point.positive]
-    picture = _encode_picture(_recording_figure(prediction, shown))
+    figure = _recording_figure(prediction, shown)
     decision = facts['decision'] if pd.notna(facts['decision']) else 'no decision'
     said = [f'{decision}; {name} {facts[f"probability_{name}"]:.3f}',
             f'{facts["agreement"]:.0%} of {facts["beats"]} beats agree', *facts['notes']]
     if pd.notna(facts['heart_rate']): said.insert(1, f'{facts["heart_rate"]:.0f} beats a minute')
-    width, about = int(np.clip(42*shown['heard'].seconds, 600, 3000)), ' · '.join(said)
-    at = [_LEFT, _RIGHT, round(shown['heard'].seconds, 4)]
-    return (f'<h3>{html.escape(facts["recording_id"])}</h3><p>{html.escape(about)}</p>'
-            f'<div class="player"><audio controls preload="metadata" '
-            f'src="{_encode_audio(shown["heard"])}"></audio>'
-            f'<div class="wide" tabindex="0"><div class="picture" style="min-width: {width}px" '
-            f'data-at="{at}"><img alt="sound with heart states and saliency, spectrogram, and '
-            f'probability of {html.escape(name)} by beat" src="{picture}">'
-            '<div class="cursor"></div></div></div></div>')
+    picture = ('sound with heart states and saliency, spectrogram, and '
+               f'probability of {name} by beat')
+    player = _player_to_html(figure, heard.recorded, heard.sample_rate, picture)
+    return (f'<h3>{html.escape(facts["recording_id"])}</h3>'
+            f'<p>{html.escape(" · ".join(said))}</p>{player}')
 
 # %% ../../nbs/studies/prediction_report.ipynb #cell17
 _WARNING = 'For research, not for diagnosis.'
+_NEXT = [_link('With labels these recordings become a data set, and this model a score',
+               'docs/tutorials/your_own_recordings.html'),
+         _link('What it costs to hear noise, other rates, another device',
+               'docs/studies/robustness.html'),
+         _link('Every command', 'docs/guide.html')]
 
 def _describe_training(
     prediction: Prediction,
@@ -267,6 +207,7 @@ def _write_prediction_report(
                                        *_format_error_rates(prediction.operating_point)]}
     body = [f'<p class="warning">{_WARNING}</p>',
             *(_section_to_html(h, items) for h, items in sections.items()),
-            _section_to_html('To look at and listen to', [key, *left]), *parts, _SCRIPT]
+            _section_to_html('To look at and listen to', [key, *left]), *parts,
+            _section_to_html('What to do next', [_NEXT]), _PLAYER_SCRIPT]
     title = f'{prediction.model["task"]}: {len(prediction.recordings)} recordings'
     write_text(path, _PAGE_TEMPLATE.format(title=html.escape(title), body='\n'.join(body)))

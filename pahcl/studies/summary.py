@@ -16,7 +16,8 @@ from ..core.basics import (
     fingerprint, first_few, PahclError, read_json, require_path, write_text)
 from ..core.config import read_yaml
 from ..data.datasets import TASKS
-from ..evaluation.pages import write_table
+from ..evaluation.pages import (
+    format_with_interval, _Html, _link, _table_to_html, write_table)
 
 # %% ../../nbs/studies/summary.ipynb #cell7
 # any of them, or a checkpoint, makes a folder a run
@@ -165,6 +166,38 @@ def _format_summary(
     silent = [c for c, usual in (('Seeds', 1), ('Status', 'finished')) if (table[c] == usual).all()]
     return table.drop(columns=silent)
 
+# %% ../../nbs/studies/summary.ipynb #7cfdd748
+def _read_report(
+    path,   # metrics.json of an evaluation, two folders below that of all runs
+):          # dict, a row; None where it is not one
+    "Read what an evaluation found of subjects, with the link to its report."
+    try: found = read_json(path)
+    except PahclError: return None
+    subjects = (found.get('levels') or {}).get('subject')
+    if not subjects or not (path.parent/'report.html').exists(): return None
+    score = lambda k: format_with_interval(subjects.get(k), subjects['intervals'].get(k))
+    official = found.get('official') or {}
+    where = path.parent.relative_to(path.parents[2]).as_posix()
+    run, split = path.parents[1].name, found.get('split', '–')
+    interval = official.get('low'), official.get('high')
+    own = {official['name']: format_with_interval(official['value'], interval)} if official else {}
+    # of a run evaluated on another task the folder says which
+    name = run if run.startswith(f'{found.get("task")}_') else where
+    return dict(Report=_link(f'{name}, {split}', f'{where}/report.html'),
+                Subjects=found['n']['subject'], AUROC=score('auroc'), F1=score('f1_macro'),
+                Official=' '.join(f'{k} {v}' for k, v in own.items()) or '–')
+
+def _describe_reports(
+    output_dir,   # the folder of all runs
+    folders,      # names of those that are told of
+) -> list:        # items of a page
+    "Tabulate the evaluations of the runs, each with a link to its report."
+    paths = [p for f in folders for p in sorted((Path(output_dir)/f).glob('*/metrics.json'))]
+    rows = [row for p in paths if (row := _read_report(p))]
+    if not rows: return ['No run has been evaluated: pahcl_evaluate writes a report.']
+    return ['Of subjects, on the split that is named, with 95 % intervals over persons.',
+            _Html(_table_to_html(pd.DataFrame(rows), 'long'))]
+
 # %% ../../nbs/studies/summary.ipynb #cell28
 _LEADING_COLUMNS = ['task', 'experiment', 'group', 'seed', 'status', 'folder', 'test_accuracy',
                     'test_f1', 'test_auroc']
@@ -195,7 +228,8 @@ def summarize(
                     _collect_run_notes(Path(output_dir)/f for f in runs['folder']))
     print('\n'.join([table.to_string(index=False), *notes]))
     write_text(Path(output_dir)/'summary.csv', runs.to_csv(index=False))
-    write_table(Path(output_dir)/'summary', table, 'All experiments', notes)
+    sections = {'': [table, notes], 'Reports': _describe_reports(output_dir, runs['folder'])}
+    write_table(Path(output_dir)/'summary', table, 'All experiments', notes, sections)
     return runs
 
 # %% ../../nbs/studies/summary.ipynb #cell34

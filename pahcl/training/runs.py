@@ -238,7 +238,7 @@ def finish(self: Run, metrics: dict):
     self.complete = True
     if not self.is_main: return
     write_json(self.folder/'final_metrics.json', metrics)
-    numbers = {f'final/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))}
-    self.trackers.log_scalars(numbers, metrics.get('epochs', 0))
+    # no scalars: fifty charts of one point would stand before train/ and validation/
+    self.trackers._log_final({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
     (self.folder/'last.pt').unlink(missing_ok=True)
     self.set_status('finished')

@@ -136,6 +136,18 @@ def log_text(self: Trackers, name: str, text: str):
         if t.name == 'tensorboard': t.writer.add_text(name, text)
         else: t.run.summary[name] = text
 
+@patch
+def _log_final(self: Trackers,
+    numbers: dict,   # name -> number
+):
+    "Scores of a finished run: a table under the tab Text, and W&B's summary."
+    rows = [f'| {k} | {v if isinstance(v, int) else format(v, ".4f")} |'
+            for k, v in numbers.items()]
+    for t in self.watchers:
+        if t.name == 'tensorboard':
+            t.writer.add_text('final', '\n'.join(['| score | value |', '|---|---|', *rows]))
+        else: t.run.summary.update({f'final/{k}': v for k, v in numbers.items()})
+
 # %% ../../nbs/training/trackers.ipynb #cell21
 def _make_wandb_value(kind: str, value):
     "An `Image` or `Histogram` of W&B."

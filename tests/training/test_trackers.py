@@ -73,6 +73,9 @@ def test_a_fine_tuning_with_both(tmp_path, offline):
                | {f'validation/{m}' for m in ('loss', 'accuracy', 'f1', 'auroc', 'auprc')}
                | {'learning_rate/encoder', 'learning_rate/classifier'})
     assert scalars <= set(tags['scalars'])
+    # it opens on curves, not on charts of one point: final scores are a table
+    assert not [t for t in tags['scalars'] if t.startswith('final')]
+    assert 'final/text_summary' in tags['tensors']
     for tag in scalars:
         assert [e.value
                 for e in events.Scalars(tag)] == pytest.approx([h[tag] for h in final['history']])
