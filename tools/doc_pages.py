@@ -36,6 +36,42 @@ def read_cells(notebook) -> list:
             if not HIDDEN.match(''.join(c['source']))]
 
 
+# ---- groups ---------------------------------------------------------------------------------
+
+def read_groups() -> list:  # as quarto has them
+    "The groups of the site."
+    text = (get_config().nbs_path/'sidebar.yml').read_text(encoding='utf-8')
+    return yaml.safe_load(text)['website']['sidebar']['contents']
+
+
+def list_named(entries) -> list:  # of paths
+    "The files that a sidebar names, without those that it leaves to a pattern."
+    if isinstance(entries, str): return []
+    return [name for e in entries for name in
+            (list_named(e['contents']) if isinstance(e, dict) else [e])]
+
+
+def make_nav(
+    entries,      # a pattern, or a list of files and sections
+    pages: dict,  # source below nbs/ -> page
+    named=None,   # by the whole sidebar: not to be found by a pattern once more
+) -> list:        # mkdocs' nav
+    "Those entries of a sidebar that are built."
+    named = list_named(entries) if named is None else named
+    if isinstance(entries, str):
+        entries = sorted((p for p in pages if Path(p).match(entries) and p not in named),
+                         key=lambda p: (not p.endswith('index.md'), p))
+    nav = [{e['section']: make_nav(e['contents'], pages, named)} if isinstance(e, dict)
+           else pages.get(e) for e in entries]
+    return [n for n in nav if n and (isinstance(n, str) or any(n.values()))]
+
+
+def list_pages(nav) -> list:
+    "The pages of a nav."
+    return [page for n in nav for page in
+            (list_pages([*n.values()][0]) if isinstance(n, dict) else [n])]
+
+
 # ---- commands -------------------------------------------------------------------------------
 
 def list_commands() -> dict:  # name -> function
@@ -49,7 +85,8 @@ def find_examples(name) -> str:
     "What the guide shows of a command, line by line."
     guide = ''.join(c['source']+'\n' for c in read_cells(get_config().nbs_path/'guide.ipynb'))
     blocks = '\n'.join(re.findall(r'```sh\n(.*?)```', guide, re.S))
-    return '\n'.join(line for line in blocks.splitlines() if re.search(rf'\b{name} ', line))
+    return '\n'.join(line for line in blocks.splitlines()
+                     if re.search(rf'\b{name} ', line.split(' #')[0]))
 
 
 def describe_command(
@@ -66,14 +103,12 @@ def describe_command(
         default = '' if a.nargs == 0 or default is None else f'`{default}`'
         rows.append(f'| `{flag}` | {meaning} | {default} |'.replace('<', '&lt;'))
     about = ' '.join(parser.description.split())
-    module = function.function.__module__
     shown = find_examples(name)
-    examples = f'## Examples\n\n```sh\n{shown}\n```\n\nFrom the [guide](../guide.html).\n' if shown else ''
+    examples = f'## Examples\n\n```sh\n{shown}\n```\n\nFrom the [guide](../guide.html).\n'
     return '\n'.join([
-        f'---\ntitle: {name}\n---\n\n# {name}\n', about, '', examples, '## Flags\n', *rows, '',
-        f'Flags are accepted with dashes and with underscores. `{name} --help` says the same; '
-        f'`python -m {module}` is for `torchrun`.' if name.split('_')[1] in module else
-        f'Flags are accepted with dashes and with underscores. `{name} --help` says the same.', ''])
+        f'---\ntitle: {name}\n---\n\n# {name}\n', about, '{ .lead }\n', examples if shown else '',
+        '## Flags\n', *rows, '', 'Flags are accepted with dashes and with underscores; '
+        f'`{name} --help` says the same.', ''])
 
 
 def write_commands(to: Path):
@@ -103,24 +138,31 @@ def find_figures(notebook) -> list:  # of (heading, number on the page, bytes of
     return found
 
 
+def find_title(notebook) -> str:
+    "The title of a page."
+    return read_cells(notebook)[0]['source'].split('\n')[0].lstrip('# ')
+
+
 def write_gallery(to: Path, notebooks):
     "Thumbnails of all figures; each leads to the code that draws it."
     lines = ['---\ntitle: Gallery\n---\n\n# Gallery\n',
              'Every figure of these pages; each leads to the code that draws it.\n']
     (to/'gallery').mkdir()
+    shown = {}
     for notebook in notebooks:
-        figures, page = find_figures(notebook), page_of(notebook)
-        if not figures: continue
-        title = read_cells(notebook)[0]['source'].split('\n')[0].lstrip('# ')
-        lines += [f'\n## [{title}]({page})\n\n<div class="gallery" markdown>\n']
-        for heading, number, data in figures:
+        page, title = page_of(notebook), find_title(notebook)
+        for heading, number, data in find_figures(notebook):
             thumb = f"gallery/{page[:-5].replace('/', '-')}-{number}.png"
             picture = Image.open(io.BytesIO(data)).convert('RGB')
-            picture.thumbnail((440, 300))
+            picture.thumbnail((480, 320))
             picture.quantize(64).save(to/thumb, optimize=True)
-            words = re.sub(r'[`*\[\]]', '', heading)
-            lines.append(f'- [![{words}]({thumb}){{ loading=lazy }}{words}]({page}#figure-{number})')
-        lines.append('\n</div>')
+            words = re.sub(r'[`*\[\]]', '', heading if heading == title else f'{title}: {heading}')
+            shown.setdefault(page.rpartition('/')[0], []).append(
+                f'- [![{words}]({thumb}){{ loading=lazy }}{words}]({page}#figure-{number})')
+    names = {'': 'Chapters', 'tutorials': 'Tutorials and results'}
+    for room in sorted(shown, key=lambda r: (r not in names, [*shown].index(r))):
+        lines += [f'\n## {names.get(room, "pahcl."+room)}\n\n<div class="gallery" markdown>\n',
+                  *shown[room], '\n</div>']
     (to/'gallery.md').write_text('\n'.join(lines)+'\n', encoding='utf-8')
 
 
@@ -133,7 +175,8 @@ def write_about(to: Path):
         text = (ROOT/f'{name}.md').read_text(encoding='utf-8')
         text = re.sub(r'\]\((?:nbs/)?(?:\d+_)?([\w/]+)\.ipynb', r'](../\1.html', text)
         text = re.sub(r'\]\((?!https?:|\.\./|#)([^)]+)', rf']({home}\1', text)
-        (to/f'{name.lower()}.md').write_text(f'---\ntitle: {title}\n---\n\n{text}', encoding='utf-8')
+        text = f'---\ntitle: {title}\n---\n\n{text}'
+        (to/f'{name.lower()}.md').write_text(text, encoding='utf-8')
     licence = (ROOT/'LICENSE').read_text(encoding='utf-8')
     (to/'licence.md').write_text(
         '---\ntitle: Licence\n---\n\n# Licence\n\nThe Apache License 2.0, for the code and for the '
