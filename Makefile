@@ -36,9 +36,9 @@ readme: install
 docs: install
 	. $(BIN)/activate && python tools/build_docs.py
 
-# The notebooks in JupyterLab; they find pahcl and their figures' style.
+# The notebooks in JupyterLab: trusted, so that saved sounds play; they find their figures' style.
 lab: install
-	. $(BIN)/activate && MATPLOTLIBRC=$(CURDIR)/nbs jupyter lab --notebook-dir=nbs
+	. $(BIN)/activate && nbdev_trust && MATPLOTLIBRC=$(CURDIR)/nbs jupyter lab --notebook-dir=nbs
 
 clean:
 	rm -rf .tests-*.log .coverage* .venv _docs _proc demo build dist *.egg-info
