@@ -38,7 +38,8 @@ docs: install
 
 # The notebooks in JupyterLab: trusted, so that saved sounds play; they find their figures' style.
 lab: install
-	. $(BIN)/activate && nbdev_trust && MATPLOTLIBRC=$(CURDIR)/nbs jupyter lab --notebook-dir=nbs
+	. $(BIN)/activate && nbdev_trust && MATPLOTLIBRC=$(CURDIR)/nbs PYTHONWARNINGS='ignore:Overriding existing' \
+	    jupyter lab --notebook-dir=nbs --KernelManager.transport=ipc --ServerApp.tornado_settings="{'ws_ping_timeout': 30000}"
 
 clean:
 	rm -rf .tests-*.log .coverage* .venv _docs _proc demo build dist *.egg-info
