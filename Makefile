@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TQDM_MININTERVAL ?= 1
 
-.PHONY: install demo test bench notebooks readme docs clean
+.PHONY: install demo test bench notebooks readme docs lab clean
 
 install: .venv/.installed
 
@@ -32,9 +32,14 @@ notebooks: install
 readme: install
 	. $(BIN)/activate && python tools/readme.py
 
-# The site in _docs, without quarto.
+# The site in _docs, without quarto; it opens from the folder.
 docs: install
 	. $(BIN)/activate && python tools/build_docs.py
+
+# The notebooks in JupyterLab: trusted, so that saved sounds play; they find their figures' style.
+lab: install
+	. $(BIN)/activate && nbdev_trust && MATPLOTLIBRC=$(CURDIR)/nbs PYTHONWARNINGS='ignore:Overriding existing' \
+	    jupyter lab --notebook-dir=nbs --KernelManager.transport=ipc --ServerApp.tornado_settings="{'ws_ping_timeout': 30000}"
 
 clean:
 	rm -rf .tests-*.log .coverage* .venv _docs _proc demo build dist *.egg-info

@@ -11,40 +11,71 @@ import sys
 from pathlib import Path
 
 import pytest
+from chromium import find_chromium, open_browser
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
+from test_site import find_dead_links, find_misses, find_wide_pages
 
 ROOT = Path(__file__).parents[1]
 
 
-PAGE_OF = runpy.run_path(str(ROOT/'tools/build_docs.py'))['page_of']
+PAGES = runpy.run_path(str(ROOT/'tools/doc_pages.py'))
+PAGE_OF = PAGES['page_of']
 
 
 def build_site(*arguments):
-    "Build the site, or pages of it; the links that are said to be broken."
-    pytest.importorskip('smalldocs')
+    "Build the site, or pages of it."
+    pytest.importorskip('material')
     done = subprocess.run([sys.executable, 'tools/build_docs.py', *map(str, arguments)], cwd=ROOT,
                           capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return re.findall(r'broken link (\S+)', done.stdout+done.stderr)
+    assert done.returncode == 0, done.stdout[-2000:]+done.stderr[-2000:]
+
+
+def test_every_notebook_has_a_place_in_the_sidebar():
+    groups = PAGES['read_groups']()
+    sources = {n.relative_to(get_config().nbs_path).as_posix(): PAGE_OF(n)
+               for n in nbglob(as_path=True)}
+    shown = PAGES['list_pages'](PAGES['make_nav'](groups, sources))
+    assert not (lost := set(sources.values())-set(shown)), f'nbs/sidebar.yml lacks {lost}'
+    assert len(shown) == len(set(shown))
+    gone = [n for n in PAGES['list_named'](groups) if n.endswith('.ipynb') and n not in sources]
+    assert not gone, f'nbs/sidebar.yml names {gone}, which is not in nbs/'
+
+
+def test_every_command_has_a_page(tmp_path):
+    "With every flag that --help lists, and no other."
+    PAGES['write_commands'](tmp_path)
+    for name, function in PAGES['list_commands']().items():
+        page = (tmp_path/f'{name}.md').read_text(encoding='utf-8')
+        flags = {f.replace('-', '_') for f in re.findall(r'(?m)^\| `--([a-z0-9-]+)`', page)}
+        known = inspect.signature(function).parameters
+        assert flags <= {*known} and len(known)-len(flags) <= 2, name   # at most two have no dashes
 
 
 @pytest.mark.slow
 def test_site():
-    assert not (broken := build_site()), broken
+    build_site()
     pages = {p.relative_to(ROOT/'_docs').as_posix() for p in (ROOT/'_docs').rglob('*.html')}
     for notebook in nbglob(as_path=True): assert PAGE_OF(notebook) in pages
 
 
 def test_a_few_pages_build(tmp_path):
-    "The front page, a chapter, a module and a tutorial; links may lead to pages not built here."
-    names = ['index.ipynb', '06_eval.ipynb', 'basics.ipynb', 'sweeps.ipynb']
-    broken = build_site(*names, '--to', tmp_path/'site')
-    built = {p.relative_to(tmp_path/'site').as_posix() for p in (tmp_path/'site').rglob('*.html')}
+    "The front page, a module and a tutorial; their links may lead to pages not built here."
+    names, site = ['index.ipynb', 'scan_reference.ipynb', 'sweeps.ipynb'], tmp_path/'site'
+    build_site(*names, '--to', site)
+    built = {p.relative_to(site).as_posix() for p in site.rglob('*.html')}
     assert {PAGE_OF(n) for n in nbglob(as_path=True) if n.name in names} <= built
-    others = {Path(PAGE_OF(n)).stem for n in nbglob(as_path=True)}
-    assert not (lost := [href for href in broken if Path(href.split('#')[0]).stem not in others]), (
-        lost)
+    lacking = {Path(PAGE_OF(n)).name for n in nbglob(as_path=True)}
+    assert not (dead := find_dead_links(site, lacking)), dead
+    scan = (site/'models/scan_reference.html').read_text(encoding='utf-8')
+    assert '<math' in scan and 'id="figure-1"' in scan
+    assert not re.search(r'>\[?`?\]\(https', scan) and '](http' not in scan
+    if not find_chromium(): return
+    pytest.importorskip('websocket')
+    with open_browser() as browser:
+        assert not (wide := find_wide_pages(browser, [site/p for p in sorted(built)][:8])), wide
+        assert not (missed := find_misses(browser, site, {'scan': ['scan_reference.html']})), missed
+        assert not browser.errors, browser.errors[:3]
 
 
 def test_links_between_pages_lead_somewhere():
