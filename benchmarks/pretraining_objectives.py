@@ -6,30 +6,37 @@ and the control that every claim must face: the numbers that an objective asks f
 python benchmarks/pretraining_objectives.py --downstream data/downstream outputs/*/best_model.pt
 
 Features of a recording are the mean over its windows; a regularised logistic regression answers for
-recordings, the mean over its recordings for a child. Out of fold: five folds of the persons of
-train and val. Test: fitted on all of them. Where nobody heard a murmur at a place, the recording
+recordings, the mean over its recordings for a subject. Out of fold: five folds of the persons of
+train and val, taught by all persons of the other folds or by a tenth. Test: fitted on all of them.
+The gain is over log-mel statistics by state, paired, on recordings, with an interval over persons. Where nobody heard a murmur at a place, the recording
 counts as Absent. Pretraining has heard the persons of train without labels, those of val and test
 not at all.
 """
 import argparse
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from sklearn.metrics import roc_auc_score
 from pahcl.core.basics import generator
 from pahcl.core.config import load_config
 from pahcl.core.metrics import classification_metrics
+from pahcl.core.resampling import resampling_weights
+from pahcl.data.datasets import identify_devices
 from pahcl.data.inputs import open_cycles
 from pahcl.data.joined_cycles import _JoinedCycles
-from pahcl.data.sampling import get_recording_ids
+from pahcl.data.sampling import draw_few_shot_rows, get_recording_ids
+from pahcl.evaluation.statistics import bootstrap_scores
 from pahcl.data.stratification import _deal_folds
 from pahcl.data.tasks import Task
 from pahcl.models.classifier import encode_cycles
 from pahcl.models.pretrained import load_pretrained_encoder
 from pahcl.training.finetuning_data import _find_silent_places
 from pahcl.training.pretraining_model import _build_pretraining_model
-from pahcl.training.probe import fit_probe
+from pahcl.training.probe import fit_predict, fit_probe, probe_classifiers
 import pahcl.training.pretraining   # registers the objectives
 from pahcl.training.objectives import OBJECTIVES
 from pahcl.training.state_objectives import _recording_targets
+
+BAR = 'log-mel statistics by state'   # what every row is compared with
 
 def whole_statistics(values, states):
     "Mean and deviation of each band: [2·bands]."
@@ -60,27 +67,59 @@ def list_recordings(task, windows):
     return table
 
 def score(task, recordings, probabilities):
-    "AUROC of recordings of the positive class against the rest, macro AUROC of children."
-    from sklearn.metrics import roc_auc_score
-    positive = task.positive_class
-    subjects = recordings['subject_id'].to_numpy()
+    "AUROC of recordings of the positive class against the rest, and macro AUROC of subjects."
+    positive, subjects = task.positive_class, recordings['subject_id'].to_numpy()
     mean = pd.DataFrame(probabilities).groupby(subjects).mean().to_numpy()
     label = recordings.groupby('subject_id')['label'].first().sort_index().to_numpy()
-    return (roc_auc_score(recordings['place_label'] == positive, probabilities[:, positive]),
-            classification_metrics(label, mean, len(task.label_map))['auroc'])
+    of = lambda rows: roc_auc_score((recordings['place_label'] == positive)[rows],
+                                    probabilities[rows, positive])
+    found = dict(recordings=of(np.ones(len(recordings), bool)),
+                 macro=classification_metrics(label, mean, len(task.label_map))['auroc'])
+    device = identify_devices(recordings, task.dataset)
+    if device is None: return found
+    return found | dict(within_devices=np.mean([of(device == d) for d in np.unique(device)]))
 
-def probe(task, recordings, features, split, seed=0):
-    "Scores out of fold on train and val, and on test."
-    classes, learn = len(task.label_map), (split != 'test').to_numpy()
-    own, x = recordings[learn], features[learn]
-    persons = own.groupby('person_id')['label'].min().to_dict()
-    fold = own['person_id'].map(_deal_folds(persons, 5, generator(seed, 'probe'))).to_numpy()
-    answers, label = np.zeros((len(own), classes)), own['place_label'].to_numpy()
+def answer(task, recordings, features, seed, share=1., model=None):
+    "Probabilities out of fold, by person; `share` of the persons of the other folds teach."
+    classes, label = len(task.label_map), recordings['place_label'].to_numpy()
+    persons = recordings.groupby('person_id')['label'].min().to_dict()
+    fold = recordings['person_id'].map(_deal_folds(persons, 5, generator(seed, 'probe')))
+    out = np.zeros((len(recordings), classes))
     for k in range(5):
-        answers[fold == k] = fit_probe(x[fold != k], label[fold != k], classes)(x[fold == k])
-    test = fit_probe(x, label, classes)(features[~learn])
-    return dict(zip(('oof_recordings', 'oof_macro', 'test_recordings', 'test_macro'),
-                    (*score(task, own, answers), *score(task, recordings[~learn], test))))
+        learn = (fold != k).to_numpy()
+        if share < 1:
+            few = recordings[learn].assign(label=recordings['label'])
+            learn = np.flatnonzero(learn)[draw_few_shot_rows(few, share, seed+k)]
+        fitted = (fit_probe(features[learn], label[learn], classes) if model is None else
+                  lambda x, m=model: fit_predict(m, features[learn], label[learn], x, classes))
+        out[fold == k] = fitted(features[fold == k])
+    return out
+
+def compare(recordings, task, ours, others):
+    "Paired difference of AUROC, of recordings with a murmur, with its 95 % interval over persons."
+    truth = (recordings['place_label'] == task.positive_class).astype(int).to_numpy()
+    person = pd.factorize(recordings['person_id'])[0]
+    weights = resampling_weights(person.max()+1, 1000)
+    drawn = [bootstrap_scores(truth, np.c_[1-p, p], p > .5, person, weights)['auroc']
+             for p in (a[:, task.positive_class] for a in (ours, others))]
+    moved = drawn[0]-drawn[1]
+    return moved[0], *np.nanpercentile(moved[2+person.max():], [2.5, 97.5])
+
+def probe(task, recordings, features, split, bar, seeds):
+    "Scores out of fold on train and val, with all persons, with a tenth, and of test."
+    learn = (split != 'test').to_numpy()
+    own, x = recordings[learn], features[learn]
+    every = [answer(task, own, x, seed) for seed in range(seeds)]
+    few = [answer(task, own, x, seed, share=.1) for seed in range(seeds)]
+    z = np.nan_to_num((x-np.nanmean(x, 0))/(np.nanstd(x, 0)+1e-6))
+    near = answer(task, own, z, 0, model=probe_classifiers(20)['knn'])
+    told = fit_probe(x, own['place_label'].to_numpy(), len(task.label_map))(features[~learn])
+    mean = lambda answers: pd.DataFrame([score(task, own, a) for a in answers]).mean()
+    row = {f'{how}_{k}': v for how, values in dict(
+        oof=mean(every), tenth=mean(few), knn=mean([near]),
+        test=score(task, recordings[~learn], told)).items() for k, v in dict(values).items()}
+    gain = compare(own, task, every[0], every[0] if bar is None else bar)
+    return row | dict(zip(('gain', 'gain_low', 'gain_high'), gain)), every[0]
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -104,8 +143,8 @@ def main(argv=None):
     fact = lambda compute: collect(lambda w: _recording_targets(w, compute))
     build = lambda **other: _build_pretraining_model(config.model_copy(update=other),
                                                      splits['train'])
-    sources = {'log-mel statistics': lambda: fact(whole_statistics),
-               'log-mel statistics by state': lambda: fact(state_statistics)}
+    sources = {BAR: lambda: fact(state_statistics),
+               'log-mel statistics': lambda: fact(whole_statistics)}
     for name in OBJECTIVES:   # the control: what it asks for, without a network
         own = build(objectives={name: 1.})
         if own.targets(splits['train']):
@@ -115,11 +154,11 @@ def main(argv=None):
                 for seed in range(a.seeds)}
     sources |= {p.parent.name: lambda p=p: encode(load_pretrained_encoder(p).encoder)
                 for p in a.checkpoints}
-    rows = []
+    rows, bar = [], None
     for name, make in sources.items():
         features = make()
-        found = pd.DataFrame([probe(task, recordings, features, split, seed)
-                              for seed in range(a.seeds)]).mean()
+        found, answers = probe(task, recordings, features, split, bar, a.seeds)
+        if name == BAR: bar = answers
         rows.append(dict(source=name, numbers=features.shape[1], **found))
         print(pd.DataFrame(rows[-1:]).to_string(header=len(rows) == 1, index=False,
                                                 float_format='%.3f'), flush=True)

@@ -269,6 +269,9 @@ class _ContrastSection(_Section):
     positives: Literal['view', 'recording', 'subject'] = 'view'  # what counts as the same
     # of the same cycle, or of another one of its recording or subject (by `positives`)
     second_view: Literal['same', 'other'] = 'same'
+    # other persons of the batch; 'device': a batch is of one hospital or device only, so that
+    # neither helps to tell them apart
+    negatives: Literal['any', 'device'] = 'any'
     cycle_projector: list[int] = [512, 128]                      # hidden and output width
     substructure_projector: list[int] = [256, 64]
     moco: bool = False  # momentum encoder and queue instead of SimCLR

@@ -74,7 +74,8 @@ def _describe_contrast(
             'but no more negatives')
     if batches == 1: more = ''
     steps = settings.num_epochs*len(_group_batches(range(rows), size, batches, processes))
-    told = [f'negatives of a cycle: other persons in its batch of {size}{queue}{more}']
+    whose = ' of one device' if contrast.negatives == 'device' else ''
+    told = [f'negatives of a cycle: other persons in its batch of {size}{whose}{queue}{more}']
     return [*told*(not model.weights.keys().isdisjoint(('simclr', 'moco'))),
             *model.set_pace(steps, rows)]
 

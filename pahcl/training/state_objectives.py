@@ -63,6 +63,28 @@ class _SystoleMinusDiastole(_Regression):
 
     def targets(self, rows): return _recording_targets(rows, _systole_minus_diastole)
 
+# %% ../../nbs/training/state_objectives.ipynb #ss02
+def _state_spectra(
+    values,   # [N, bands] log-mel frames of a recording
+    states,   # [N]
+):            # [9·bands] float32: four mean spectra, four deviations, roughness; NaN: a state lacks
+    "Describe the sound of each state, and how much the systole changes from frame to frame."
+    values = values.astype(np.float32)
+    own = [values[states == s] for s in (1, 2, 3, 4)]
+    inside = (states[1:] == 2) & (states[:-1] == 2)
+    if not (all(map(len, own)) and inside.any()): return np.full(9*values.shape[1], np.nan)
+    whole, rough = values[states > 0].mean(0), np.abs(np.diff(values, axis=0))[inside].mean(0)
+    return np.concatenate([*(s.mean(0)-whole for s in own), *(s.std(0) for s in own), rough])
+
+@register_objective('state_spectra')
+class _StateSpectra(_Regression):
+    "What does each state of the recording sound like?"
+    needs_states = needs_frames = True
+
+    def __init__(self, encoder, config): super().__init__(encoder, config, 9*config.data.mel_bands)
+
+    def targets(self, rows): return _recording_targets(rows, _state_spectra)
+
 # %% ../../nbs/training/state_objectives.ipynb #so13
 @register_objective('heart_states')
 class _HeartStates(Objective):

@@ -3,6 +3,7 @@ answer; the contrast is what it was before it stood among others
 """
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 import pahcl.training.pretraining as P
 from pahcl.core.basics import PahclError
@@ -190,3 +191,39 @@ def test_an_objective_of_ones_own(root, rows):
             values['loss_loud'].item()+2*values['loss_heart_rate'].item())
         assert {'gradient_share_loud', 'gradient_cosine_heart_rate'} <= values.keys()
     finally: del OBJECTIVES['loud']
+
+def test_batches_of_one_device(root):
+    "Each whole batch is of one device, all rows of the epoch are there, and MoCo is refused."
+    from pahcl.training.pretraining_data import _name_devices, _shuffled_rows
+    config = config_of(root, dict(simclr=1.), **{'contrast.negatives': 'device'})
+    train = _load_pretrain_data(config).train
+    halves = train.table.assign(dataset=np.where(np.arange(len(train)) % 2, 'circor', 'pascal'))
+    two = SimpleNamespace(table=halves)
+    device, rows = _name_devices(halves), _shuffled_rows(config, two, 1)
+    free = _shuffled_rows(config.model_copy(update=dict(
+        contrast=config.contrast.model_copy(update=dict(negatives='any')))), two, 1)
+    assert sorted(rows) == sorted(free) and list(rows) != list(free)
+    size = config.training.batch_size
+    of = [len({*device[rows[i:i+size]]}) for i in range(0, len(rows), size)]
+    most = sum(np.unique(device[rows], return_counts=True)[1]//size)
+    assert len({*device}) > 1 and most > 1 and of[:most] == [1]*most
+    with pytest.raises(PahclError, match='its queue holds keys of all devices'):
+        _load_pretrain_data(config_of(root, dict(moco=1.), **{
+            'contrast.negatives': 'device', 'contrast.moco': True}))
+
+def test_teachers_follow_and_are_part_of_no_optimiser(root, rows):
+    config = config_of(root, dict(masked_latents=1.))
+    model = _build_pretraining_model(config, rows)
+    objective = model.objectives['masked_latents']
+    learning = {p for part in model.parts().values() for p in part.parameters()}
+    assert learning.isdisjoint(objective.teacher.parameters())
+    assert not any(name.startswith('objectives.masked_latents.encoder')
+                   for name in model.state_dict())
+    objective.set_pace(steps=10, rows=100)
+    assert objective.momentum < .99     # half of it is new within a tenth of the run
+    before = [p.clone() for p in objective.teacher.parameters()]
+    with torch.no_grad():
+        for p in model.encoder.parameters(): p += 1
+    objective.follow(.5)
+    for old, new in zip(before, objective.teacher.parameters()):
+        torch.testing.assert_close(new-old, torch.full_like(old, 1-objective.momentum))
