@@ -171,3 +171,9 @@ def _describe_misclassified(
     rest = [f'The others: {first_few(others, 30)}.'] if len(others) else []
     shown = [_subject_to_html(decisions, task, row) for _, row in wrong[:first].iterrows()]
     return [text, _KEY, *shown, *rest, _PLAYER_SCRIPT]
+
+def _misclassified_section(
+    decisions, task,   # as in `_describe_misclassified`
+) -> dict:             # heading -> items
+    "Make the section for a report."
+    return {'Subjects that were decided wrongly': _describe_misclassified(decisions, task)}
