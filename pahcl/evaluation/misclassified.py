@@ -144,9 +144,10 @@ def _subject_to_html(
     said = (f'{pair[0]} {p(row["p_truth"])}, {pair[1]} {p(row["p_decided"])}. '
             f'{pair[0]} by place: {lines}. Shown: {name(places.iloc[0])}.')
     recording = places['recording_id'].iloc[0]
-    beats = _time_beats(decisions, task, recording, *pair)
-    try: signal, rate, states, start = _read_stretch(task, beats, recording)
-    except (PahclError, KeyError, ValueError):   # a task that keeps no recordings
+    try:
+        beats = _time_beats(decisions, task, recording, *pair)
+        signal, rate, states, start = _read_stretch(task, beats, recording)
+    except (PahclError, KeyError, ValueError):   # a task that keeps no recordings, or no times
         return _Html(f'{title}<p>{html.escape(said)} The task keeps no sound of it.</p>')
     figure = _mistake_figure(signal, rate, states, beats, *pair, start)
     about = f'{recording}: sound with heart states, spectrogram, probability by beat'
