@@ -75,7 +75,8 @@ def test_every_command_is_run_up_to_its_work(page, capsys, monkeypatch, tmp_path
         try: code = getattr(importlib.import_module(module), function)(words)
         except Reached: code = None
         except SystemExit as e: code = e.code
-        assert code is None and work.called, f'{name} {shlex.join(words)}: {capsys.readouterr().err}'
+        said = f'{name} {shlex.join(words)}: {capsys.readouterr().err}'
+        assert code is None and work.called, said
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
     assert len(found) > 8

@@ -19,7 +19,7 @@ from ..data.loader import Cycles
 from ..data.tasks import find_met_persons, Task
 from .baselines import all_baseline_predictions
 from .decisions import Decisions
-from .misclassified import _describe_misclassified
+from .misclassified import _misclassified_section
 from .report import Evaluation
 from .subject_rules import check_rules, VALIDATION_RULES
 from .thresholds import _check_threshold
@@ -280,7 +280,6 @@ def evaluate(
         asked = dict(about, data_dir=str(data_dir), rule=rule, subject_rule=subject_rule,
                      threshold=threshold, draws=draws, seed=seed)
         settings = dict(evaluation=asked, checkpoint=model.saved.get('config') or {})
-        wrong = {'Subjects that were decided wrongly': _describe_misclassified(scored.decisions,
-                                                                               prepared)}
+        wrong = _misclassified_section(scored.decisions, prepared)
         scored.save(folder, f'{task}, {split}: {path.parent.name}/{path.name}', settings, wrong)
     return scored.results | dict(output_dir=str(folder))

@@ -144,9 +144,10 @@ def _subject_to_html(
     said = (f'{pair[0]} {p(row["p_truth"])}, {pair[1]} {p(row["p_decided"])}. '
             f'{pair[0]} by place: {lines}. Shown: {name(places.iloc[0])}.')
     recording = places['recording_id'].iloc[0]
-    beats = _time_beats(decisions, task, recording, *pair)
-    try: signal, rate, states, start = _read_stretch(task, beats, recording)
-    except (PahclError, KeyError, ValueError):   # a task that keeps no recordings
+    try:
+        beats = _time_beats(decisions, task, recording, *pair)
+        signal, rate, states, start = _read_stretch(task, beats, recording)
+    except (PahclError, KeyError, ValueError):   # a task that keeps no recordings, or no times
         return _Html(f'{title}<p>{html.escape(said)} The task keeps no sound of it.</p>')
     figure = _mistake_figure(signal, rate, states, beats, *pair, start)
     about = f'{recording}: sound with heart states, spectrogram, probability by beat'
@@ -171,3 +172,9 @@ def _describe_misclassified(
     rest = [f'The others: {first_few(others, 30)}.'] if len(others) else []
     shown = [_subject_to_html(decisions, task, row) for _, row in wrong[:first].iterrows()]
     return [text, _KEY, *shown, *rest, _PLAYER_SCRIPT]
+
+def _misclassified_section(
+    decisions, task,   # as in `_describe_misclassified`
+) -> dict:             # heading -> items
+    "Make the section for a report."
+    return {'Subjects that were decided wrongly': _describe_misclassified(decisions, task)}

@@ -22,6 +22,7 @@ from ..data.steps import _InputSettings
 from ..data.tasks import find_met_persons, Task
 from ..evaluation.evaluator import (
     _note_bag_levels, note_trained_persons, open_model, open_split, score_split)
+from ..evaluation.misclassified import _misclassified_section
 from ..evaluation.subject_rules import check_rules
 from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on
 from ..models.decision_layer import _average_answers, DecisionLayer
@@ -173,6 +174,7 @@ def _write_ensemble(
     answers,                 # of `_disagreement_table`
     title: str,           # of the report
     settings=None,        # shown in the report
+    task=None,            # the `pahcl.data.tasks.Task`: the report shows who was decided wrongly
 ) -> Path:                # the folder
     "Write the files of an evaluation, and disagreement_subject.csv."
     results = evaluation.results
@@ -182,6 +184,7 @@ def _write_ensemble(
     write_text(Path(folder)/'disagreement_subject.csv', text)
     more = {'Members, each alone (subjects)': [members],
             'Disagreement': [summary, answers.head(20).round(3)]}
+    if task: more |= _misclassified_section(evaluation.decisions, task)
     return evaluation.save(folder, title, settings, more)
 
 # %% ../../nbs/studies/ensemble.ipynb #cell32
@@ -336,5 +339,5 @@ def ensemble(
         asked = dict(members=[str(p) for p in members], task=task, data_dir=str(data_dir),
                      split=split, draws=draws, seed=seed,
                      weights='learnt on val' if weighted else 'all alike')
-        _write_ensemble(folder, scored, answers, title, asked)
+        _write_ensemble(folder, scored, answers, title, asked, prepared)
     return scored.results | dict(output_dir=str(folder))
