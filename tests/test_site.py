@@ -54,8 +54,9 @@ def find_wide_pages(browser, pages) -> list:
     "Pages that are wider than their window."
     wide = []
     for page in pages:
+        browser.open(page.resolve().as_uri())
         for width in WIDTHS:
-            browser.open(page.resolve().as_uri(), width)
+            browser.resize(width)
             if (least := browser.run('document.documentElement.scrollWidth')) > width:
                 wide.append(f'{page}: {least} of {width}')
     return wide
