@@ -46,10 +46,14 @@ class Browser:
                 self.errors.append(str(what['args']))
             if wanted(m): return m
 
-    def open(self, address, width=1200, dark=False):
-        "Open a page in a window of this width."
+    def resize(self, width):
+        "Give the window another width."
         self.send('Emulation.setDeviceMetricsOverride', width=width, height=900,
                   deviceScaleFactor=1, mobile=False)
+
+    def open(self, address, width=1200, dark=False):
+        "Open a page in a window of this width."
+        self.resize(width)
         self.send('Emulation.setEmulatedMedia', features=[
             dict(name='prefers-color-scheme', value='dark' if dark else 'light')])
         # from nowhere: an address that differs in its anchor alone would load nothing
