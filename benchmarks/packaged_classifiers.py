@@ -171,5 +171,5 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     prepare_tasks(raw)
     for name in names: make(name, raw)
-    _write_card(_WEIGHTS/'encoder.safetensors')
+    for name in ('encoder', 'encoder_window'): _write_card(_WEIGHTS/f'{name}.safetensors')
     _write_segmenter_card(_WEIGHTS/'heart_states.json')

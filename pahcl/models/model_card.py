@@ -189,7 +189,9 @@ def _show_packaged_use(facts: dict) -> list:
     "Show the lines that use what comes with the package."
     name, task = facts['package']['called'], facts.get('task')
     if not task:
-        return ['## Use', '```sh', f'pahcl_finetune --task circor_murmur --pretrained {name}',
+        hears = ((facts.get('config') or {}).get('data') or {}).get('frontend')
+        how = ' --config window'*(hears == 'logmel')
+        return ['## Use', '```sh', f'pahcl_finetune --task circor_murmur{how} --pretrained {name}',
                 '```', '```python', 'import pahcl',
                 f"encoder = pahcl.from_pretrained('{name}')", '```']
     return ['## Use', '```sh', f'pahcl_predict wavs --checkpoint {name} --task {task}', '```',

@@ -87,14 +87,15 @@ def read_pretrained(
 
 # %% ../../nbs/models/pretrained.ipynb #cell17
 _WEIGHTS = Path(str(files('pahcl')/'weights'))
-_PACKAGED = ('packaged', 'packaged_unseen')   # names of sets of weights
+_PACKAGED = ('packaged', 'packaged_unseen')   # names of sets of classifiers
+_PACKAGED_ENCODERS = dict(packaged='encoder', packaged_window='encoder_window')
 
 def _classifier_files(
     name='packaged',   # of the set
 ) -> dict:             # task -> path
     "Find the classifiers that come with the package."
     files_of = lambda end: {p.stem.removesuffix(end): p for p in sorted(_WEIGHTS.glob(
-        f'*{end}.safetensors')) if p.stem != 'encoder'}
+        f'*{end}.safetensors')) if not p.stem.startswith('encoder')}
     unseen, all_files = files_of('_unseen'), files_of('')
     if name != 'packaged':   # of other data sets there is one file for both
         own = {t: p for t, p in all_files.items() if t in TASKS and TASKS[t].dataset != 'circor'}
@@ -102,14 +103,19 @@ def _classifier_files(
     return {t: p for t, p in all_files.items() if p not in unseen.values()}
 
 def resolve_checkpoint(
-    source,     # a path, `packaged`, or `packaged_unseen`: see `pahcl.models.packaged`
+    # a path, `packaged`, `packaged_unseen`, or `packaged_window`: see `pahcl.models.packaged`
+    source,
     task=None,  # of a packaged set: the classifier of this task; None: the encoder
 ) -> Path:
     "Find the file of a checkpoint; a task that no packaged classifier knows is a `PahclError`."
-    if str(source) not in _PACKAGED: return Path(source)
-    if task is None and source == 'packaged': return _WEIGHTS/'encoder.safetensors'
+    if str(source) not in {*_PACKAGED, *_PACKAGED_ENCODERS}: return Path(source)
+    if task is None and source in _PACKAGED_ENCODERS:
+        return _WEIGHTS/f'{_PACKAGED_ENCODERS[source]}.safetensors'
     if task is None:
         raise UsageError(f'{source} are classifiers of tasks; the encoder is called packaged.')
+    if source not in _PACKAGED:
+        raise UsageError(f'{source} is an encoder without a classifier. Give packaged, or train a '
+                         f'classifier from it with pahcl_finetune --pretrained {source}.')
     known = _classifier_files(source)
     if task in known: return known[task]
     raise PahclError(f'no classifier of {task} comes with pahcl as {source}, only of '
