@@ -8,9 +8,9 @@ python benchmarks/pretraining_objectives.py --downstream data/downstream outputs
 Features of a recording are the mean over its windows; a regularised logistic regression answers for
 recordings, the mean over its recordings for a subject. Out of fold: five folds of the persons of
 train and val, taught by all persons of the other folds or by a tenth. Test: fitted on all of them.
-The gain is over log-mel statistics by state, paired, on recordings, with an interval over persons. Where nobody heard a murmur at a place, the recording
-counts as Absent. Pretraining has heard the persons of train without labels, those of val and test
-not at all.
+The gain is over log-mel statistics by state, paired, on recordings, with an interval over persons.
+Where nobody heard a murmur at a place, the recording counts as Absent. Pretraining has heard the
+persons of train without labels, those of val and test not at all.
 """
 import argparse
 from pathlib import Path
