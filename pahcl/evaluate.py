@@ -17,7 +17,8 @@ from .core.scripts import console_script, require_flags
 __getattr__, __dir__, _ = lazy.attach('pahcl', submod_attrs={
     'evaluation.evaluator': ['evaluate'],
     'evaluation.prediction': ['predict'],
-    'core.metrics': ['murmur_weighted_accuracy', 'outcome_cost', 'classification_metrics'],
+    'core.challenge_metrics': ['murmur_weighted_accuracy', 'outcome_cost'],
+    'core.metrics': ['classification_metrics'],
     'evaluation.statistics': ['bootstrap'],
     'studies.ensemble': ['ensemble'],
     'studies.summary': ['summarize'],
