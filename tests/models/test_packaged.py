@@ -26,7 +26,8 @@ from pahcl.models.pretrained import (
 
 find = lambda task: resolve_checkpoint('packaged', task=task)
 PACKAGED = sorted(_classifier_files())
-FILES = sorted(p.stem for p in _WEIGHTS.glob('*.safetensors') if p.stem != 'encoder')
+ENCODERS = {'encoder', 'encoder_window'}
+FILES = sorted({p.stem for p in _WEIGHTS.glob('*.safetensors')}-ENCODERS)
 load = lambda name: load_checkpoint(_WEIGHTS/f'{name}.safetensors')
 
 
@@ -77,9 +78,13 @@ def test_all_of_them_are_small_and_no_other_is_known(tmp_path):
     assert PACKAGED == ['circor_murmur', 'circor_outcome', 'pascal', 'physionet2016']
     assert sum(p.stat().st_size for p in _WEIGHTS.iterdir()) < 12e6
     models = {p.stem for p in _WEIGHTS.iterdir() if p.suffix != '.md'}
-    assert models == {p.stem for p in _WEIGHTS.glob('*.md')} == {*FILES, 'encoder', 'heart_states'}
+    assert models == {p.stem for p in _WEIGHTS.glob('*.md')} == {*FILES, *ENCODERS,
+                                                                     'heart_states'}
     assert not {p.suffix for p in _WEIGHTS.iterdir()}-{'.safetensors', '.json', '.md'}   # no pickle
     assert resolve_checkpoint('packaged').stem == 'encoder'
+    assert resolve_checkpoint('packaged_window').stem == 'encoder_window'
+    with pytest.raises(UsageError, match='packaged_window is an encoder without a classifier'):
+        resolve_checkpoint('packaged_window', 'pascal')
     assert resolve_checkpoint('a/b.pt', task='nonsense') == Path('a/b.pt')
     with pytest.raises(PahclError, match='no classifier of nonsense comes with pahcl as packaged, '
                                          'only of '+', '.join(PACKAGED)): find('nonsense')
@@ -99,6 +104,17 @@ def test_answers_and_serves_as_an_encoder(name):
     with torch.no_grad(): answers = model(x)
     assert answers.shape == (2, len(saved['label_map'])) and answers.isfinite().all()
     assert load_pretrained_encoder(path).found['encoder_skipped'] == []
+
+
+def test_the_encoder_of_windows_hears_and_names_nobody():
+    saved = load('encoder_window')
+    assert saved['kind'] == 'pretrain' and saved['config']['seed'] == 0
+    assert all('#' in p for p in saved['pretrain_persons'])
+    assert not any(Path(p).is_absolute() for p in map(str, saved['config']['data'].values()))
+    found = load_pretrained_encoder('packaged_window')
+    assert not found.found['encoder_skipped'] and not found.found['at_random']
+    features = found.encoder.eval()(torch.randn(2, 80, 256, generator=torch.manual_seed(0)))
+    assert features.shape == (2, 144) and features.std() > .01
 
 
 def test_the_encoder_answers_as_it_always_did():
