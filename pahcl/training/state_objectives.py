@@ -54,14 +54,20 @@ def _recording_targets(
     return torch.from_numpy(facts.astype(np.float32)[row])
 
 # %% ../../nbs/training/state_objectives.ipynb #so10
-@register_objective('systole_minus_diastole')
-class _SystoleMinusDiastole(_Regression):
-    "What is in the systole that is not in the diastole, in the whole recording?"
+class _OfRecording(_Regression):
+    "A fact of the whole recording, asked of one window; a subclass says which."
     needs_states = needs_frames = True
+    compute, per_band = None, 0   # function of (values, states) -> [per_band · bands]
 
-    def __init__(self, encoder, config): super().__init__(encoder, config, 2*config.data.mel_bands)
+    def __init__(self, encoder, config):
+        super().__init__(encoder, config, self.per_band*config.data.mel_bands)
 
-    def targets(self, rows): return _recording_targets(rows, _systole_minus_diastole)
+    def targets(self, rows): return _recording_targets(rows, self.compute)
+
+@register_objective('systole_minus_diastole')
+class _SystoleMinusDiastole(_OfRecording):
+    "What is in the systole that is not in the diastole, in the whole recording?"
+    compute, per_band = staticmethod(_systole_minus_diastole), 2
 
 # %% ../../nbs/training/state_objectives.ipynb #ss02
 def _state_spectra(
@@ -77,13 +83,9 @@ def _state_spectra(
     return np.concatenate([*(s.mean(0)-whole for s in own), *(s.std(0) for s in own), rough])
 
 @register_objective('state_spectra')
-class _StateSpectra(_Regression):
+class _StateSpectra(_OfRecording):
     "What does each state of the recording sound like?"
-    needs_states = needs_frames = True
-
-    def __init__(self, encoder, config): super().__init__(encoder, config, 9*config.data.mel_bands)
-
-    def targets(self, rows): return _recording_targets(rows, _state_spectra)
+    compute, per_band = staticmethod(_state_spectra), 9
 
 # %% ../../nbs/training/state_objectives.ipynb #so13
 @register_objective('heart_states')
