@@ -20,9 +20,10 @@ def _map_on_machine(
     from joblib.externals.loky.process_executor import TerminatedWorkerError
     workers = min(num_workers, joblib.cpu_count(), max(1, len(jobs)))
     calls = (joblib.delayed(function)(*job) for job in jobs)
-    try:
-        with joblib.parallel_config(backend='loky', n_jobs=workers, inner_max_num_threads=1):
-            yield from joblib.Parallel(return_as='generator')(calls)
+    # what is configured must not hold for the caller, who has a turn between two results
+    with joblib.parallel_config(backend='loky', n_jobs=workers, inner_max_num_threads=1):
+        run = joblib.Parallel(return_as='generator')
+    try: yield from run(calls)
     except TerminatedWorkerError as e:
         raise PahclError(f'one of {workers} processes was killed, perhaps because memory ran out. '
                          'Run it again with fewer workers.') from e
