@@ -269,9 +269,9 @@ class _ContrastSection(_Section):
     positives: Literal['view', 'recording', 'subject'] = 'view'  # what counts as the same
     # of the same cycle, or of another one of its recording or subject (by `positives`)
     second_view: Literal['same', 'other'] = 'same'
-    # other persons of the batch; 'device': a batch is of one hospital or device only, so that
-    # neither helps to tell them apart
-    negatives: Literal['any', 'device'] = 'any'
+    # other persons of the batch; it can be of one hospital or device only, or of hearts that beat
+    # about as fast, so that neither helps to tell them apart
+    negatives: Literal['any', 'device', 'heart_rate'] = 'any'
     cycle_projector: list[int] = [512, 128]                      # hidden and output width
     substructure_projector: list[int] = [256, 64]
     moco: bool = False  # momentum encoder and queue instead of SimCLR
@@ -397,6 +397,8 @@ class _PretrainConfig(_Section):
     contrast: _ContrastSection = _ContrastSection()
     # name of an objective -> its weight; None: `simclr`, or `moco` where `contrast.moco` is on
     objectives: Optional[dict[str, Annotated[float, Field(ge=0)]]] = None
+    # these weights as they stand, or also learnt: the less certain an answer, the less it weighs
+    objective_weights: Literal['given', 'uncertainty'] = 'given'
     # anew, as `model`
     augmentation: _PretrainAugmentation = Field(default_factory=_PretrainAugmentation)
     training: _TrainingSection = _TrainingSection()

@@ -22,8 +22,8 @@ from .foreign_checkpoints import _convert_checkpoint, read_foreign_checkpoint
 from .hub_folders import _remember_origin
 
 # %% ../../nbs/models/pretrained.ipynb #cell7
-_HEAD_PREFIXES = ('objectives.', 'cycle_projector.', 'substructure_projector.', 'classifier.',
-                  'standardise.', 'attention.')
+_HEAD_PREFIXES = ('objectives.', 'certainty.', 'cycle_projector.', 'substructure_projector.',
+                  'classifier.', 'standardise.', 'attention.')
 
 # %% ../../nbs/models/pretrained.ipynb #cell8
 def _weight_part(

@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 
 from ..data.sampling import split_into_batches
 from .batches import _split_batch
-from .pretraining_data import _make_pair_batcher, _PretrainData, _shuffled_rows
+from .epoch_order import _shuffled_rows
+from .pretraining_data import _make_pair_batcher, _PretrainData
 from .probe import _make_probes
 
 # %% ../../nbs/training/epoch_choice.ipynb #947dcf70

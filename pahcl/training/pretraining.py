@@ -16,8 +16,8 @@ from ..models.mamba_block import slow_scan_warnings
 from . import contrastive_model, masked_objectives, state_objectives
 from .batches import _group_batches
 from .epoch_choice import _EpochChoice, _select_probes, _WatchedCycles
-from .pretraining_data import (
-    _load_pretrain_data, _make_pair_batcher, _PretrainData, _shuffled_rows)
+from .epoch_order import _shuffled_rows
+from .pretraining_data import _load_pretrain_data, _make_pair_batcher, _PretrainData
 from .pretraining_model import _build_pretraining_model
 from .probe import _score_probes
 from .runs import Run
@@ -74,20 +74,26 @@ def _describe_contrast(
             'but no more negatives')
     if batches == 1: more = ''
     steps = settings.num_epochs*len(_group_batches(range(rows), size, batches, processes))
-    whose = ' of one device' if contrast.negatives == 'device' else ''
+    whose = dict(any='', device=' of one device', heart_rate=' of like heart rate')[
+        contrast.negatives]
     told = [f'negatives of a cycle: other persons in its batch of {size}{whose}{queue}{more}']
     return [*told*(not model.weights.keys().isdisjoint(('simclr', 'moco'))),
             *model.set_pace(steps, rows)]
 
 # %% ../../nbs/training/pretraining.ipynb #gr15
-def _describe_gradients(
+def _describe_pulls(
     values: dict,   # what a training reported of an epoch
-) -> list:          # no or one sentence
-    "Say how much of the encoder's gradient is each objective's, and whether the others agree."
+) -> list:          # no, one or two sentences
+    """Say how much of the encoder's gradient is each objective's, whether the others agree, and
+    what each weighs where that is learnt.
+    """
     share = {k.removeprefix('gradient_share_'): v for k, v in values.items()
              if k.startswith('gradient_share_')}
     each = [f'{k} {v:.0%} (cosine {values[f"gradient_cosine_{k}"]:+.2f})' for k, v in share.items()]
-    return [f'  share of the gradient, cosine with the others: {", ".join(each)}'] if each else []
+    learnt = [f'{k.removeprefix("weight_")} {v:.3g}' for k, v in values.items()
+              if k.startswith('weight_')]
+    told = {'share of the gradient, cosine with the others': each, 'learnt weights': learnt}
+    return [f'  {name}: {", ".join(parts)}' for name, parts in told.items() if parts]
 
 # %% ../../nbs/training/pretraining.ipynb #cell15
 class _PretrainRecipe:
@@ -122,7 +128,7 @@ class _PretrainRecipe:
     def resume(self, saved): pass
 
     def training_scores(self, values):
-        for line in _describe_gradients(values): self.run.say(line)
+        for line in _describe_pulls(values): self.run.say(line)
         return values
 
     def checkpoint(self):

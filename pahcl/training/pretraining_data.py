@@ -17,10 +17,9 @@ import torch
 from ..core.basics import fingerprint, generator, PahclError
 from ..data.augmentation import Augmenter
 from ..data.augmentation_steps import AUGMENTATIONS
-from ..data.datasets import identify_devices
 from ..data.frame_augmentation import _FrameAugmenter
 from ..data.loader import Cycles
-from ..data.sampling import draw_epoch_rows, get_recording_ids
+from ..data.sampling import get_recording_ids
 from ..data.random_numbers import sample_keys
 from ..data.own_recordings import _holds_no_task
 from ..data.phases import valid_lengths
@@ -121,9 +120,10 @@ def _check_pretrain_settings(
         raise PahclError('contrast.second_view is other, but contrast.positives is view: '
                          'there is no other cycle that counts as the same. '
                          'Set positives to recording or subject.')
-    if config.contrast.negatives == 'device' and config.contrast.moco:
-        raise PahclError('contrast.negatives is device, but contrast.moco is on: its queue holds '
-                         'keys of all devices. Take simclr, or set negatives to any.')
+    if config.contrast.negatives != 'any' and config.contrast.moco:
+        raise PahclError(f'contrast.negatives is {config.contrast.negatives}, but contrast.moco is '
+                         'on: its queue holds keys of everybody. Take simclr, or set negatives to '
+                         'any.')
     _check_pretrain_input(config)
     _check_unused_keys(config.training)
 
@@ -265,38 +265,3 @@ def _make_pair_batcher(
                     **_make_views(changes, parts, epoch, config))
     return pair
 
-
-# %% ../../nbs/training/pretraining_data.ipynb #cell29a
-def _name_devices(
-    table,         # of rows: `dataset`, `recording_id`, `subject_id`
-) -> np.ndarray:   # [n] str, with the data set's name
-    "Name the device of each row of several data sets."
-    name = table['dataset'].astype(str).to_numpy(object)
-    for dataset in np.unique(name):
-        own = name == dataset
-        device = identify_devices(table[own], dataset)
-        if device is not None: name[own] = [f'{dataset} {d}' for d in device]
-    return name.astype(str)
-
-def _sort_into_batches(
-    rows, kind,    # [n] row numbers in a random order, what each is of
-    size: int,     # of a batch
-    rng,           # a generator, for the order of the batches
-) -> np.ndarray:   # [n]
-    "Put rows of one kind together, batch by batch; those of no whole batch come last."
-    own = [rows[kind == k] for k in np.unique(kind)]
-    whole = [len(r)//size*size for r in own]
-    batches = [b for r, n in zip(own, whole) for b in r[:n].reshape(-1, size)]
-    order = rng.permutation(len(batches))
-    return np.concatenate([*(batches[i] for i in order), *(r[n:] for r, n in zip(own, whole))])
-
-# %% ../../nbs/training/pretraining_data.ipynb #cell30
-def _shuffled_rows(
-    config, cycles, epoch: int,   # a `_PretrainConfig`, `Cycles`
-):                                # row numbers
-    "Return the rows of an epoch in their order: some cycles of each recording, drawn afresh."
-    rows = draw_epoch_rows(cycles.table, config.seed, epoch, False,
-                           config.training.cycles_per_recording)
-    if config.contrast.negatives == 'any': return rows
-    return _sort_into_batches(rows, _name_devices(cycles.table)[rows], config.training.batch_size,
-                              generator(config.seed, 'devices', epoch))

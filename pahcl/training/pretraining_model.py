@@ -16,6 +16,24 @@ from .finetuning_setup import _fit_to_input, _wanted_encoder
 from .objectives import _asked_objectives, _check_objectives, _HeardBatch, OBJECTIVES
 from .state import _seeded_weights
 
+# %% ../../nbs/training/pretraining_model.ipynb #pm05c
+class _Certainty(nn.Module):
+    "Weights that are learnt: `certainty(losses) -> (weighted losses, penalty, what is reported)`."
+    def __init__(self,
+        weights: dict,   # name -> the weight it begins with
+    ):
+        super().__init__()
+        self.given = weights
+        self.log_variance = nn.Parameter(torch.zeros(len(weights)))
+
+    def forward(self,
+        losses: dict,   # name -> loss times the given weight
+    ):
+        factor = dict(zip(losses, (-self.log_variance).exp()))
+        penalty = sum(self.given[name]*s for name, s in zip(losses, self.log_variance))
+        reported = {f'weight_{k}': self.given[k]*f.detach() for k, f in factor.items()}
+        return {k: factor[k]*loss for k, loss in losses.items()}, penalty, reported
+
 # %% ../../nbs/training/pretraining_model.ipynb #pm06
 class _PretrainingModel(nn.Module):
     "An encoder and objectives; `model(batch) -> (loss, {name: number})`."
@@ -23,10 +41,12 @@ class _PretrainingModel(nn.Module):
         encoder,            # of `build_encoder`
         objectives: dict,   # name -> `Objective`
         weights: dict,      # name -> weight
+        learnt=False,       # whether these are learnt as well
     ):
         super().__init__()
         self.encoder, self.weights = encoder, weights
         self.objectives = nn.ModuleDict(objectives)
+        self.certainty = _Certainty(weights) if learnt else None
 
     # windows of a recording that a batch must show
     views = property(lambda self: max(o.views for o in self.objectives.values()))
@@ -35,7 +55,8 @@ class _PretrainingModel(nn.Module):
         own = [o.parts() for o in self.objectives.values()]
         names = [n for o in own for n in o]
         unique = lambda o, n: n if names.count(n) == 1 else f'{o}_{n}'
-        return dict(encoder=self.encoder) | {
+        more = dict(certainty=self.certainty) if self.certainty else {}
+        return dict(encoder=self.encoder) | more | {
             unique(o, n): m for o, parts in zip(self.objectives, own) for n, m in parts.items()}
 
     def targets(self, rows):   # name -> what is asked of each row [n, D]
@@ -75,11 +96,14 @@ def forward(self: _PretrainingModel,
     heard = _HeardBatch(self.encoder, batch)
     found = {name: objective(heard) for name, objective in self.objectives.items()}
     losses = {name: self.weights[name]*loss for name, (loss, _) in found.items()}
-    reported = {}
+    reported, penalty = {}, 0.
     for _, values in found.values(): reported |= values
+    if self.certainty:
+        losses, penalty, learnt = self.certainty(losses)
+        reported |= learnt
     if batch.get('measured') and len(losses) > 1:
         reported |= _compare_gradients(losses, self.encoder)
-    return sum(losses.values()), reported
+    return sum(losses.values())+penalty, reported
 
 # %% ../../nbs/training/pretraining_model.ipynb #pm12
 @patch
@@ -131,7 +155,8 @@ def _build_pretraining_model(
     with _seeded_weights(config.seed):
         encoder = _build_encoder_for(config, rows)
         objectives = {name: OBJECTIVES[name](encoder, config) for name in asked}
-        model = _PretrainingModel(encoder, objectives, asked)
+        model = _PretrainingModel(encoder, objectives, asked,
+                                  config.objective_weights == 'uncertainty')
     for name, targets in model.targets(rows).items() if rows is not None else ():
         model.objectives[name].fit(targets)
     return model

@@ -12,6 +12,7 @@ from pahcl.data.loader import Cycles
 from pahcl.data.windows import Windows
 from pahcl.models.checkpoints import load_checkpoint
 from pahcl.models.encoders import build_encoder
+from pahcl.models.pretrained import load_pretrained_encoder
 from pahcl.training.contrastive_model import ContrastiveModel
 from pahcl.training.objectives import _HeardBatch, Objective, OBJECTIVES, register_objective
 from pahcl.training.pretraining_data import (
@@ -104,17 +105,21 @@ def test_several_objectives_from_end_to_end(root, tmp_path, monkeypatch):
     "Log, metrics, checkpoint; killed after the first epoch it goes on to the same weights."
     asked = dict(systole_minus_diastole=1., heart_states=.5, simclr=.1, masked_frames=0.)
     flags = SMALL | {'training.batch_size': 24} | dict(
-        objectives=asked, tensorboard=True, processed_dir=root/'processed',
-        downstream_dir=root/'downstream')
+        objectives=asked, objective_weights='uncertainty', tensorboard=True,
+        processed_dir=root/'processed', downstream_dir=root/'downstream')
     best = P.pretrain('pretrain_window', output_dir=tmp_path/'whole', **flags)
     found = json.loads((best.parent/'final_metrics.json').read_text())
     assert found['objectives'] == {k: v for k, v in asked.items() if v}
     assert {'train_loss_heart_states', 'train_gradient_share_simclr', 'validation_loss_cycle',
             'train_gradient_cosine_systole_minus_diastole'} <= found.keys()
+    weight = found['train_weight_heart_states']   # is learnt: near where it began
+    assert weight != .5 and weight == pytest.approx(.5, rel=.1)
+    assert load_pretrained_encoder(best).encoder.out_dim == 16
     shares = [v for k, v in found.items() if k.startswith('train_gradient_share')]
     assert len(shares) == 3 and sum(shares) == pytest.approx(1)
     log = (best.parent/'train.log').read_text()
     assert 'share of the gradient' in log and 'heart_states × 0.5' in log
+    assert 'learnt weights: systole_minus_diastole' in log
     real, calls = P._PretrainRecipe.validate, []
     def dies(self, epoch):
         if epoch == 1: raise KeyboardInterrupt
@@ -194,7 +199,7 @@ def test_an_objective_of_ones_own(root, rows):
 
 def test_batches_of_one_device(root):
     "Each whole batch is of one device, all rows of the epoch are there, and MoCo is refused."
-    from pahcl.training.pretraining_data import _name_devices, _shuffled_rows
+    from pahcl.training.epoch_order import _name_devices, _shuffled_rows
     config = config_of(root, dict(simclr=1.), **{'contrast.negatives': 'device'})
     train = _load_pretrain_data(config).train
     halves = train.table.assign(dataset=np.where(np.arange(len(train)) % 2, 'circor', 'pascal'))
@@ -207,9 +212,26 @@ def test_batches_of_one_device(root):
     of = [len({*device[rows[i:i+size]]}) for i in range(0, len(rows), size)]
     most = sum(np.unique(device[rows], return_counts=True)[1]//size)
     assert len({*device}) > 1 and most > 1 and of[:most] == [1]*most
-    with pytest.raises(PahclError, match='its queue holds keys of all devices'):
+    with pytest.raises(PahclError, match='its queue holds keys of everybody'):
         _load_pretrain_data(config_of(root, dict(moco=1.), **{
             'contrast.negatives': 'device', 'contrast.moco': True}))
+
+def test_batches_of_like_hearts(root):
+    "A batch holds neighbours in heart rate; all rows of the epoch are there, each epoch others."
+    from pahcl.training.epoch_order import _find_heart_rates, _shuffled_rows
+    config = config_of(root, dict(simclr=1.), **{'contrast.negatives': 'heart_rate'})
+    train, random = _load_pretrain_data(config).train, np.random.default_rng(0)
+    np.testing.assert_allclose(_find_heart_rates(train), 50, atol=1)   # as they were made
+    recordings = train.table[['dataset', 'recording_id']].apply(tuple, axis=1)
+    seconds = recordings.map({r: random.uniform(.4, 1.2) for r in sorted(set(recordings))})
+    told = SimpleNamespace(table=train.table.assign(duration_s=seconds))
+    rows, other = (_shuffled_rows(config, told, epoch) for epoch in (1, 2))
+    free = _shuffled_rows(config_of(root, dict(simclr=1.)), told, 1)
+    assert sorted(rows) == sorted(free) and list(rows) != list(free) and list(rows) != list(other)
+    size = config.training.batch_size
+    batches = seconds.to_numpy()[rows[:len(rows)//size*size]].reshape(-1, size)
+    spans = sorted((b.min(), b.max()) for b in batches)
+    assert len(spans) > 2 and all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
 
 def test_teachers_follow_and_are_part_of_no_optimiser(root, rows):
     config = config_of(root, dict(masked_latents=1.))
