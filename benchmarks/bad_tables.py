@@ -13,7 +13,8 @@ import pandas as pd
 from pahcl.core.basics import get_logger, PahclError, read_json, write_json
 from pahcl.data.loader import Cycles
 from pahcl.data.splitting import prepare
-from pahcl.data.tasks import find_held_out_persons, SPLIT_FRACTIONS, Task
+from pahcl.data.persons import find_held_out_persons
+from pahcl.data.tasks import SPLIT_FRACTIONS, Task
 from pahcl.testing.made import _make_processed_folder, _make_recordings
 
 TASK = 'circor_murmur'

@@ -35,7 +35,7 @@ from pahcl.core.predictions import Predictions
 from pahcl.training.pretraining import pretrain
 from pahcl.core.resampling import bootstrap_interval, number_persons, resampling_weights
 from pahcl.data.task_folders import _accept_changes
-from pahcl.data.tasks import map_ids_to_persons
+from pahcl.data.persons import map_ids_to_persons
 from pahcl.core.basics import read_table
 from pahcl.evaluation.statistics import bootstrap_scores
 

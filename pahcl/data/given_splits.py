@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from ..core.basics import first_few, get_logger, hash_file, PahclError, read_table, UsageError
 from .own_rows import _qualify_id, _SPLIT_WORDS
-from .tasks import _find_separated_persons, SPLIT_FRACTIONS
+from .persons import _find_separated_persons
+from .tasks import SPLIT_FRACTIONS
 
 # %% ../../nbs/data/given_splits.ipynb #g010
 _ID_COLUMNS = dict(recording_id=('recording_id', 'recording', 'file'),

@@ -18,7 +18,7 @@ from ..core.basics import (
 from .packing import _open_pack
 from .sampling import get_recording_ids
 from .task_checks import _check_tables, _read_task_config
-from .tasks import read_kept_cycles, read_processed
+from .processed import read_kept_cycles, read_processed
 
 # %% ../../nbs/data/loader.ipynb #c006
 class Cycles:
@@ -29,7 +29,7 @@ class Cycles:
         # DataFrame: file_path, subject_id, person_id, recording_id, location,
         # folder, and label or dataset
         table,
-        boundaries,      # int [n, 4], see `pahcl.data.tasks._compute_sample_boundaries`
+        boundaries,      # int [n, 4], see `pahcl.data.processed._compute_sample_boundaries`
         settings: dict,  # sample_rate, target_length, length_mode …
         packed,          # int16 [N, T], see `_open_pack`
         statistics,      # float32 [N, 3]
@@ -153,7 +153,7 @@ def _keep_persons(
 @patch(cls_method=True)
 def from_processed(cls: Cycles,
     processed_dir,        # output of pahcl_preprocess
-    exclude_persons=(),   # person or subject ids, e.g. `pahcl.data.tasks.find_held_out_persons`
+    exclude_persons=(),   # person or subject ids, e.g. `pahcl.data.persons.find_held_out_persons`
     datasets=None,        # names of data sets; None: all
 ) -> Cycles:              # with `dataset` in its table, without labels
     "The cycles of a processed folder."

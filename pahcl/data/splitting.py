@@ -17,8 +17,9 @@ from .own_recordings import _read_definitions, _recall_own_datasets
 from .recordings import load_recordings
 from .stratification import _split_persons_stratified
 from .task_folders import _make_task_config, _write_task
-from .tasks import (
-    find_held_out_persons, read_kept_cycles, read_processed, SPLIT_FRACTIONS)
+from .persons import find_held_out_persons
+from .processed import read_kept_cycles, read_processed
+from .tasks import SPLIT_FRACTIONS
 
 # %% ../../nbs/data/splitting.ipynb #c006
 def _check_labels(

@@ -18,8 +18,8 @@ from ..core.basics import (
 from ..core.aggregation import pick_rarest_labels
 from .datasets import DATASETS
 from .task_checks import _compare_tables, _list_tables, _read_task_config
-from .tasks import (
-    _find_separated_persons, check_leaks, compute_class_weights, SPLIT_FRACTIONS)
+from .persons import _find_separated_persons, check_leaks
+from .tasks import compute_class_weights, SPLIT_FRACTIONS
 
 # %% ../../nbs/data/task_folders.ipynb #c005
 def _link_or_copy(

@@ -16,7 +16,8 @@ from ..core.predictions import Predictions
 from ..core.stages import evaluation_folder
 from ..data.inputs import open_cycles
 from ..data.loader import Cycles
-from ..data.tasks import find_met_persons, Task
+from ..data.persons import find_met_persons
+from ..data.tasks import Task
 from .baselines import all_baseline_predictions
 from .decisions import Decisions
 from .misclassified import _misclassified_section

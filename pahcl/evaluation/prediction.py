@@ -22,7 +22,8 @@ from ..data.audio_files import _assign_subjects, _find_recordings
 from ..data.datasets import TASKS
 from ..data.quality import clipped_fraction
 from ..data.steps import _InputSettings
-from ..data.tasks import BEAT_BOUNDARIES, CYCLE_SETTINGS
+from ..data.processed import BEAT_BOUNDARIES
+from ..data.tasks import CYCLE_SETTINGS
 from .operating_points import _choose_operating_point, _OperatingPoint
 from .subject_rules import _apply_answers, _weights_by_level
 from ..models.checkpoints import _data_settings, load_classifier, persons_trained_on

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.basics import fingerprint, get_logger, read_json
 from ..data.datasets import DATASETS, TASKS
-from ..data.tasks import _hash_person
+from ..data.persons import _hash_person
 
 # %% ../../nbs/models/model_card.ipynb #2b6dfd2c
 def _select_numbers(

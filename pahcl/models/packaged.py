@@ -9,7 +9,7 @@ __all__ = []
 from pathlib import Path
 
 from ..core.basics import read_json, write_text
-from ..data.tasks import _hash_person
+from ..data.persons import _hash_person
 from .checkpoints import load_checkpoint, persons_trained_on
 from .hub_folders import _NOT_KEPT
 from .model_card import _LIMITS, _list_hashes, _make_model_card

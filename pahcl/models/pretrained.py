@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.basics import first_few, PahclError, UsageError
 from ..data.datasets import TASKS
-from ..data.tasks import _hash_person
+from ..data.persons import _hash_person
 from .checkpoints import load_checkpoint, persons_trained_on
 from .encoder_base import _encoder_facts, load_weights, _rename_weights
 from .encoders import build_encoder

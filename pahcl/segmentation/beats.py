@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.ndimage import map_coordinates
 
 from ..data.quality import clipped_fraction
-from ..data.tasks import BEAT_BOUNDARIES
+from ..data.processed import BEAT_BOUNDARIES
 from .parameters import load_parameters
 
 # %% ../../nbs/segmentation/beats.ipynb #cell7

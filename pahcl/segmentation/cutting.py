@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core.basics import _blame_target, PahclError, read_json, to_json
 from ..data.signal import _store_signal
-from ..data.tasks import BEAT_BOUNDARIES
+from ..data.processed import BEAT_BOUNDARIES
 from .heard_recordings import hear_recording, PreprocessingSettings
 from .segmenter import write_states
 

@@ -20,7 +20,7 @@ from ..data.quality import quality_index
 from ..data.recordings import read_annotation
 from ..data.signal import bandpass, _read_signal, resample, _store_signal, _stored_rate
 from ..data.steps import _compute_steps, _PackedSteps, _StepSettings
-from ..data.tasks import _KEPT_CYCLE_COLUMNS, _tabulate_cycles
+from ..data.processed import _KEPT_CYCLE_COLUMNS, _tabulate_cycles
 from .beats import (
     cut_beat, _fallback_beats, find_whole_beats, MINIMUM_CONFIDENCE, _reject_beats)
 from .emission import _frame_features

@@ -13,7 +13,8 @@ from pathlib import Path
 from ..core.basics import fingerprint, PahclError, read_json, write_json
 from ..core.config import load_config, merge_configs
 from ..core.stages import hash_task_tables
-from ..data.tasks import find_met_persons, Task
+from ..data.persons import find_met_persons
+from ..data.tasks import Task
 from ..evaluation.decisions import Decisions
 from ..evaluation.evaluator import (
     _answer_by_layer, _check_choices, open_model, open_split, _predict_validation, _TaskModel)

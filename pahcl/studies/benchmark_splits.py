@@ -18,7 +18,8 @@ from ..data.datasets import identify_devices, TASKS
 from ..data.given_splits import read_splits
 from ..data.own_rows import _qualify_id
 from ..data.task_folders import write_fold
-from ..data.tasks import read_processed, Task
+from ..data.processed import read_processed
+from ..data.tasks import Task
 from ..segmentation.preprocessing import preprocess
 from .benchmark_protocol import _Split
 from .downstream import _prepare_stage

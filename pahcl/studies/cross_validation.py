@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..core.basics import get_logger, lock_folder, PahclError, require_path, UsageError
 from ..data.task_folders import write_fold
-from ..data.tasks import find_met_persons, LEAKY_SPLIT, Task
+from ..data.persons import find_met_persons
+from ..data.tasks import LEAKY_SPLIT, Task
 from ..evaluation.baselines import all_baseline_predictions
 from ..evaluation.beat_statistics import _share_statistics
 from ..evaluation.decisions import Decisions

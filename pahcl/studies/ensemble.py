@@ -19,7 +19,8 @@ from ..core.metrics import classification_metrics, metric_names
 from ..core.predictions import Predictions
 from ..data.inputs import open_cycles
 from ..data.steps import _InputSettings
-from ..data.tasks import find_met_persons, Task
+from ..data.persons import find_met_persons
+from ..data.tasks import Task
 from ..evaluation.evaluator import (
     _note_bag_levels, note_trained_persons, open_model, open_split, score_split)
 from ..evaluation.misclassified import _misclassified_section

@@ -14,7 +14,7 @@ from ..core.basics import first_few, get_logger, lock_folder, write_json, write_
 from ..core.figures import save_figure
 from ..core.predictions import Predictions
 from ..data.steps import _InputSettings
-from ..data.tasks import find_met_persons
+from ..data.persons import find_met_persons
 from ..evaluation.evaluator import open_split
 from ..evaluation.pages import format_with_interval, write_page
 from ..models.checkpoints import persons_trained_on

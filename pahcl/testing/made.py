@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core.basics import generator, write_json
 from ..data.datasets import DATASETS, get_class_columns
-from ..data.tasks import BEAT_BOUNDARIES
+from ..data.processed import BEAT_BOUNDARIES
 
 # %% ../../nbs/testing/made.ipynb #cell6
 def _make_recordings(

@@ -19,7 +19,7 @@ from ..core.figures import confusion_figure, curves_figure
 from ..core.metrics import confusion_matrix
 from ..core.predictions import Predictions
 from ..data.splitting import describe_persons
-from ..data.tasks import map_ids_to_persons
+from ..data.persons import map_ids_to_persons
 from ..models.checkpoints import (
     classifier_checkpoint, load_classifier, save_checkpoint)
 from ..models.classifier import encode_cycles, predict_probabilities

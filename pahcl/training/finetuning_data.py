@@ -22,7 +22,8 @@ from ..data.joined_cycles import _JoinedCycles
 from ..data.sampling import (
     bag_ids, bag_table, draw_epoch_rows, draw_few_shot_rows, _number_draws, sample_bag_cycles,
     sample_rows_per_group)
-from ..data.tasks import check_leaks, CYCLE_SETTINGS, list_prepared_tasks, Task
+from ..data.persons import check_leaks
+from ..data.tasks import CYCLE_SETTINGS, list_prepared_tasks, Task
 from ..models.classifier import encode_cycles
 from ..models.encoder_base import encoder_fingerprint
 from .batch_changes import _ChangedRows, _mix_batches, _plan_mixup

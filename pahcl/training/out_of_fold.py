@@ -20,7 +20,7 @@ from ..core.config_checks import _validate_config
 from ..core.parallel import map_in_parallel, _one_thread
 from ..core.predictions import Predictions
 from ..data.stratification import _deal_folds
-from ..data.tasks import find_met_persons
+from ..data.persons import find_met_persons
 from ..models.checkpoints import load_checkpoint, save_checkpoint
 from ..models.decision_layer import _fit_and_answer
 from ..models.network_average import _join_checkpoints

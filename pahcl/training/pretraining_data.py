@@ -24,7 +24,8 @@ from ..data.random_numbers import sample_keys
 from ..data.own_recordings import _holds_no_task
 from ..data.phases import valid_lengths
 from ..data.steps import _InputSettings
-from ..data.tasks import find_cut_difference, find_held_out_persons, list_prepared_tasks
+from ..data.persons import find_held_out_persons
+from ..data.tasks import find_cut_difference, list_prepared_tasks
 from ..data.windows import Windows
 from .batch_changes import _draw_shifts
 

@@ -21,7 +21,8 @@ from pahcl.data.given_splits import (
 from pahcl.data.loader import Cycles
 from pahcl.data.splitting import prepare, _split_dataset
 from pahcl.data.task_folders import write_fold
-from pahcl.data.tasks import check_leaks, find_held_out_persons, SPLIT_FRACTIONS, Task
+from pahcl.data.persons import check_leaks, find_held_out_persons
+from pahcl.data.tasks import SPLIT_FRACTIONS, Task
 from pahcl.evaluation.evaluator import evaluate
 from pahcl.evaluation.scoring import Evaluation
 from pahcl.splits import pahcl_prepare

@@ -17,7 +17,8 @@ from pahcl.data.packing import _quantise
 from pahcl.data.sampling import draw_epoch_rows, draw_few_shot_rows, split_into_batches
 from pahcl.data.splitting import prepare
 from pahcl.data.task_folders import _accept_changes
-from pahcl.data.tasks import find_held_out_persons, SPLIT_FRACTIONS
+from pahcl.data.persons import find_held_out_persons
+from pahcl.data.tasks import SPLIT_FRACTIONS
 from pahcl.core.basics import read_table
 from pahcl.testing.made import _make_processed_folder, _make_recordings
 from pahcl.data.phases import normalise_valid, phase_masks, valid_lengths

@@ -1,4 +1,4 @@
-"""pahcl.data.tasks and pahcl.splits: properties of the split, files of a task, faults, and the
+"""pahcl.data.persons and pahcl.splits: properties of the split, files of a task, faults, and the
 console script
 """
 import itertools
@@ -22,11 +22,12 @@ from pahcl.data.datasets import TASKS
 from pahcl.data.splitting import prepare, _split_dataset
 from pahcl.data.stratification import (
     _assign_strata, _collect_person_classes, _find_gaps, _split_persons_stratified)
-from pahcl.data.tasks import (
-    check_leaks, compute_class_weights, find_held_out_persons, SPLIT_FRACTIONS)
+from pahcl.data.persons import check_leaks, find_held_out_persons
+from pahcl.data.tasks import compute_class_weights, SPLIT_FRACTIONS
 from pahcl.splits import pahcl_prepare
 from pahcl.core.basics import read_table
-from pahcl.data.tasks import read_processed, Task
+from pahcl.data.processed import read_processed
+from pahcl.data.tasks import Task
 from pahcl.testing.made import _make_processed_folder, _make_recordings
 
 PREPARE = Path(sys.executable).parent/'pahcl_prepare'

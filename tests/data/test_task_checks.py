@@ -11,7 +11,9 @@ from pahcl.core.basics import _inside, PahclError, read_json, write_json
 from pahcl.data.loader import Cycles
 from pahcl.data.task_checks import _list_tables
 from pahcl.data.task_folders import _accept_changes, write_fold
-from pahcl.data.tasks import find_held_out_persons, read_processed, Task
+from pahcl.data.persons import find_held_out_persons
+from pahcl.data.processed import read_processed
+from pahcl.data.tasks import Task
 from pahcl.splits import pahcl_prepare
 
 spec = importlib.util.spec_from_file_location(

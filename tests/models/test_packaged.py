@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from pahcl.core.basics import hash_file, PahclError, UsageError
 from pahcl.data.datasets import DATASETS, TASKS
 from pahcl.data.given_splits import _PUBLISHED, read_splits
-from pahcl.data.tasks import _hash_person, find_met_persons
+from pahcl.data.persons import _hash_person, find_met_persons
 from pahcl.evaluation.evaluator import note_trained_persons
 from pahcl.models.checkpoints import (
     load_checkpoint, load_classifier, persons_trained_on, save_checkpoint)

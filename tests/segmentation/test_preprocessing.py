@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile
 from pahcl.core.basics import lock_folder, PahclError
 from pahcl.cycles import pahcl_preprocess
-from pahcl.data.tasks import BEAT_BOUNDARIES
+from pahcl.data.processed import BEAT_BOUNDARIES
 from pahcl.segmentation.beats import find_whole_beats
 from pahcl.segmentation import cutting, preprocessing
 from pahcl.segmentation.cutting import _CYCLES_CSV_COLUMNS

@@ -17,7 +17,7 @@ from pahcl.core.basics import PahclError
 from pahcl.core.config import load_config
 from pahcl.core.config_sections import _ContrastSection, _TrainingSection
 from pahcl.data.loader import Cycles
-from pahcl.data.tasks import find_held_out_persons
+from pahcl.data.persons import find_held_out_persons
 from pahcl.models.checkpoints import load_checkpoint
 
 TINY = dict(model=dict(encoder_type='cnn', cnn_channels=[16, 16], cnn_kernel_sizes=[9, 5],
