@@ -9,7 +9,7 @@ __all__ = ['list_examples', 'Example', 'load_example']
 import base64
 import html
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -62,19 +62,21 @@ class Example:
     name: str
     title: str
     hear: str             # what to listen for
-    signal: np.ndarray    # [T] float32 in ±1, as the publisher has it
+    signal: np.ndarray = field(repr=False)    # [T] float32 in ±1, as the publisher has it
     sample_rate: int      # Hz
-    path: Path            # the FLAC file, for whatever reads a file: `predict`, `pahcl_predict`
+    # the FLAC file, for whatever reads a file: `predict`, `pahcl_predict`
+    path: Path = field(repr=False)
     # annotated states: DataFrame `start_s, end_s, state` (1 S1, 2 systole, 3 S2, 4 diastole); what
     # no row covers is not annotated
-    states: pd.DataFrame
+    states: pd.DataFrame = field(repr=False)
     credit: str           # data set, recording, licence, whom to cite
 
     def _repr_html_(self) -> str:
         "Show the title, what to hear, a player and the credit."
         title, hear, credit = map(html.escape, (self.title, self.hear, self.credit))
         return (f'<b>{title}</b>. {hear}<br><audio controls preload="none" '
-                f'src="{_encode_audio(self.signal, self.sample_rate, 2000)}"></audio><br><small>{credit}</small>')
+                f'src="{_encode_audio(self.signal, self.sample_rate, 2000)}"></audio><br>'
+                f'<small>{credit}</small>')
 
 # %% ../../nbs/data/examples.ipynb #6abc1083
 def load_example(

@@ -1,4 +1,4 @@
-"benchmarks/data_figures.py: what is counted, and that a split by beat leaks where one by person does not"
+"benchmarks/data_figures.py: what is counted; a split by beat leaks where one by person does not"
 import importlib.util
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def recordings(tmp_path):
             for i in range(4):
                 beat = np.sin(2*np.pi*(30+18*child)*time)+.01*noise.normal(size=4000)
                 np.save(folder/f'cycle_{i:03d}.npy', beat.astype('float32'))
-            rows.append(dict(dataset='circor', recording_id=f'{child}_{place}', person_id=f'{child}',
+            rows.append(dict(dataset='circor', recording_id=f'{child}{place}', person_id=f'{child}',
                              murmur=('Present', 'Absent')[child % 2], label='', seconds=3.6,
                              fallback='False', folder=f'{child}/{place}'))
     return pd.DataFrame(rows)
