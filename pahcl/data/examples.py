@@ -9,7 +9,7 @@ __all__ = ['list_examples', 'Example', 'load_example']
 import base64
 import html
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -43,6 +43,18 @@ def list_examples() -> pd.DataFrame:
     """
     return _read_table().copy()
 
+# %% ../../nbs/data/examples.ipynb #enc0002
+def _encode_audio(
+    signal, sample_rate,   # [T]; Hz
+    rate=4000,             # Hz, of the file
+) -> str:                  # for the `src` of an audio element
+    "Encode a sound for a page."
+    sound = resample(signal, sample_rate, rate)
+    sound = .9*sound/max(float(np.abs(sound).max()), 1e-9)
+    kind, file = 'wav' if len(sound) <= 30*rate else 'flac', io.BytesIO()
+    soundfile.write(file, sound, rate, 'PCM_16', format=kind.upper())
+    return f'data:audio/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
+
 # %% ../../nbs/data/examples.ipynb #15c97f9b
 @dataclass(frozen=True)
 class Example:
@@ -50,22 +62,21 @@ class Example:
     name: str
     title: str
     hear: str             # what to listen for
-    signal: np.ndarray    # [T] float32 in ±1, as the publisher has it
+    signal: np.ndarray = field(repr=False)    # [T] float32 in ±1, as the publisher has it
     sample_rate: int      # Hz
-    path: Path            # the FLAC file, for whatever reads a file: `predict`, `pahcl_predict`
+    # the FLAC file, for whatever reads a file: `predict`, `pahcl_predict`
+    path: Path = field(repr=False)
     # annotated states: DataFrame `start_s, end_s, state` (1 S1, 2 systole, 3 S2, 4 diastole); what
     # no row covers is not annotated
-    states: pd.DataFrame
+    states: pd.DataFrame = field(repr=False)
     credit: str           # data set, recording, licence, whom to cite
 
     def _repr_html_(self) -> str:
         "Show the title, what to hear, a player and the credit."
-        file, sound = io.BytesIO(), resample(self.signal, self.sample_rate, 2000)
-        soundfile.write(file, .9*sound/np.abs(sound).max(), 2000, 'PCM_16', format='WAV')
-        source = base64.b64encode(file.getvalue()).decode()
         title, hear, credit = map(html.escape, (self.title, self.hear, self.credit))
         return (f'<b>{title}</b>. {hear}<br><audio controls preload="none" '
-                f'src="data:audio/wav;base64,{source}"></audio><br><small>{credit}</small>')
+                f'src="{_encode_audio(self.signal, self.sample_rate, 2000)}"></audio><br>'
+                f'<small>{credit}</small>')
 
 # %% ../../nbs/data/examples.ipynb #6abc1083
 def load_example(

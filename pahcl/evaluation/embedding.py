@@ -24,8 +24,7 @@ from .prediction import _cycle_settings
 from ..models.checkpoints import _data_settings
 from ..models.classifier import encode_cycles
 from ..models.hub import from_pretrained
-from ..models.pretrained import (
-    _PACKAGED, _PACKAGED_ENCODERS, load_pretrained_encoder)
+from ..models.pretrained import _PACKAGED_NAMES, load_pretrained_encoder
 from ..segmentation.beat_counts import _NO_HEARTBEAT_FOUND
 from ..segmentation.heard_recordings import (
     cut_recordings, hear_recording, PreprocessingSettings)
@@ -82,7 +81,7 @@ def _open_encoder(
                              'from_pretrained returns.')
         return _OpenedEncoder(encoder, PreprocessingSettings())
     here = Path(encoder).exists() or Path(encoder).suffix in _CHECKPOINT_SUFFIXES
-    if not here and str(encoder) not in {*_PACKAGED, *_PACKAGED_ENCODERS}:
+    if not here and str(encoder) not in _PACKAGED_NAMES:
         return _OpenedEncoder(from_pretrained(encoder, num_classes=0), PreprocessingSettings())
     opened = load_pretrained_encoder(encoder)
     return _OpenedEncoder(opened.encoder.eval(), _cycle_settings(opened.saved),

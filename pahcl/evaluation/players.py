@@ -11,9 +11,9 @@ import html
 import io
 
 import numpy as np
-import soundfile
 
 from ..core.figures import STYLE
+from ..data.examples import _encode_audio
 from ..data.signal import resample
 from .pages import _Html
 
@@ -33,17 +33,6 @@ def _draw_spectrogram(ax,
     ax.set(ylim=(0, 600), ylabel='Hz', yticks=[0, 200, 400, 600])
 
 # %% ../../nbs/evaluation/players.ipynb #07a010
-def _encode_audio(
-    signal, sample_rate,   # [T]; Hz
-    rate=4000,             # Hz, of the file
-) -> str:                  # for the `src` of an audio element
-    "Encode a sound, as loud as it can be."
-    sound = resample(signal, sample_rate, rate)
-    sound = .9*sound/max(float(np.abs(sound).max()), 1e-9)
-    kind, file = 'wav' if len(sound) <= 30*rate else 'flac', io.BytesIO()
-    soundfile.write(file, sound, rate, 'PCM_16', format=kind.upper())
-    return f'data:audio/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
-
 def _encode_picture(
     figure,   # matplotlib's
 ) -> str:     # for the `src` of an image

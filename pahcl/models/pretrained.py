@@ -89,6 +89,7 @@ def read_pretrained(
 _WEIGHTS = Path(str(files('pahcl')/'weights'))
 _PACKAGED = ('packaged', 'packaged_unseen')   # names of sets of classifiers
 _PACKAGED_ENCODERS = dict(packaged='encoder', packaged_window='encoder_window')
+_PACKAGED_NAMES = {*_PACKAGED, *_PACKAGED_ENCODERS}
 
 def _classifier_files(
     name='packaged',   # of the set
@@ -108,7 +109,7 @@ def resolve_checkpoint(
     task=None,  # of a packaged set: the classifier of this task; None: the encoder
 ) -> Path:
     "Find the file of a checkpoint; a task that no packaged classifier knows is a `PahclError`."
-    if str(source) not in {*_PACKAGED, *_PACKAGED_ENCODERS}: return Path(source)
+    if str(source) not in _PACKAGED_NAMES: return Path(source)
     if task is None and source in _PACKAGED_ENCODERS:
         return _WEIGHTS/f'{_PACKAGED_ENCODERS[source]}.safetensors'
     if task is None:

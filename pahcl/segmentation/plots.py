@@ -96,9 +96,11 @@ def _plot_states(
     if beats is not None: beats = beats.reset_index(drop=True)   # numbered as in `cycles.csv`
     scale = max(float(np.quantile(np.abs(filtered), 0.999)), 1e-12)
     envelope = homomorphic_envelope(filtered, sample_rate)/scale
+    # outside the context: a notebook's first figure loads its backend, which switches figures on
+    figure = pyplot.figure(figsize=(width, 1.5*len(limits)+0.5), dpi=STYLE['figure.dpi'],
+                           layout='constrained')
+    pyplot.close(figure)   # a notebook shows it where it is returned, and nothing stays open
     with rc_context(STYLE):
-        figure = pyplot.figure(figsize=(width, 1.5*len(limits)+0.5), layout='constrained')
-        pyplot.close(figure)   # a notebook shows it where it is returned, and nothing stays open
         for ax, (low, high) in zip(figure.subplots(len(limits), squeeze=False)[:, 0], limits):
             _draw_plot_row(ax, low, high, filtered/scale, envelope, sample_rate, states, beats,
                            truth)

@@ -1,6 +1,7 @@
 "Plots: whatever comes in is drawn, beats keep their numbers, nothing is left open"
-import numpy as np, pytest
+import nbformat, numpy as np, pytest
 from matplotlib import pyplot
+from nbclient import NotebookClient
 from pahcl.segmentation.beats import find_whole_beats, _reject_beats
 from pahcl.data.signal import bandpass
 from pahcl.data.heart_sounds import simulate_recording
@@ -36,3 +37,16 @@ def test_spread():
             rows = _spread_evenly(count, wanted)
             assert (len(rows) == min(count, wanted) and rows == sorted(set(rows))
                     and all(0 <= r < count for r in rows))
+
+def test_a_notebooks_first_figure_leaves_pyplot_switched_on():
+    "The inline backend is loaded with the first figure; what it switches on must outlive that."
+    cells = ['from matplotlib import pyplot\nfrom pahcl.segmentation.plots import _plot_states\n'
+             'from pahcl.data.heart_sounds import simulate_recording',
+             '_plot_states(*simulate_recording(2, 2000, 75)[:1], 2000, '
+             'simulate_recording(2, 2000, 75)[1])',
+             'figure, ax = pyplot.subplots(figsize=(2, 1))\nax.set(title="shown");']
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
+        NotebookClient(book, timeout=60, kernel_name='python3').execute()
+    assert all('image/png' in c.outputs[0].data for c in book.cells[1:])
