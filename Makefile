@@ -8,6 +8,7 @@ export TQDM_MININTERVAL ?= 1
 install: .venv/.installed
 
 .venv/.installed: settings.ini setup.py constraints.txt pahcl/csrc/selective_scan.c
+	@echo 'Making .venv with PyTorch and all tools: 2 GB (with CUDA, on Linux, several more), some minutes without a word.'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
