@@ -8,6 +8,7 @@ export TQDM_MININTERVAL ?= 1
 install: .venv/.installed
 
 .venv/.installed: settings.ini setup.py constraints.txt pahcl/csrc/selective_scan.c
+	@echo 'Making .venv with PyTorch and all tools: 2 GB (with CUDA, on Linux, several more), some minutes without a word.'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -36,10 +37,11 @@ readme: install
 docs: install
 	. $(BIN)/activate && python tools/build_docs.py
 
-# The notebooks in JupyterLab: trusted, so that saved sounds play; they find their figures' style.
+# The notebooks in JupyterLab: trusted, so that saved sounds play; they find their figures' style. It starts in nbs, or
+# the hook that saves them clean finds no file; without pings, of which the server's limits contradict each other.
 lab: install
-	. $(BIN)/activate && nbdev_trust && MATPLOTLIBRC=$(CURDIR)/nbs PYTHONWARNINGS='ignore:Overriding existing' \
-	    jupyter lab --notebook-dir=nbs --KernelManager.transport=ipc --ServerApp.tornado_settings="{'ws_ping_timeout': 30000}"
+	. $(BIN)/activate && nbdev_trust && cd nbs && MATPLOTLIBRC=$(CURDIR)/nbs PYTHONWARNINGS='ignore:Overriding existing' \
+	    jupyter lab --KernelManager.transport=ipc --ServerApp.tornado_settings="{'ws_ping_interval': 0}"
 
 clean:
 	rm -rf .tests-*.log .coverage* .venv _docs _proc demo build dist *.egg-info

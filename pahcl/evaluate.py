@@ -124,5 +124,7 @@ def pahcl_predict(
     if report:
         from pahcl.studies.prediction_report import _write_prediction_report
         _write_prediction_report(found, report, report_recordings)
+    files = [p for p in (output, states_dir, report) if p not in (None, '-')]
+    written = f' Written: {", ".join(files)}.' if files else ''
     get_logger().info(f'{found}. {found.operating_point.describe()} '
-                      'For research, not for diagnosis.')
+                      f'For research, not for diagnosis.{written}')

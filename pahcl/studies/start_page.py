@@ -103,9 +103,10 @@ def _write_start_page(
         '': [*said, f'Made: {made}.'], 'Reports': reports, 'Files': _list_files(settings),
         'What to do next': [_next_commands(settings)]})
     count = len(list(folder.glob('*/evaluation_*/report.html')))
-    curves = 'tensorboard --logdir' if list(folder.glob('*/tensorboard/events*')) else 'logs:'
+    curves = ('tensorboard --logdir {}' if list(folder.glob('*/tensorboard/events*'))
+              else 'the train.log of each run below {}').format(folder)
     where = os.path.commonpath([os.path.relpath(getattr(settings, k)) for k in _FILES]) or '.'
     return [f'Made {made} below {where}.', *said,
             f'Scores: {folder}/summary.html and {count} reports with intervals, figures, sounds.',
-            f'How training went: {curves} {folder}',
+            f'How training went: {curves}',
             f'Open this first: {folder}/index.html']
