@@ -352,11 +352,13 @@ def _inside(
                      'Correct the table, or make it again.')
 
 # %% ../../nbs/core/basics.ipynb #c033
+def _hash_content(content: bytes) -> str: return hashlib.sha256(content).hexdigest()[:16]
+
 def hash_file(
     path,    # of a file
 ) -> str:    # 16 hexadecimal digits: two files of a project are never taken for one another
     "Return what stands for the content of a file."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return _hash_content(Path(path).read_bytes())
 
 # %% ../../nbs/core/basics.ipynb #c035
 def fingerprint(
