@@ -76,9 +76,13 @@ def _explain_machine_error(
     error: Exception,
 ) -> str:   # a sentence; '' where the fault is not the machine's
     "Say what this machine lacks."
-    text = str(error)
-    if isinstance(error, MemoryError) or any(m in text for m in _MEMORY):
-        return (f'memory ran out ({text.splitlines()[0] if text else "no more was given"}). '
+    first, lacking = error, None
+    while first and lacking is None:   # libraries raise errors of their own after the first
+        text = str(first)
+        if isinstance(first, MemoryError) or any(m in text for m in _MEMORY): lacking = text
+        first = first.__cause__ or first.__context__
+    if lacking is not None:
+        return (f'memory ran out ({lacking.splitlines()[0] if lacking else "no more was given"}). '
                 'Raise the limit (ulimit -v, or that of the batch system), or give a smaller '
                 '--batch-size or --num-workers.')
     if isinstance(error, UnicodeEncodeError):

@@ -15,7 +15,8 @@ from contextlib import suppress
 from ..core.basics import _require_file, PahclError
 
 # %% ../../nbs/data/annotations.ipynb #b008
-_PATIENCE = 20.   # s for one file; they take milliseconds
+_PATIENCE = 20.   # s of processor time for one file; they take milliseconds
+_WAIT = 300.      # s on the clock: that a machine is busy is no fault of the file
 _WORKER = {}      # process id -> the executor of this process: a forked child needs its own
 
 def _start_worker():
@@ -48,11 +49,11 @@ def _call_quietly(function, patience, *arguments):
 
 def _call_in_worker(
     function, *arguments,   # that can be pickled
-    patience=_PATIENCE,     # s
+    patience=_PATIENCE,     # s of processor time
 ):                          # what the function gives or raises
     "Call a function that may crash; a dead or silent worker is a `PahclError`."
     worker = _start_worker()
-    try: return worker.submit(_call_quietly, function, patience, *arguments).result(patience)
+    try: return worker.submit(_call_quietly, function, patience, *arguments).result(_WAIT)
     except (BrokenProcessPool, TimeoutError) as e:
         _WORKER.clear()
         worker.shutdown(wait=False, kill_workers=True)

@@ -235,3 +235,14 @@ def test_a_command_without_a_line_says_that_it_lives(lines, monkeypatch):
     monkeypatch.setattr(scripts, '_FIRST_LINE', .2)
     with scripts._say_alive('pahcl_x'): time.sleep(1.2)
     assert lines and lines[0].startswith('pahcl_x: at work for ')
+
+
+@pytest.mark.parametrize('module, megabytes', [('cycles', 300), ('finetune', 1000)])
+def test_too_little_memory_is_a_sentence(module, megabytes):
+    "Whatever a library says of it: the loader of numba hides the reason."
+    command = f'ulimit -v {megabytes}000; exec {sys.executable} -m pahcl.{module} --raw-dir nowhere'
+    if module == 'finetune': command = command.replace('--raw-dir', '--task pascal --data-dir')
+    done = subprocess.run(['bash', '-c', command], capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1'))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert 'error: memory ran out' in done.stderr or 'nowhere' in done.stderr
