@@ -1,6 +1,7 @@
 """Damaged files for every reader: success or a sentence, no traceback, other numbers, hang.
 
-python benchmarks/fuzz_readers.py [--inputs 100000] [--seed 0] [--only json,yaml] [--write CSV [--add]]
+python benchmarks/fuzz_readers.py [--inputs 100000] [--seed 0] [--only json,yaml]
+                                  [--write CSV [--add]]
 
 Each reader gets its share of the inputs, slow ones fewer. A file of its kind is mutated: bits,
 bytes, blocks, lengths, words that have broken programs before; members of archives also with their

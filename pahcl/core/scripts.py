@@ -57,7 +57,8 @@ def load_extensions():
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _MEMORY = ("can't allocate memory", 'failed to map segment', "can't start new thread",
-           'Cannot allocate memory', 'Unable to allocate')
+           'Cannot allocate memory', 'Unable to allocate', 'could not create a primitive',
+           'error return without exception set')   # of a library, where memory is limited
 
 def _explain_os_error(
     error: OSError,
