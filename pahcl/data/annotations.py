@@ -11,6 +11,7 @@ import os
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from pathlib import Path
 
 from ..core.basics import _require_file, PahclError
 
@@ -27,7 +28,12 @@ def _start_worker():
         _WORKER[os.getpid()] = ProcessPoolExecutor(1, timeout=60)   # s without work
     return _WORKER[os.getpid()]
 
-_MOST_MEMORY = 4*2**30   # bytes of addresses: a damaged file may ask for all there is
+_MORE_MEMORY = 2**29   # bytes of addresses: a damaged file may ask for all there is
+
+def _count_addresses() -> int:
+    "Return how many bytes of addresses this process has; where that is not known, 4 GB."
+    try: return int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError): return 2**32
 
 def _limit_process(
     patience,   # s of processor time from now
@@ -37,12 +43,14 @@ def _limit_process(
     except ImportError: return   # Windows knows no such limits
     used = resource.getrusage(resource.RUSAGE_SELF)
     ends = int(used.ru_utime+used.ru_stime+patience)+1
-    for what, most in ((resource.RLIMIT_AS, _MOST_MEMORY), (resource.RLIMIT_CPU, ends)):
+    most_memory = _count_addresses()+_MORE_MEMORY
+    for what, most in ((resource.RLIMIT_AS, most_memory), (resource.RLIMIT_CPU, ends)):
         with suppress(ValueError, OSError):   # not every system keeps every limit
             resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
 
 def _call_quietly(function, patience, *arguments):
     "Call a function; what is said when it crashes is left to who waits for it."
+    import scipy.io   # before there are limits
     faulthandler.disable()
     _limit_process(patience)
     return function(*arguments)
