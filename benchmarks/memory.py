@@ -3,8 +3,8 @@ their own: python benchmarks/memory.py [--cycles 50000] [--folder F] [--write CS
 
 A few persons are simulated and cut, and copied until their cycles are enough: links to the same
 files, for which preprocessing says that they were cut before, but for 24 recordings that it cuts.
-What grows with the number of cycles is the same as if all were cut, and so is what one worker needs.
-The encoder is small: what a batch takes comes on top, and does not grow with the cycles.
+What grows with the number of cycles is the same as if all were cut, and so is what one worker
+needs. The encoder is small: what a batch takes comes on top, and does not grow with the cycles.
 """
 import argparse
 import json
