@@ -1,6 +1,7 @@
 """Damaged files for every reader: success or a sentence, no traceback, other numbers, hang.
 
-python benchmarks/fuzz_readers.py [--inputs 100000] [--seed 0] [--only json,yaml] [--write CSV]
+python benchmarks/fuzz_readers.py [--inputs 100000] [--seed 0] [--only json,yaml]
+                                  [--write CSV [--add]]
 
 Each reader gets its share of the inputs, slow ones fewer. A file of its kind is mutated: bits,
 bytes, blocks, lengths, words that have broken programs before; members of archives also with their
@@ -193,10 +194,13 @@ if __name__ == '__main__':
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', default='')
     parser.add_argument('--write', help='csv: its rows of these readers are replaced')
+    parser.add_argument('--add', action='store_true', help='to its rows: give another seed')
     given = parser.parse_args()
     table = run(given.inputs, given.seed, [n for n in given.only.split(',') if n])
     if given.write:
         path = Path(given.write)
         old = pd.read_csv(path) if path.exists() else table[:0]
-        pd.concat([old[~old.what.isin(table.what)], table]).to_csv(path, index=False)
+        if not given.add: old = old[~old.what.isin(table.what)]
+        both = pd.concat([old, table]).groupby('what', sort=False).sum()
+        both.to_csv(path)
     raise SystemExit(int(table[['raw', 'hang']].to_numpy().sum() > 0))

@@ -1,6 +1,6 @@
 """Kill every stage with SIGKILL at random moments, start it again with the same command, and
 compare what it ends with:
-python benchmarks/kills.py [--kills 300] [--seed 0] [--stages prepare finetune]
+python benchmarks/kills.py [--kills 300] [--seed 0] [--stages prepare finetune] [--write CSV]
 
 A stage runs twice undisturbed; files that differ then (logs, times) are not compared. Checkpoints
 are compared by what they hold. One process imports everything and forks a child for each start.
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from tqdm import tqdm
@@ -151,6 +152,7 @@ def kill_stage(name, kills, rng, place, commands) -> dict:   # a row of the tabl
 
 def main(
     kills: int, seed=0, stages=tuple(STAGES),
+    write=None,   # csv: the table, after each stage
 ):   # exit code
     "Kill each stage so often that all together are `kills`; print the table."
     commands, rng, rows = load_commands(), np.random.default_rng(seed), []
@@ -166,6 +168,7 @@ def main(
             count = round((kills-sum(r['kills'] for r in rows))/share) if share else 0
             row = kill_stage(name, count, rng, place, commands)
             if name in stages: rows.append(row)
+            if write and rows: pd.DataFrame(rows).drop(columns='seconds').to_csv(write, index=False)
             print(' | '.join(str(v) for v in row.values()), flush=True)
     print(f'{sum(r["kills"] for r in rows)} kills, {sum(r["ends"] for r in rows)} ends, '
           f'{sum(bool(r["different"]) for r in rows)} stages with other results')
@@ -177,4 +180,5 @@ if __name__ == '__main__':
     parser.add_argument('--kills', type=int, default=300)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--stages', nargs='+', default=list(STAGES), choices=list(STAGES))
+    parser.add_argument('--write')
     sys.exit(main(**vars(parser.parse_args())))

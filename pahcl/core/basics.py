@@ -10,6 +10,7 @@ __all__ = ['PahclError', 'UsageError', 'require_path', 'first_few', 'atomic_path
 # %% ../../nbs/core/basics.ipynb #c002
 import errno
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -351,11 +352,13 @@ def _inside(
                      'Correct the table, or make it again.')
 
 # %% ../../nbs/core/basics.ipynb #c033
+def _hash_content(content: bytes) -> str: return hashlib.sha256(content).hexdigest()[:16]
+
 def hash_file(
     path,    # of a file
 ) -> str:    # 16 hexadecimal digits: two files of a project are never taken for one another
     "Return what stands for the content of a file."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return _hash_content(Path(path).read_bytes())
 
 # %% ../../nbs/core/basics.ipynb #c035
 def fingerprint(
@@ -385,6 +388,20 @@ def generator(
     return np.random.default_rng([seed, *(zlib.crc32(str(n).encode()) for n in names)])
 
 # %% ../../nbs/core/basics.ipynb #c042
+def _find_caller() -> tuple:   # (number of its thread, its frame)
+    "Find the function that loops over what its caller gives, perhaps through generators."
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_code.co_flags & inspect.CO_GENERATOR: frame = frame.f_back
+    return threading.get_ident(), frame
+
+def _is_running(
+    thread: int, caller,   # from `_find_caller`
+) -> bool:
+    "Whether a function has not returned yet."
+    frame = sys._current_frames().get(thread)
+    while frame and frame is not caller: frame = frame.f_back
+    return frame is not None
+
 _FIRST_LINE, _LINE_EVERY = 4., 30.   # seconds, where there is no terminal
 
 class _LoggedLoop:
@@ -394,13 +411,10 @@ class _LoggedLoop:
         self.items, self.description, self.total, self.done = items, description, total, 0
         self.began, self.ended = time.monotonic(), threading.Event()
 
-    def start(self):
-        if os.environ.get('TQDM_DISABLE', '0') == '0':
-            threading.Thread(target=self.speak, daemon=True).start()
-
-    def speak(self):
+    def speak(self, *caller):
         wait = _FIRST_LINE
-        while not self.ended.wait(wait):
+        # a traceback can keep the generator of a loop that an exception has left
+        while not self.ended.wait(wait) and _is_running(*caller):
             get_logger().info(self.line())
             wait = _LINE_EVERY
 
@@ -412,8 +426,12 @@ class _LoggedLoop:
         return (f'{self.description}: {self.done} of {self.total or "?"}, {show(passed)} passed, '
                 f'{left} left')
 
-    def __iter__(self):
-        self.start()
+    def __iter__(self): return self.run(_find_caller())
+
+    def run(self, caller):
+        if os.environ.get('TQDM_DISABLE', '0') == '0':
+            threading.Thread(target=self.speak, args=caller, daemon=True).start()
+        del caller   # its variables are nobody's business
         try:
             for item in self.items:
                 yield item

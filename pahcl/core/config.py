@@ -27,9 +27,9 @@ class _Loader(yaml.SafeLoader):
                                                     node.start_mark)
         return super().construct_mapping(node, deep)
 
-_Loader.add_implicit_resolver('tag:yaml.org,2002:float',
-                              re.compile(r'^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'),
-                              list('-+0123456789'))
+_SHORT_NUMBER = ('tag:yaml.org,2002:float', re.compile(r'^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'),
+                 list('-+0123456789'))
+_Loader.add_implicit_resolver(*_SHORT_NUMBER)
 
 class _PlainWordsLoader(_Loader):
     "Of the words that YAML 1.1 takes for yes and no, keep only true and false, as YAML 1.2."
@@ -153,9 +153,18 @@ def load_config(
     return _validate_config(merged, kind, 'flags over '+source)
 
 # %% ../../nbs/core/config.ipynb #c024
+class _Dumper(yaml.SafeDumper): pass
+
+_Dumper.add_implicit_resolver(*_SHORT_NUMBER)   # an experiment may be called 1e-3
+
+def _dump_yaml(
+    content: dict,   # plain types
+) -> str:
+    "Return YAML that `read_yaml` reads back to the same."
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
 def _to_yaml(
     config,   # a checked configuration
 ) -> str:
     "The configuration as YAML that `load_config` reads back to the same."
-    return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True,
-                          width=120)
+    return _dump_yaml(config.model_dump(exclude_none=True))

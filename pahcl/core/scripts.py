@@ -57,7 +57,8 @@ def load_extensions():
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _MEMORY = ("can't allocate memory", 'failed to map segment', "can't start new thread",
-           'Cannot allocate memory', 'Unable to allocate')
+           'Cannot allocate memory', 'Unable to allocate', 'could not create a primitive',
+           'error return without exception set')   # of a library, where memory is limited
 
 def _explain_os_error(
     error: OSError,
@@ -76,9 +77,13 @@ def _explain_machine_error(
     error: Exception,
 ) -> str:   # a sentence; '' where the fault is not the machine's
     "Say what this machine lacks."
-    text = str(error)
-    if isinstance(error, MemoryError) or any(m in text for m in _MEMORY):
-        return (f'memory ran out ({text.splitlines()[0] if text else "no more was given"}). '
+    first, lacking = error, None
+    while first and lacking is None:   # libraries raise errors of their own after the first
+        text = str(first)
+        if isinstance(first, MemoryError) or any(m in text for m in _MEMORY): lacking = text
+        first = first.__cause__ or first.__context__
+    if lacking is not None:
+        return (f'memory ran out ({lacking.splitlines()[0] if lacking else "no more was given"}). '
                 'Raise the limit (ulimit -v, or that of the batch system), or give a smaller '
                 '--batch-size or --num-workers.')
     if isinstance(error, UnicodeEncodeError):

@@ -11,11 +11,13 @@ import os
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from pathlib import Path
 
 from ..core.basics import _require_file, PahclError
 
 # %% ../../nbs/data/annotations.ipynb #b008
-_PATIENCE = 20.   # s for one file; they take milliseconds
+_PATIENCE = 20.   # s of processor time for one file; they take milliseconds
+_WAIT = 300.      # s on the clock: that a machine is busy is no fault of the file
 _WORKER = {}      # process id -> the executor of this process: a forked child needs its own
 
 def _start_worker():
@@ -26,7 +28,12 @@ def _start_worker():
         _WORKER[os.getpid()] = ProcessPoolExecutor(1, timeout=60)   # s without work
     return _WORKER[os.getpid()]
 
-_MOST_MEMORY = 4*2**30   # bytes of addresses: a damaged file may ask for all there is
+_MORE_MEMORY = 2**29   # bytes of addresses: a damaged file may ask for all there is
+
+def _count_addresses() -> int:
+    "Return how many bytes of addresses this process has; where that is not known, 4 GB."
+    try: return int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError): return 2**32
 
 def _limit_process(
     patience,   # s of processor time from now
@@ -36,23 +43,25 @@ def _limit_process(
     except ImportError: return   # Windows knows no such limits
     used = resource.getrusage(resource.RUSAGE_SELF)
     ends = int(used.ru_utime+used.ru_stime+patience)+1
-    for what, most in ((resource.RLIMIT_AS, _MOST_MEMORY), (resource.RLIMIT_CPU, ends)):
+    most_memory = _count_addresses()+_MORE_MEMORY
+    for what, most in ((resource.RLIMIT_AS, most_memory), (resource.RLIMIT_CPU, ends)):
         with suppress(ValueError, OSError):   # not every system keeps every limit
             resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
 
 def _call_quietly(function, patience, *arguments):
     "Call a function; what is said when it crashes is left to who waits for it."
+    import scipy.io   # before there are limits
     faulthandler.disable()
     _limit_process(patience)
     return function(*arguments)
 
 def _call_in_worker(
     function, *arguments,   # that can be pickled
-    patience=_PATIENCE,     # s
+    patience=_PATIENCE,     # s of processor time
 ):                          # what the function gives or raises
     "Call a function that may crash; a dead or silent worker is a `PahclError`."
     worker = _start_worker()
-    try: return worker.submit(_call_quietly, function, patience, *arguments).result(patience)
+    try: return worker.submit(_call_quietly, function, patience, *arguments).result(_WAIT)
     except (BrokenProcessPool, TimeoutError) as e:
         _WORKER.clear()
         worker.shutdown(wait=False, kill_workers=True)

@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.basics import (
-    fingerprint, first_few, get_logger, hash_file, PahclError, read_table)
+    fingerprint, first_few, get_logger, _hash_content, PahclError, read_table)
 from ..core.config_checks import _read_checked_json
 
 # %% ../../nbs/data/task_checks.ipynb #kinds2
@@ -111,9 +111,9 @@ def _list_tables(
     config: dict,   # content of its task_config.json
 ) -> dict:          # name of a file -> `lines, hash`; those that are there
     "Make a task's manifest."
-    there = [n for n in _TABLES if (Path(folder)/n).is_file()]
-    tables = {p.name: dict(lines=p.read_bytes().count(b'\n'), hash=hash_file(p))
-              for p in (Path(folder)/n for n in there)}
+    paths = [Path(folder)/n for n in _TABLES]
+    read = {p.name: p.read_bytes() for p in paths if p.is_file()}
+    tables = {n: dict(lines=t.count(b'\n'), hash=_hash_content(t)) for n, t in read.items()}
     return tables | {'task_config.json': dict(lines=0, hash=_hash_facts(config))}
 
 # %% ../../nbs/data/task_checks.ipynb #t009

@@ -60,11 +60,12 @@ def _read_cut_record(
     folder,      # of a recording
 ) -> dict:       # `key, dataset, summary`; empty when the folder is not complete
     "Read what a finished folder says about itself."
-    try: done = read_json(folder/'.done.json')
+    try: done = read_json(folder/'.done.json', keys=('key', 'dataset', 'summary'))
     except PahclError: return {}
     complete = all((folder/f).exists() for f in ('cycles.csv', 'states.tsv', 'signal.npy'))
     kept = len(list(folder.glob('cycle_*.npy')))
-    return done if complete and kept == done['summary']['kept'] else {}
+    told = done['summary']
+    return done if complete and isinstance(told, dict) and kept == told.get('kept') else {}
 
 # %% ../../nbs/segmentation/cutting.ipynb #cell23
 def _hear_row(

@@ -94,7 +94,9 @@ def _predict_distributed(
 def _is_out_of_memory(error: BaseException) -> bool:
     "Return whether an error says that memory ran out: on a GPU, on Windows, on Linux."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
-    return any(text in str(error) for text in ('not enough memory', 'allocate memory'))
+    # the last is what oneDNN says
+    return any(text in str(error) for text in ('not enough memory', 'allocate memory',
+                                               'could not create a primitive'))
 
 @contextmanager
 def _explain_out_of_memory(batch_size: int):

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from ..core.basics import (
     fingerprint, first_few, get_logger, PahclError, read_json, write_json)
+from ..core.config import read_yaml
+from ..core.config_checks import _shorten_value
 
 # %% ../../nbs/training/run_folders.ipynb #cell7
 class _Difference(NamedTuple):
@@ -47,9 +47,9 @@ def _complete_config(
     "Give keys that an older version did not know, or that are no matter, a value to compare."
     out = dict(old)
     for key, value in new.items():
-        if isinstance(value, dict):
-            inside = (d.get(key) or {} for d in (old, defaults))
-            out[key] = _complete_config(next(inside), value, next(inside), f'{before}{key}.')
+        inside = [d.get(key) or {} for d in (old, defaults)]
+        if isinstance(value, dict) and isinstance(inside[0], dict):
+            out[key] = _complete_config(inside[0], value, inside[1], f'{before}{key}.')
         elif f'{before}{key}' in _NO_MATTER: out[key] = value
         elif key not in old and key in defaults: out[key] = defaults[key]
     return out
@@ -71,14 +71,15 @@ def _check_same_experiment(
     if not written.exists():
         raise PahclError(f'{folder} exists and is no run of pahcl (no config.yaml). '
                          f'{_OTHER_FOLDER_ADVICE}.')
-    try: old = yaml.safe_load(written.read_text(encoding='utf-8')) or {}
-    except yaml.YAMLError as e:
-        raise PahclError(f'{written} is damaged. Choose another --experiment-name, {anew}') from e
+    try: old = read_yaml(written)
+    except PahclError as e:   # somebody has edited it
+        raise PahclError(f'{str(e).rstrip(".")}. {_OTHER_FOLDER_ADVICE}, {anew}') from e
     old = _complete_config(old, config, defaults)
     if found := _first_difference(old, config):
-        values = f'{found.key} is {found.old} there and {found.new} here'
-        raise PahclError(f'{folder} holds another experiment: {values}. {_OTHER_FOLDER_ADVICE}, '
-                         f'{anew}')
+        show = lambda v: 'a section' if isinstance(v, dict) else _shorten_value(v)
+        raise PahclError(f'{folder} holds another experiment: {found.key} is {show(found.old)} '
+                         f'there and {show(found.new)} here (config.yaml). '
+                         f'{_OTHER_FOLDER_ADVICE}, {anew}')
     known = read_json(folder/'inputs.json') if (folder/'inputs.json').exists() else {}
     if found := _first_difference(known, inputs):
         raise PahclError(f'{folder} was made from other inputs: {found.key} has changed since. '
@@ -120,13 +121,18 @@ def _is_marked(folder: Path) -> bool:
 
 # %% ../../nbs/training/run_folders.ipynb #over2
 _OWN_FILE = re.compile(
-    r'(.*/)?(config\.yaml|(inputs|status|final_metrics|benchmark)\.json|train\.log'
-    r'|(last|best_model|final_model|epoch_\d+)\.pt|(confusion_matrix|few_shot)\.csv'
-    r'|predictions\.npz|\.(pahcl|stage|hashes)\.json|\..*\.(tmp|lock)|\.lock)'
-    r'|tensorboard/.*tfevents.*|wandb/.*'
-    r'|(.*/)?(evaluation|cross_validation|representation|ensemble)(_[^/]*)?/'
-    r'.*\.(csv|json|html|png|md|tex|npz|npy|yaml)'
-    r'|(.*/)?cross_validation_[^/]*/data_.*')
+    # a run, or one of its folds
+    r'((cross_validation_[^/]*/)?folds/[^/]+/)*'
+    r'(config\.yaml|(inputs|status|final_metrics|benchmark)\.json|train\.log'
+    r'|(last|best_model|final_model|folds_model|epoch_\d+)\.pt|(confusion_matrix|few_shot)\.csv'
+    r'|predictions\.npz|\.(pahcl|stage|hashes)\.json|tensorboard/.*tfevents.*|wandb/.*'
+    # what was asked of it
+    r'|(evaluation|cross_validation|representation|ensemble)(_[^/]*)?/(.*/)?('
+    r'report\.html|(metrics|representation)\.json|predictions_(cycle|recording|subject)\.csv'
+    r'|(confusion_matrix(_recording|_cycle)?|roc|precision_recall|reliability|referral_cost'
+    r'|tsne)\.png|(anomaly|disagreement)_subject\.csv|saliency\.(csv|png)'
+    r'|robustness\.(csv|md|tex|html|png)))'
+    r'|(.*/)?(\..*\.(tmp|lock)|\.lock)|(.*/)?cross_validation_[^/]*/data_.*')
 
 def _sort_files(
     folder: Path,   # of a run
@@ -215,5 +221,5 @@ def _complete_end(folder: Path):
     _drop_halves(folder)
     (folder/'last.pt').unlink(missing_ok=True)
     status = folder/'status.json'
-    if status.exists() and read_json(status)['state'] != 'finished':
+    if status.exists() and read_json(status).get('state') != 'finished':
         write_json(status, dict(state='finished', why=''))

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
@@ -20,6 +19,7 @@ from fastcore.basics import patch
 
 from ..core.basics import (
     get_logger, lock_folder, log_to_file, PahclError, read_json, write_json, write_text)
+from ..core.config import _dump_yaml
 from pahcl.training.run_folders import (
     _choose_run_folder, _complete_end, _drop_halves, _find_run_state, _make_mark, _MARK,
     _remove_run, _replace_run)
@@ -160,8 +160,7 @@ def take_place(self: Run):
     _drop_halves(self.folder)
     write_json(self.folder/_MARK, _make_mark(self.config))
     write_json(self.folder/'inputs.json', self.inputs)
-    write_text(self.folder/'config.yaml',
-               yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True, width=120))
+    write_text(self.folder/'config.yaml', _dump_yaml(self.config))
 
 @patch
 def begin(self: Run, ends: ExitStack):

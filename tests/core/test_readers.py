@@ -2,6 +2,7 @@
 import importlib.util
 import logging
 import signal
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,10 @@ def test_a_file_that_kills_its_reader_is_an_error_of_this_file(tmp_path):
     data[144] = 4      # cells are called text: SciPy 1.17.1 reads where it may not
     bad.write_bytes(data)
     with pytest.raises(PahclError, match='bad.mat is no annotation'): read_annotation(bad, 1)
+    # 2 GiB of cells: half a minute on a busy machine, unless it is refused
+    size, more = struct.pack('<2i', 2, 2), struct.pack('<2i', 2, 2**27)
+    bad.write_bytes(good.read_bytes().replace(size, more, 1))
+    with pytest.raises(PahclError, match='Unable to allocate 2.00 GiB'): read_annotation(bad, 1)
     assert read_annotation(good, 1).state.tolist() == [1, 2]
 
 

@@ -15,6 +15,7 @@ from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
+from joblib import delayed, Parallel
 from pahcl.core import basics, scripts
 from pahcl.core.basics import (
     atomic_path, get_logger, lock_folder, PahclError, progress, replace_folder, write_text)
@@ -197,7 +198,51 @@ def test_a_loop_says_how_far_it_is_within_an_item(lines, monkeypatch):
     assert lines == ['cutting: 1 of 4, 00:00 passed, 00:00 left']*2
 
 
+def give(items): yield from items
+
+
+@pytest.mark.parametrize('wrap', [iter, give, zip])
+def test_an_abandoned_loop_is_silent(wrap, lines, monkeypatch):
+    "Also while the traceback of what ended it is kept, as JupyterLab does, and with it the loop."
+    monkeypatch.setattr(basics, '_FIRST_LINE', .1)
+    monkeypatch.setattr(basics, '_LINE_EVERY', .1)
+    def work():
+        items = wrap(progress(range(4), 'left'))
+        for _ in items:
+            time.sleep(.25)
+            raise PahclError('no')
+    with pytest.raises(PahclError) as kept: work()
+    said = len(lines)
+    time.sleep(.4)
+    assert said and lines[0].startswith('left: 0 of 4') and len(lines) == said and kept.tb
+    items = wrap(progress(range(4), 'left'))
+    next(items)
+    time.sleep(.15)
+    said = len(lines)
+    del items
+    time.sleep(.3)
+    assert len(lines) == said > 2
+
+
+def test_a_loop_that_others_draw_from_speaks(lines, monkeypatch):
+    monkeypatch.setattr(basics, '_FIRST_LINE', .1)
+    jobs = progress((delayed(time.sleep)(.15) for _ in range(4)), 'jobs', 4)
+    Parallel(2, 'threading', pre_dispatch=2)(jobs)
+    assert lines
+
+
 def test_a_command_without_a_line_says_that_it_lives(lines, monkeypatch):
     monkeypatch.setattr(scripts, '_FIRST_LINE', .2)
     with scripts._say_alive('pahcl_x'): time.sleep(1.2)
     assert lines and lines[0].startswith('pahcl_x: at work for ')
+
+
+@pytest.mark.parametrize('module, megabytes', [('cycles', 300), ('finetune', 1000)])
+def test_too_little_memory_is_a_sentence(module, megabytes):
+    "Whatever a library says of it: the loader of numba hides the reason."
+    command = f'ulimit -v {megabytes}000; exec {sys.executable} -m pahcl.{module} --raw-dir nowhere'
+    if module == 'finetune': command = command.replace('--raw-dir', '--task pascal --data-dir')
+    done = subprocess.run(['bash', '-c', command], capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1'))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert 'error: memory ran out' in done.stderr or 'nowhere' in done.stderr

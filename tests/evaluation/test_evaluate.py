@@ -23,6 +23,7 @@ from pahcl.testing.made import _made_cycles
 from pahcl.evaluation.report import Evaluation
 from pahcl.evaluate import pahcl_summarize
 from pahcl.data.tasks import Task
+from pahcl.training.run_folders import _sort_files
 
 MURMUR = {'Present': 0, 'Absent': 1, 'Unknown': 2}
 FILES = {'metrics.json', 'report.html',
@@ -197,6 +198,7 @@ def test_a_cost_never_stands_alone(house):
     assert (official['auroc'] == 1
             and official['value'] < official['blind']['cheapest'] <= official['blind']['at_random'])
     folder = house.outputs/'a'/'evaluation_circor_outcome_test'
+    assert not _sort_files(folder.parent)[1]   # all of it may be replaced
     assert ((folder/'referral_cost.png').exists()
             and 'at random costs' in (folder/'report.html').read_text())
     # the demographics could not be computed, and the page says why

@@ -16,6 +16,7 @@ from pahcl.core.metrics import classification_metrics
 from pahcl.core.ranking import auroc
 from pahcl.data.task_folders import _accept_changes
 from pahcl.data.tasks import Task
+from pahcl.training.run_folders import _sort_files
 
 
 @pytest.fixture(scope='module')
@@ -74,6 +75,7 @@ def test_everybody_is_tested_once_and_by_strangers(trained, capsys):
         assert not learnt & set(told.loc[told['fold'] == f'fold {k}', 'person_id'])
     kept = json.loads((folder/'metrics.json').read_text())
     assert not list(folder.glob('data_*')) and len(kept['folds']) == 3
+    assert not _sort_files(best.parent)[1]   # all of it may be replaced
     assert set(kept['shortcuts']) == {'heart rate', 'folder letter', 'segmentation',
                                       'log-mel statistics', 'beat statistics'}
     assert all(f['train_subjects'] == 8 and 0 <= f['auroc'] <= 1

@@ -23,6 +23,7 @@ from pahcl.studies.perturbations import (
     _change_recordings, _list_conditions, _PerturbedCycles)
 from pahcl.studies.robustness import evaluate_robustness
 from pahcl.studies.saliency import _class_margin, _explain_cycles, _integrated_gradients
+from pahcl.training.run_folders import _sort_files
 
 
 @pytest.fixture(scope='module')
@@ -110,6 +111,7 @@ def test_robustness_script(trained):
     assert table.loc[0, 'accuracy'] == pytest.approx(kept['accuracy'])
     assert {f'robustness{e}'
             for e in ('.csv', '.md', '.tex', '.html', '.png')} <= {p.name for p in folder.iterdir()}
+    assert not _sort_files(best.parent)[1]   # all of it may be replaced
 
 
 @pytest.mark.parametrize('way', [

@@ -529,7 +529,8 @@ def test_a_killed_run_ends_as_one_that_was_not(work, monkeypatch):
 @pytest.mark.parametrize(
     'error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
               RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: "
-                           "can't allocate memory: you tried to allocate 4 bytes"), MemoryError()])
+                           "can't allocate memory: you tried to allocate 4 bytes"), MemoryError(),
+              RuntimeError('could not create a primitive')])
 @pytest.mark.parametrize('linear', [False, True])
 def test_out_of_memory(work, tmp_path, monkeypatch, capsys, error, linear):
     """In training, or in the pass that computes features: exit code 1, the batch size and the flag,

@@ -58,13 +58,43 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
 
 
 def test_a_file_of_somebody_else_in_a_run(old):
-    for name in ('thesis.txt', 'evaluation_pascal_test/notes.docx'):
+    for name in ('thesis.txt', 'evaluation_pascal_test/notes.docx', 'evaluation_pascal_test/me.png',
+                 'kept/best_model.pt', 'data/config.yaml'):
+        (old/name).parent.mkdir(exist_ok=True)
         (old/name).write_text('mine')
         before = files(old)
         with pytest.raises(PahclError, match=f'holds what pahcl did not write .{name}.'):
             train(old, 2, overwrite=True)
         assert files(old) == before
         (old/name).unlink()
+
+
+BAD_YAML = {   # what is written into config.yaml -> what is said
+    'weight: 1\nsize: {a: 1': 'config.yaml is not valid YAML.*or start anew',
+    '- 1': 'config.yaml: a mapping of sections was expected, not list.*or start anew',
+    'weight: {a: 1}': 'weight is a section there and 1 here .config.yaml.',
+    'weight: [1, 2]': r'weight is .1, 2. there and 1 here .config.yaml.',
+    'weight: 1\nsize: 5': 'size is 5 there and a section here .config.yaml.',
+    'weight: 1\nsize: {a: {b: 1}}': 'size.a is a section there and 3 here .config.yaml.',
+    'weight: 1\nsiez: {a: 3}': 'siez is a section there and None here .config.yaml.',
+    'weight: 2023-01-01': 'weight is datetime.date.*there and 1 here .config.yaml.',
+    b'weight: \xff': 'config.yaml is not valid YAML.*or start anew'}
+
+@pytest.mark.parametrize('text', BAD_YAML)
+def test_a_configuration_that_somebody_has_edited(text, tmp_path):
+    config, run = dict(weight=1, size=dict(a=3)), tmp_path/'run'
+    with Run(run, config, use_amp=False): pass
+    assert Run(run, config, defaults=config).state == 'resume'
+    (run/'config.yaml').write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PahclError, match=f'(?s){BAD_YAML[text]}'): Run(run, config, defaults=config)
+
+
+def test_numbers_as_people_write_them_and_names_that_look_like_them(tmp_path):
+    config = dict(rate=1e-3, name='1e-3')
+    with Run(tmp_path/'run', config, use_amp=False): pass
+    path = tmp_path/'run'/'config.yaml'
+    path.write_text(path.read_text().replace('0.001', '1e-3'))
+    assert Run(tmp_path/'run', config).state == 'resume'
 
 
 def test_a_link_is_refused(old, tmp_path):
