@@ -31,7 +31,7 @@ def recordings(tmp_path):
 def test_counts(recordings, tmp_path):
     table = figures.count_recordings(recordings, tmp_path).set_index('klass')
     assert table.loc['Present', ['recordings', 'persons']].tolist() == [40, 20]
-    assert (table[["rate_50", "hours", "seconds_5"]] == (75, .04, 3.6)).all(None)
+    assert (table[["rate_50", "hours", "seconds_5"]] == (75, .04, 3.6)).all(axis=None)
     assert figures.count_persons(recordings).values.tolist() == [['circor', 2, 40]]
 
 def test_a_coin_is_known_by_beat_and_not_by_person(recordings, tmp_path, monkeypatch):
