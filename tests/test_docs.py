@@ -59,6 +59,20 @@ def test_site():
     for notebook in nbglob(as_path=True): assert PAGE_OF(notebook) in pages
 
 
+def test_first_cells_and_long_lines(tmp_path):
+    "What follows title and `>` line stays; sentences are wrapped, columns set small, no more."
+    pytest.importorskip('material')
+    built = runpy.run_path(str(ROOT/'tools/build_docs.py'))
+    for head in ('# A\n\n> b', '# A\n> b\n- key: value', '# A', ''):
+        cells = [dict(cell_type='markdown', metadata={}, source=head+'\n\nThe rest.\n\n- one: 1')]
+        made = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=4)
+        (tmp_path/'a.ipynb').write_text(json.dumps(made))
+        assert built['rest_of_first'](tmp_path/'a.ipynb').strip() == 'The rest.\n\n- one: 1', head
+    assert built['look']('short  and  wide') == ''
+    assert built['look']('one sentence of many words '*9) == ' .wrapped'
+    assert built['look']('\n'+'name   value '*10) == ' .columns'
+
+
 def test_a_few_pages_build(tmp_path):
     "The front page, a module and a tutorial; their links may lead to pages not built here."
     names, site = ['index.ipynb', 'scan_reference.ipynb', 'sweeps.ipynb'], tmp_path/'site'
@@ -67,6 +81,7 @@ def test_a_few_pages_build(tmp_path):
     assert {PAGE_OF(n) for n in nbglob(as_path=True) if n.name in names} <= built
     lacking = {Path(PAGE_OF(n)).name for n in nbglob(as_path=True)}
     assert not (dead := find_dead_links(site, lacking)), dead
+    assert 'href="install.html">' in (site/'index.html').read_text(encoding='utf-8')
     scan = (site/'models/scan_reference.html').read_text(encoding='utf-8')
     assert '<math' in scan and 'id="figure-1"' in scan
     assert not re.search(r'>\[?`?\]\(https', scan) and '](http' not in scan
