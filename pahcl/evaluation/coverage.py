@@ -19,7 +19,7 @@ def _count_class_persons(
     return np.bincount(pairs[1], minlength=num_classes)
 
 # %% ../../nbs/evaluation/coverage.ipynb #cell16
-# persons of a class -> % of simulated 95 % intervals that held AUROC and average precision
+# persons of a class -> % of simulations whose 95 % interval held AUROC, average precision
 _COVERAGE_OF_FEW = {1: (78, 64), 2: (90, 86)}
 _COVERAGE_OF_22 = (89, 85)               # the same with 22 persons in all
 
@@ -29,9 +29,9 @@ def _coverage_notes(
     names: list,        # of the classes
 ) -> list:              # sentences
     "Say how far 95 % intervals can be trusted where there are few persons."
-    held = 'simulated 95 % intervals held AUROC in {} %, average precision in {} %'
+    held = '95 % intervals held the true AUROC in {} % of simulations, average precision in {} %'
     few = [(n, int(k)) for n, k in zip(names, persons_of_class) if k in _COVERAGE_OF_FEW]
     notes = [f'{n} has {k} {"person" if k == 1 else "persons"}: '
-             f'with so few {held.format(*_COVERAGE_OF_FEW[k])}' for n, k in few]
-    return notes + ([f'there are {persons} persons: with 22 {held.format(*_COVERAGE_OF_22)}, '
+             f'with so few, {held.format(*_COVERAGE_OF_FEW[k])}' for n, k in few]
+    return notes + ([f'there are {persons} persons: with 22, {held.format(*_COVERAGE_OF_22)}, '
                      'with 59 all scores in 92 % or more'] if persons < 59 else [])
