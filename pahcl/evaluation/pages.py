@@ -26,7 +26,7 @@ def format_number(
 ) -> str:       # '–' for None and NaN; large numbers with separators and no decimals
     "Format a number for people."
     if pd.isna(value): return '–'
-    whole = isinstance(value, (int, np.integer)) or abs(value) >= 1000
+    whole = isinstance(value, (int, np.integer)) or abs(value) >= 100
     return f'{value:{sign},.0f}' if whole else f'{value:{sign}.{digits}f}'
 
 # %% ../../nbs/evaluation/pages.ipynb #cell8
