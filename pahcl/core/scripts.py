@@ -91,6 +91,19 @@ def _explain_machine_error(
                 'Set PYTHONUTF8=1 and give the same command again.')
     return _explain_os_error(error) if isinstance(error, OSError) else ''
 
+# %% ../../nbs/core/scripts.ipynb #least1
+_LEAST_MEMORY = 1500*2**20   # bytes of addresses: with torch and two threads 1.2 GB when loaded
+
+def _require_memory():
+    "Raise `PahclError` where this process may have less memory than the libraries need."
+    try: import resource
+    except ImportError: return   # Windows has no such limit
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY or limit >= _LEAST_MEMORY: return
+    raise PahclError(f'memory ran out: this process may have {limit/2**20:.0f} MB, and loading the '
+                     f'libraries takes up to {_LEAST_MEMORY/2**20:.0f}. Raise the limit (ulimit '
+                     '-v, or that of the batch system).')
+
 # %% ../../nbs/core/scripts.ipynb #quiet1
 class _LastLine(logging.Handler):
     "Remembers when the log had its last line."
@@ -141,6 +154,7 @@ def console_script(
         _forgive_locale()
         try:
             with _say_alive(function.__name__):
+                _require_memory()
                 load_extensions()
                 function(**arguments)
         except (PahclError, KeyboardInterrupt) as e: return _report_error(function.__name__, e)
