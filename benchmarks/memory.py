@@ -7,7 +7,6 @@ What grows with the number of cycles is the same as if all were cut, and so is w
 needs. The encoder is small: what a batch takes comes on top, and does not grow with the cycles.
 """
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from pahcl.core.basics import to_json
+from pahcl.core.basics import read_json, write_json
 from pahcl.data.recordings import load_recordings
 from pahcl.segmentation.cutting import PreprocessingSettings
 from pahcl.segmentation.preprocessing import _make_key_function
@@ -46,7 +45,7 @@ def copy_persons(raw, processed, cycles) -> int:
     table = pd.read_csv(raw/'circor'/'training_data.csv', dtype=str)
     wavs = sorted((raw/'circor'/'training_data').glob('*.wav'))
     old = load_recordings(raw, 'circor')
-    kept = json.loads((processed/'processing_stats.json').read_text())['recordings']
+    kept = read_json(processed/'processing_stats.json')['recordings']
     each = sum(v['kept'] for v in kept.values())
     rows, origin = [table], {}
     for n in range(1, int(np.ceil(cycles/each))):
@@ -72,8 +71,8 @@ def copy_persons(raw, processed, cycles) -> int:
         sound = np.load(source/'signal.npy')
         sound[:4] = np.frombuffer(np.int64(i).tobytes(), np.int16)
         np.save(target/'signal.npy', sound)
-        done = json.loads((source/'.done.json').read_text()) | dict(key=key_of(row))
-        (target/'.done.json').write_text(json.dumps(to_json(done)))
+        done = read_json(source/'.done.json') | dict(key=key_of(row))
+        write_json(target/'.done.json', done)
     return len(new)
 
 
@@ -89,7 +88,7 @@ def measure(cycles, folder) -> dict:
     start(*preprocess)
     recordings = copy_persons(raw, processed, cycles)
     row = dict(preprocess=start(*preprocess))
-    stats = json.loads((processed/'processing_stats.json').read_text())['recordings']
+    stats = read_json(processed/'processing_stats.json')['recordings']
     row = dict(cycles=sum(v['kept'] for v in stats.values()), recordings=recordings) | row
     row['prepare'] = start('pahcl.splits', '--raw-dir', raw, '--processed-dir', processed,
                            '--output-dir', tasks, '--dataset', 'circor')

@@ -365,7 +365,7 @@ def fingerprint(
     value,  # anything `to_json` can turn into JSON; the order of dictionary keys does not matter
 ) -> str:   # 16 hexadecimal digits
     "A short, stable hash of settings."
-    return hashlib.sha256(json.dumps(to_json(value), sort_keys=True).encode()).hexdigest()[:16]
+    return _hash_content(json.dumps(to_json(value), sort_keys=True).encode())
 
 # %% ../../nbs/core/basics.ipynb #c036
 def fingerprint_files(

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/data/steps.ipynb #s002
-import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.arrays import _read_array
-from ..core.basics import fingerprint, fingerprint_files, PahclError, progress
+from ..core.basics import (
+    fingerprint, fingerprint_files, _hash_content, PahclError, progress)
 from ..core.config_sections import _DataSection
 from .annotations import _read_tsv_states
 from .log_mel import _hop_samples, _log_mel_frames
@@ -151,7 +151,7 @@ class _PackedSteps:
         values, states = join('values'), join('states')
         return cls(values, states, np.stack([r.statistics for r in recordings]),
                    np.cumsum([0]+[len(r.states) for r in recordings]),
-                   hashlib.sha256(values.tobytes()+states.tobytes()).hexdigest()[:16])
+                   _hash_content(values.tobytes()+states.tobytes()))
 
 # %% ../../nbs/data/steps.ipynb #s016
 _MAKE_AGAIN = 'Run pahcl_preprocess and pahcl_prepare again.'

@@ -6,7 +6,6 @@
 __all__ = ['HeartSoundSegmenter', 'HeartSoundEmbedder', 'HeartSoundClassifier']
 
 # %% ../../nbs/evaluation/estimators.ipynb #cell2
-import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,8 @@ from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
 from ..core.aggregation import _aggregate_probabilities
-from ..core.basics import fingerprint_files, hash_file, PahclError, progress
+from ..core.basics import (
+    fingerprint_files, _hash_content, hash_file, PahclError, progress)
 from ..models.checkpoints import _checkpoint_files
 from ..models.classifier import encode_cycles
 from ..models.encoder_base import encoder_fingerprint
@@ -105,7 +105,7 @@ def _hash_source(
         return _hash_unchanged_file(str(source), found.st_size, found.st_mtime_ns)
     signal = np.ascontiguousarray(source)
     about = f'{signal.dtype} {signal.shape} {sample_rate}'.encode()
-    return hashlib.sha256(about+signal.tobytes()).hexdigest()[:16]
+    return _hash_content(about+signal.tobytes())
 
 # %% ../../nbs/evaluation/estimators.ipynb #cell18
 class _KnownEncoder(NamedTuple):

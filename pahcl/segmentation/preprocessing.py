@@ -6,7 +6,6 @@
 __all__ = ['preprocess']
 
 # %% ../../nbs/segmentation/preprocessing.ipynb #cell2
-import hashlib
 import os
 import shutil
 from dataclasses import asdict
@@ -16,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.basics import (
-    atomic_path, fingerprint, fingerprint_files, first_few, get_logger, lock_folder, PahclError,
-    progress, write_json, write_text)
+    atomic_path, fingerprint, fingerprint_files, first_few, get_logger, _hash_content, lock_folder,
+    PahclError, progress, write_json, write_text)
 from ..core.parallel import map_in_parallel
 from ..data.datasets import get_class_columns, select_datasets
 from ..data.own_recordings import _describe_own_datasets
@@ -172,7 +171,7 @@ def _hash_audio(
 ):               # text; None for silence, which is the same everywhere
     "Hash the sound of a recording, whatever its file was."
     numbers = _read_signal_file(folder)
-    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16] if np.ptp(numbers) else None
+    return _hash_content(numbers.tobytes()) if np.ptp(numbers) else None
 
 def _name_doubtful(
     table,       # of the recordings, with `heartbeat, fallback, audio_hash`

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from ..data.sampling import split_into_batches
 from .batches import _split_batch
-from .epoch_order import _shuffled_rows
+from .epoch_order import _EpochOrder
 from .pretraining_data import _make_pair_batcher, _PretrainData
 from .probe import _make_probes
 
@@ -29,7 +29,7 @@ class _WatchedCycles:
         self.run, self.size = run, config.training.batch_size
         self.make_batch = _make_pair_batcher(cycles, config, run.accelerator.device, model.views,
                                              model.targets(cycles))
-        share = _split_batch(_shuffled_rows(config, cycles, 0), run.processes)[run.rank]
+        share = _split_batch(_EpochOrder(config, cycles)(0), run.processes)[run.rank]
         self.batches = split_into_batches(share, self.size)
 
     def losses(self, model) -> dict:   # of `_PretrainingModel.validation_losses`

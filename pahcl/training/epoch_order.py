@@ -53,23 +53,28 @@ def _sort_into_batches(
     return np.concatenate([*(batches[i] for i in order), *(r[n:] for r, n in zip(own, whole))])
 
 # %% ../../nbs/training/epoch_order.ipynb #eo13
-def _alike(
-    negatives: str,   # `device` or `heart_rate`, see `contrast.negatives`
-    cycles, rows,     # `Cycles` or `Windows`, row numbers
-    size: int,        # of a batch
-) -> np.ndarray:      # a kind for each of the rows
-    "Say whose rows belong together in a batch."
-    if negatives == 'device': return _name_devices(cycles.table)[rows]
-    rate = _find_heart_rates(cycles)[rows]   # what is unknown is sorted to the end
-    return rate.argsort(kind='stable').argsort()//size
+def _number_neighbours(
+    values,         # [n]; what is unknown stands at the end
+    size: int,      # of a batch
+) -> np.ndarray:    # the number of the batch of each [n]
+    "Put those together whose values are near each other."
+    return values.argsort(kind='stable').argsort()//size
 
-def _shuffled_rows(
-    config, cycles, epoch: int,   # a `_PretrainConfig`, `Cycles`
-):                                # row numbers
-    "Return the rows of an epoch in their order: some cycles of each recording, drawn afresh."
-    rows = draw_epoch_rows(cycles.table, config.seed, epoch, False,
-                           config.training.cycles_per_recording)
-    negatives, size = config.contrast.negatives, config.training.batch_size
-    if negatives == 'any': return rows
-    return _sort_into_batches(rows, _alike(negatives, cycles, rows, size), size,
-                              generator(config.seed, 'devices', epoch))
+class _EpochOrder:
+    "The rows of an epoch in order: `order(epoch) -> row numbers`; who is alike is found once."
+    def __init__(self,
+        config,    # a `_PretrainConfig`
+        cycles,    # `Cycles` or `Windows`
+    ):
+        self.config, self.table, negatives = config, cycles.table, config.contrast.negatives
+        self.devices = _name_devices(self.table) if negatives == 'device' else None
+        self.rates = _find_heart_rates(cycles) if negatives == 'heart_rate' else None
+
+    def __call__(self, epoch):
+        seed, training = self.config.seed, self.config.training
+        size = training.batch_size
+        rows = draw_epoch_rows(self.table, seed, epoch, False, training.cycles_per_recording)
+        if self.devices is not None: kind = self.devices[rows]
+        elif self.rates is not None: kind = _number_neighbours(self.rates[rows], size)
+        else: return rows
+        return _sort_into_batches(rows, kind, size, generator(seed, 'devices', epoch))

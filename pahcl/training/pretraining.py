@@ -16,7 +16,7 @@ from ..models.mamba_block import slow_scan_warnings
 from . import contrastive_model, masked_objectives, state_objectives
 from .batches import _group_batches
 from .epoch_choice import _EpochChoice, _select_probes, _WatchedCycles
-from .epoch_order import _shuffled_rows
+from .epoch_order import _EpochOrder
 from .pretraining_data import _load_pretrain_data, _make_pair_batcher, _PretrainData
 from .pretraining_model import _build_pretraining_model
 from .probe import _score_probes
@@ -116,7 +116,7 @@ class _PretrainRecipe:
         if not data.validation: self.score_name = 'epoch'
         else: self.score_name = 'probe (mean AUROC)' if choice.probes else 'score (-loss)'
 
-        self.epoch_rows = lru_cache(2)(lambda epoch: _shuffled_rows(config, data.train, epoch))
+        self.epoch_rows = lru_cache(2)(_EpochOrder(config, data.train))
 
     def make_batch(self, rows, epoch):
         # the first batch of an epoch tells how strongly each objective pulls
@@ -160,7 +160,7 @@ def _run_pretraining(
     "Train, and return what came of it."
     asked = ', '.join(f'{name} × {weight:g}' for name, weight in model.weights.items())
     about = f'{model.encoder.config["encoder_type"]}, objectives {asked}: {data.counts()}'
-    rows = len(_shuffled_rows(config, data.train, 0))
+    rows = len(_EpochOrder(config, data.train)(0))
     opening = [*slow_scan_warnings(model, run.accelerator.device), data.message, choice.message,
                about, *_describe_contrast(config, model, rows, run.processes)]
     for line in opening: run.say(line)

@@ -199,14 +199,14 @@ def test_an_objective_of_ones_own(root, rows):
 
 def test_batches_of_one_device(root):
     "Each whole batch is of one device, all rows of the epoch are there, and MoCo is refused."
-    from pahcl.training.epoch_order import _name_devices, _shuffled_rows
+    from pahcl.training.epoch_order import _EpochOrder, _name_devices
     config = config_of(root, dict(simclr=1.), **{'contrast.negatives': 'device'})
     train = _load_pretrain_data(config).train
     halves = train.table.assign(dataset=np.where(np.arange(len(train)) % 2, 'circor', 'pascal'))
     two = SimpleNamespace(table=halves)
-    device, rows = _name_devices(halves), _shuffled_rows(config, two, 1)
-    free = _shuffled_rows(config.model_copy(update=dict(
-        contrast=config.contrast.model_copy(update=dict(negatives='any')))), two, 1)
+    device, rows = _name_devices(halves), _EpochOrder(config, two)(1)
+    free = _EpochOrder(config.model_copy(update=dict(
+        contrast=config.contrast.model_copy(update=dict(negatives='any')))), two)(1)
     assert sorted(rows) == sorted(free) and list(rows) != list(free)
     size = config.training.batch_size
     of = [len({*device[rows[i:i+size]]}) for i in range(0, len(rows), size)]
@@ -218,15 +218,15 @@ def test_batches_of_one_device(root):
 
 def test_batches_of_like_hearts(root):
     "A batch holds neighbours in heart rate; all rows of the epoch are there, each epoch others."
-    from pahcl.training.epoch_order import _find_heart_rates, _shuffled_rows
+    from pahcl.training.epoch_order import _EpochOrder, _find_heart_rates
     config = config_of(root, dict(simclr=1.), **{'contrast.negatives': 'heart_rate'})
     train, random = _load_pretrain_data(config).train, np.random.default_rng(0)
     np.testing.assert_allclose(_find_heart_rates(train), 50, atol=1)   # as they were made
     recordings = train.table[['dataset', 'recording_id']].apply(tuple, axis=1)
     seconds = recordings.map({r: random.uniform(.4, 1.2) for r in sorted(set(recordings))})
     told = SimpleNamespace(table=train.table.assign(duration_s=seconds))
-    rows, other = (_shuffled_rows(config, told, epoch) for epoch in (1, 2))
-    free = _shuffled_rows(config_of(root, dict(simclr=1.)), told, 1)
+    rows, other = map(_EpochOrder(config, told), (1, 2))
+    free = _EpochOrder(config_of(root, dict(simclr=1.)), told)(1)
     assert sorted(rows) == sorted(free) and list(rows) != list(free) and list(rows) != list(other)
     size = config.training.batch_size
     batches = seconds.to_numpy()[rows[:len(rows)//size*size]].reshape(-1, size)
